@@ -1,0 +1,77 @@
+"""Megatron's local (no Transformer Engine) layer spec with an attention that is quick on a CPU.
+
+The local spec repeats keys and values to all heads over the whole cache and caches keys before rotation, so that every
+decoding step rotates the whole cache again. Both are avoided here; results are equal (golden tests compare with
+transformers). Internal names are Megatron-core 0.11.0's, which :mod:`nemo_ampo.compat.versions` pins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class SdpaAttention(DotProductAttention):
+    """Grouped-query attention through torch's fused kernel. Tensors are [S, B, heads, head dim]."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Mask is True where attention is forbidden; None means causal (or one new token over its whole cache)."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask.bool(),
+            is_causal=attention_mask is None and q.shape[2] > 1,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+class RotatedCacheSelfAttention(SelfAttention):
+    """Stores keys in the cache after rotation, so that a step rotates one position and not the whole cache."""
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_params: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if inference_params is not None and rotary_pos_emb is not None:
+            begin = inference_params.sequence_len_offset
+            end = begin + key.size(0)
+            q_angles, k_angles = rotary_pos_emb
+            query = apply_rotary_pos_emb(query, q_angles[begin:end], config=self.config)
+            key = apply_rotary_pos_emb(key, k_angles[begin:end], config=self.config)
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_params, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
+
+
+def cpu_layer_spec() -> ModuleSpec:
+    """Layer spec for :class:`megatron.core.models.gpt.GPTModel` without any compiled extension."""
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention.module = RotatedCacheSelfAttention
+    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return spec

@@ -1,0 +1,48 @@
+"""One error type per boundary the program can fail at.
+
+``UserError`` and its children are what somebody running a recipe can cause and cure: the command line prints them as
+one line and exits with status 2. The others are facts about one sample (a bad reply, a judge call that failed) or about
+an engine; the stage that sees them decides what they mean.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can fix; the message says what to change."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, missing, or contradicts another. The message names the key."""
+
+
+class DataError(UserError):
+    """A data file is missing or holds a bad row. The message names file, line and field."""
+
+
+class FormatError(ValueError):
+    """A reply breaks the mode grammar.
+
+    Attributes:
+        rule: which rule failed first: ``level``, ``tags``, ``order``, ``answer`` or ``sections``.
+    """
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no usable verdict. A missing value, never a score.
+
+    Attributes:
+        kind: ``parse``, ``timeout``, ``connection``, ``status`` or ``empty``.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class EngineError(RuntimeError):
+    """A rollout engine refused a request or returned something that cannot be trained on."""
