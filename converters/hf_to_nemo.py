@@ -1,0 +1,135 @@
+"""Command: a Hugging Face model folder to a ``.nemo`` file that NeMo-Aligner restores at any parallel layout.
+
+The file is built beside its target, verified there (see :mod:`converters.verify`), and only then given its
+name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from converters import cli
+from converters.hf_folder import asset_files, check_tokenizer, open_hf_folder
+from converters.model_config import nemo_config
+from converters.verify import report, verify
+from nemo_ampo.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def copy_assets(source: Path, target: Path) -> Path:
+    """Copy every file that is not a weight, byte for byte, into the new folder ``target``."""
+    for relative in asset_files(source):
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+    return target
+
+
+def write_nemo(
+    hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, allow_base_tokenizer: bool = False
+) -> None:
+    """Convert without verifying.
+
+    Args:
+        hf_dir: Hugging Face model folder.
+        nemo_path: ``.nemo`` file to write.
+        dtype: type of the stored weights; None keeps the folder's.
+        allow_base_tokenizer: accept a tokenizer without chat template or end-of-sequence token.
+
+    Raises:
+        UserError: the folder is incomplete, unsupported, or its weights do not match the mapping table.
+    """
+    hf = open_hf_folder(hf_dir)
+    config = nemo_config(hf.config, hf.family, hf_dir)
+    check_tokenizer(hf_dir, hf.shape, allow_base_tokenizer)
+    from nemo_ampo.compat import setup
+
+    setup("cpu")
+    from converters.nemo_model import PRECISION, build, fill, set_saved_config
+    from nemo_ampo.checkpoint import save_nemo
+
+    stored_type = dtype or hf.weights.dtype()
+    if stored_type not in PRECISION:
+        raise UserError(
+            f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}"
+        )
+    with cli.staging_folder(nemo_path) as staging:
+        assets = copy_assets(hf_dir, staging / "assets")
+        model = build(config, stored_type)
+        fill(model, hf.weights, hf.bindings(), hf.shape)
+        set_saved_config(model, config)
+        save_nemo(model, nemo_path, assets)
+
+
+def convert(
+    hf_dir: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    allow_base_tokenizer: bool = False,
+    check: bool = True,
+    overwrite: bool = False,
+) -> int:
+    """Write, verify, publish. Returns the exit status; a file that fails verification is removed.
+
+    Raises:
+        UserError: as :func:`write_nemo`, or ``output`` exists and ``overwrite`` is not given.
+    """
+    if output.suffix != ".nemo":
+        raise UserError(f"--output {output}: the name must end in .nemo")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output}: exists; pass --overwrite to replace it")
+    with cli.staging_folder(output.absolute()) as staging:
+        staged = staging / output.name
+        write_nemo(hf_dir, staged, dtype, allow_base_tokenizer)
+        gc.collect()
+        status = report(verify(hf_dir, staged)) if check else cli.OK
+        if status == cli.OK:
+            staged.replace(output)
+            print(f"wrote {output}")
+        else:
+            print(f"error: {output} was not written: the converted model differs", file=sys.stderr)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line of ``python -m converters.hf_to_nemo``."""
+    p = argparse.ArgumentParser(prog="python -m converters.hf_to_nemo", description=__doc__)
+    p.add_argument("--input", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
+    p.add_argument("--output", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint to write")
+    p.add_argument(
+        "--dtype", choices=("keep", *DTYPES), default="keep", help="type of the stored weights (%(default)s)"
+    )
+    p.add_argument(
+        "--allow-base-tokenizer",
+        action="store_true",
+        help="accept a tokenizer without chat template or EOS token",
+    )
+    p.add_argument("--no-verify", action="store_true", help="skip the parity check")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
+    args = parser().parse_args(argv)
+    return cli.run(
+        lambda: convert(
+            args.input,
+            args.output,
+            dtype=DTYPES.get(args.dtype),
+            allow_base_tokenizer=args.allow_base_tokenizer,
+            check=not args.no_verify,
+            overwrite=args.overwrite,
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,149 @@
+"""Command: a ``.nemo`` file to a Hugging Face folder that the Auto classes of transformers load untouched.
+
+Weights are read with torch alone. The files that travelled inside the ``.nemo`` come back byte for byte. The
+folder is written beside its target, verified there, and only then given its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters import cli
+from converters.hf_folder import read_config, read_json
+from converters.hf_to_nemo import DTYPES
+from converters.mapping import bind
+from converters.model_config import model_shape
+from converters.nemo_weights import NemoWeights
+from converters.verify import report, verify
+from nemo_ampo.checkpoint import unpack_assets, unpack_weights
+from nemo_ampo.errors import UserError
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Export into the new folder ``folder`` without verifying.
+
+    Args:
+        nemo_path: ``.nemo`` file with Hugging Face files in it.
+        folder: written to.
+        dtype: type of the exported weights; None takes ``torch_dtype`` of the packed config.json, or the
+            stored type where that is absent.
+
+    Raises:
+        UserError: the file is not readable, carries no Hugging Face files, or its weights do not match the
+            table.
+    """
+    unpack_assets(nemo_path, folder)
+    config, family = read_config(folder)
+    shape = model_shape(config)
+    bindings = bind(family.rows, shape)
+    with tempfile.TemporaryDirectory(prefix="nemo-export-") as temporary:
+        stored = NemoWeights(unpack_weights(nemo_path, Path(temporary)))
+        stored.check(bindings, shape)
+        written_type = dtype or config.torch_dtype or stored.dtype()
+        state = {
+            name: tensor.to(written_type, copy=True).contiguous()
+            for name, tensor in stored.hf_tensors(bindings, shape)
+        }
+    if dtype is not None and config.torch_dtype != dtype:
+        _set_torch_dtype(folder / "config.json", dtype)
+    _save_shards(state, folder)
+
+
+def _set_torch_dtype(path: Path, dtype: torch.dtype) -> None:
+    """A type asked for on the command line must be the one that ``torch_dtype='auto'`` loads."""
+    content = read_json(path) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_shards(state: dict[str, Tensor], folder: Path) -> None:
+    """Safetensors files and index as ``save_pretrained`` names them."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
+    for name, tensor_names in split.filename_to_tensors.items():
+        save_file({t: state[t] for t in tensor_names}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )
+
+
+def convert(
+    nemo_path: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+) -> int:
+    """Write, verify, publish. Returns the exit status; a folder that fails verification is removed.
+
+    Raises:
+        UserError: as :func:`write_hf`, or ``output`` is not empty and ``overwrite`` is not given.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
+        raise UserError(
+            f"--output {output}: exists and is not an empty folder; pass --overwrite to replace a folder"
+        )
+    with cli.staging_folder(output.absolute()) as staging:
+        staged = staging / output.name
+        write_hf(nemo_path, staged, dtype)
+        status = report(verify(staged, nemo_path)) if check else cli.OK
+        if status == cli.OK:
+            _replace_folder(staged, output)
+            print(f"wrote {output}")
+        else:
+            print(f"error: {output} was not written: the exported model differs", file=sys.stderr)
+    return status
+
+
+def _replace_folder(staged: Path, output: Path) -> None:
+    if output.exists():
+        old = staged.with_name(f"{output.name}.old")
+        output.replace(old)
+    staged.replace(output)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line of ``python -m converters.nemo_to_hf``."""
+    p = argparse.ArgumentParser(prog="python -m converters.nemo_to_hf", description=__doc__)
+    p.add_argument("--input", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
+    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    p.add_argument(
+        "--dtype",
+        choices=("config", *DTYPES),
+        default="config",
+        help="type of the exported weights (%(default)s: torch_dtype of config.json)",
+    )
+    p.add_argument("--no-verify", action="store_true", help="skip the parity check")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
+    args = parser().parse_args(argv)
+    return cli.run(
+        lambda: convert(
+            args.input,
+            args.output,
+            dtype=DTYPES.get(args.dtype),
+            check=not args.no_verify,
+            overwrite=args.overwrite,
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

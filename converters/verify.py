@@ -1,0 +1,312 @@
+"""Command: is a ``.nemo`` file the same model as a Hugging Face folder?
+
+Four checks, all run, one line each: every weight bit for bit after NeMo -> Hugging Face; every other file by
+SHA-256; the architecture keys of the config; and logits in fp32 on a short and a long prompt, where a mapping
+that is wrong in both directions, or a wrong rotary base, shows. Exit status 1 when one fails, with the worst
+tensor's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters import cli
+from converters.hf_folder import HfFolder, asset_files, open_hf_folder, read_json
+from converters.model_config import ARCHITECTURE_KEYS, nemo_config
+from converters.nemo_weights import NemoWeights
+from nemo_ampo.checkpoint import read_model_config, unpack_assets, unpack_weights
+
+PROMPT_LENGTHS = (32, 1600)
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of one check.
+
+    Attributes:
+        name: what was compared.
+        passed: whether it held.
+        worst: the tensor, file or config key that differs most; empty if none does.
+        difference: size of the worst difference, in words.
+    """
+
+    name: str
+    passed: bool
+    worst: str = ""
+    difference: str = ""
+
+
+def shared_type(stored: torch.dtype, hf: torch.dtype) -> torch.dtype:
+    """The type both sides can be compared in: Hugging Face's, unless NeMo's is narrower."""
+    return hf if torch.promote_types(stored, hf) == stored else stored
+
+
+def check_weights(hf: HfFolder, stored: NemoWeights) -> Check:
+    """Every Hugging Face weight, against the one that export would write, bit for bit.
+
+    Where one side is kept on purpose in a narrower type, the other is rounded to it, and the result says so.
+    """
+    bindings = hf.bindings()
+    stored.check(bindings, hf.shape)
+    stored_type, hf_type = stored.dtype(), hf.weights.dtype()
+    shared = shared_type(stored_type, hf_type)
+    differences: dict[str, float] = {}
+    count = 0
+    for name, exported in stored.hf_tensors(bindings, hf.shape):
+        count += 1
+        expected, found = hf.weights.load(name).to(shared), exported.to(shared)
+        if not torch.equal(expected.view(_bits(expected)), found.contiguous().view(_bits(found))):
+            differences[name] = _max_difference(expected, found)
+    name = f"weights ({count} tensors{_rounding_note(stored_type, hf_type)})"
+    if not differences:
+        return Check(name, True, difference="bitwise equal")
+    worst = max(differences, key=lambda key: differences[key])
+    return Check(name, False, worst, f"max {differences[worst]:.3g}; {len(differences)} tensors differ")
+
+
+def _rounding_note(stored: torch.dtype, hf: torch.dtype) -> str:
+    if stored == hf:
+        return ""
+    return f", .nemo {_word(stored)}, hf {_word(hf)}, compared in {_word(shared_type(stored, hf))}"
+
+
+def _bits(tensor: Tensor) -> torch.dtype:
+    """Integer type of the same width: compares NaN and signed zero by their bits."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+
+
+def _max_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; a NaN on one side only counts as infinite."""
+    difference = (a.double() - b.double()).abs()
+    return float(torch.where(difference.isnan(), torch.inf, difference).max())
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_assets(hf: HfFolder, assets: Path) -> Check:
+    """Every file of the folder that is not a weight has travelled byte for byte. The ``.nemo`` may hold more.
+
+    One difference is allowed: an export into another type on request says so in config.json.
+    """
+    files = list(asset_files(hf.path))
+    name = f"files ({len(files)} by sha256)"
+    outcome = "bitwise equal"
+    for relative in files:
+        if not (assets / relative).is_file():
+            return Check(name, False, relative.as_posix(), "not in the .nemo file")
+        if _sha256(assets / relative) != _sha256(hf.path / relative):
+            if relative.as_posix() != "config.json" or _without_type(assets) != _without_type(hf.path):
+                return Check(name, False, relative.as_posix(), "other bytes")
+            outcome = "bitwise equal, but for torch_dtype in config.json"
+    return Check(name, True, difference=outcome)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_type(folder: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_json(folder / "config.json").items() if key != "torch_dtype"}
+
+
+def check_config(hf: HfFolder, stored: dict[str, Any]) -> Check:
+    """The architecture keys of ``model_config.yaml`` are those that config.json asks for."""
+    expected = nemo_config(hf.config, hf.family, hf.path)
+    name = f"config ({len(ARCHITECTURE_KEYS)} keys)"
+    for key in ARCHITECTURE_KEYS:
+        if stored.get(key) != expected.get(key):
+            return Check(name, False, key, f"is {stored.get(key)!r}, expected {expected.get(key)!r}")
+    return Check(name, True, difference="equal")
+
+
+Trace = dict[str, Tensor]
+"""What a model computed for one prompt: each layer's output [T, hidden] by name, then ``logits`` [T, V]."""
+
+
+def check_logits(
+    hf: HfFolder,
+    unpacked: Path,
+    stored: dict[str, Any],
+    assets: Path,
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    tolerance: float = TOLERANCE,
+) -> list[Check]:
+    """Logits of NeMo and of transformers in fp32; a failure names the first layer whose output differs."""
+    longest = hf.config.max_position_embeddings
+    prompts = [_prompt(min(length, longest), hf.shape.vocab) for length in prompt_lengths]
+    shared = shared_type(NemoWeights(unpacked).dtype(), hf.weights.dtype())
+    expected = _hf_traces(hf, prompts, shared)
+    gc.collect()
+    config = nemo_config(hf.config, hf.family, assets)
+    config |= {key: stored[key] for key in ARCHITECTURE_KEYS if key in stored}
+    found = _nemo_traces(unpacked, config, hf.shape.vocab, prompts, shared)
+    return [
+        _compare(f"logits, {len(tokens)} tokens", e, f, tolerance)
+        for tokens, e, f in zip(prompts, expected, found, strict=True)
+    ]
+
+
+def _prompt(length: int, vocab: int) -> Tensor:
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(length))
+
+
+def _compare(name: str, expected: Trace, found: Trace, tolerance: float) -> Check:
+    differences = {key: _max_difference(expected[key], found[key]) for key in expected}
+    logits = differences["logits"]
+    if logits <= tolerance:
+        return Check(name, True, difference=f"max {logits:.3g}")
+    culprit = next(key for key, difference in differences.items() if difference > tolerance)
+    return Check(name, False, culprit, f"max {differences[culprit]:.3g} there, {logits:.3g} in the logits")
+
+
+@contextlib.contextmanager
+def _layer_outputs(layers: Iterable[torch.nn.Module], batch_dim: int) -> Iterator[Trace]:
+    """Collect what each layer returns for the only sequence of the batch."""
+    outputs: Trace = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs[name] = hidden.select(batch_dim, 0).clone()
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(hook_for(f"model.layers.{i} (output)")) for i, layer in enumerate(layers)
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give fp32 parameters the values that ``dtype`` can hold."""
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+
+
+@torch.inference_mode()
+def _hf_traces(hf: HfFolder, prompts: Sequence[Tensor], rounded_to: torch.dtype) -> list[Trace]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf.path, torch_dtype=torch.float32).eval()
+    _round(model, rounded_to)
+    traces = []
+    for tokens in prompts:
+        with _layer_outputs(model.model.layers, batch_dim=0) as trace:
+            trace["logits"] = model(tokens[None], use_cache=False).logits[0]
+        traces.append(trace)
+    return traces
+
+
+@torch.inference_mode()
+def _nemo_traces(
+    unpacked: Path, config: dict[str, Any], vocab: int, prompts: Sequence[Tensor], rounded_to: torch.dtype
+) -> list[Trace]:
+    from nemo_ampo.compat import setup
+
+    setup("cpu")
+    from converters.nemo_model import restore_fp32
+
+    [module] = restore_fp32(unpacked, config).get_model_module_list()
+    _round(module, rounded_to)
+    traces = []
+    for tokens in prompts:
+        # Megatron's hidden states are [T, B, hidden]; a mask of None means causal.
+        with _layer_outputs(module.decoder.layers, batch_dim=1) as trace:
+            positions = torch.arange(len(tokens))[None]
+            trace["logits"] = module(tokens[None], positions, None)[0, :, :vocab]
+        traces.append(trace)
+    return traces
+
+
+def verify(
+    hf_dir: Path,
+    nemo_path: Path,
+    logits: bool = True,
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    tolerance: float = TOLERANCE,
+) -> list[Check]:
+    """Run the checks.
+
+    Args:
+        hf_dir: Hugging Face model folder.
+        nemo_path: ``.nemo`` file.
+        logits: run both models; without it NeMo is not needed.
+        prompt_lengths: tokens of each prompt, cut to ``max_position_embeddings``.
+        tolerance: largest absolute difference of a logit.
+
+    Raises:
+        UserError: either side cannot be read, or its tensors are not those of the mapping table.
+    """
+    hf = open_hf_folder(hf_dir)
+    stored = read_model_config(nemo_path)
+    with tempfile.TemporaryDirectory(prefix="nemo-verify-") as temporary:
+        unpacked = unpack_weights(nemo_path, Path(temporary) / "checkpoint")
+        assets = unpack_assets(nemo_path, Path(temporary) / "assets")
+        checks = [
+            check_weights(hf, NemoWeights(unpacked)),
+            check_assets(hf, assets),
+            check_config(hf, stored),
+        ]
+        if logits:
+            checks += check_logits(hf, unpacked, stored, assets, prompt_lengths, tolerance)
+    return checks
+
+
+def report(checks: Sequence[Check]) -> int:
+    """Print the table; exit status 0 if all passed, 1 with a line that names the worst tensor otherwise."""
+    width = max(len(c.name) for c in checks)
+    for c in checks:
+        print(f"{c.name:<{width}}  {'ok  ' if c.passed else 'FAIL'}  {c.difference}  {c.worst}".rstrip())
+    failed = [c for c in checks if not c.passed]
+    for c in failed:
+        print(f"parity failed: {c.worst}: {c.difference}")
+    return cli.DIFFERENT if failed else cli.OK
+
+
+def parser() -> argparse.ArgumentParser:
+    """Command line of ``python -m converters.verify``."""
+    p = argparse.ArgumentParser(prog="python -m converters.verify", description=__doc__)
+    p.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
+    p.add_argument("--nemo", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
+    p.add_argument(
+        "--no-logits", action="store_true", help="compare weights, files and config only; no NeMo needed"
+    )
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest difference of a logit in fp32 (%(default)s)",
+    )
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see the module's docstring."""
+    args = parser().parse_args(argv)
+    return cli.run(
+        lambda: report(verify(args.hf, args.nemo, logits=not args.no_logits, tolerance=args.tolerance))
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""Behaviour cloning: NeMo-Aligner's supervised trainer with our loop, row order and validation. [nemo]
+
+Validation answers two questions per mode: how surprised is the model by held-out replies, and what does it reply itself?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemo_aligner.algorithms.supervised import SupervisedTrainer
+from nemo_aligner.utils.trainer_utils import check_progress
+
+from nemo_ampo.config import BcDataConfig
+from nemo_ampo.data.bc import BcExample
+from nemo_ampo.data.collate import BcDataset, collate_bc
+from nemo_ampo.errors import FormatError
+from nemo_ampo.forward import token_logprobs
+from nemo_ampo.grammar import parse_reply
+from nemo_ampo.interrupt import StopRequest
+from nemo_ampo.metrics import mean
+from nemo_ampo.modes import MODES, NO_MODE
+from nemo_ampo.optimise import optimise
+from nemo_ampo.progress import Progress
+from nemo_ampo.ranks import Ranks
+from nemo_ampo.rollout.engine import Engine, Request, SamplingSpec, request_seed
+from nemo_ampo.runlog import RunLog
+from nemo_ampo.sampler import SizedBatches, rows_of_step
+
+
+@dataclass(frozen=True)
+class BcParts:
+    """What the stage works with besides Aligner's own objects."""
+
+    train: Sequence[BcExample]
+    heldout: Sequence[BcExample]
+    tokenizer: Any
+    engine: Engine
+    ranks: Ranks
+    run_log: RunLog
+    data: BcDataConfig
+    stop_token_ids: tuple[int, ...]
+    pad_id: int
+    seed: int
+
+
+class BcTrainer(SupervisedTrainer):
+    """Clones until ``trainer.sft.max_steps``.
+
+    Args:
+        parts: data and tools.
+        upstream: the remaining arguments of :class:`SupervisedTrainer` (cfg, model, optimizer, scheduler, logger,
+            ckpt_callback, run_timer).
+    """
+
+    def __init__(self, *, parts: BcParts, **upstream: Any) -> None:
+        batch_size = int(upstream["model"].cfg.global_batch_size)
+        super().__init__(
+            train_dataloader=SizedBatches(len(parts.train), batch_size),
+            val_dataloader=SizedBatches(len(parts.heldout), 1),
+            test_dataloader=None,
+            **upstream,
+        )
+        self.parts = parts
+        self._rows = BcDataset(parts.train)
+
+    def fit(self) -> bool:
+        """Train to the last step.
+
+        Returns:
+            True when all steps are done; False when a signal or the time limit ended the run at a checkpoint.
+        """
+        self.run_timer.start_time()
+        ranks, shown = self.parts.ranks, {}
+        with StopRequest() as stop, Progress("BC", self.step, self.max_steps, ranks.is_main) as progress:
+            while self.step < self.max_steps:
+                metrics = optimise(self, self._batch_of_step(), self.cfg.gradient_clip_val)
+                self._log(metrics, "train")
+                self.step += 1
+                self.consumed_samples += self.train_dataloader.global_batch_size
+                ended = ranks.any(stop.requested) or self.run_timer.is_finished()
+                validate, save, _ = check_progress(
+                    self.step, self.max_steps, self.val_check_interval, self.cfg.save_interval, 1.0, ended
+                )
+                if validate and not ended:
+                    shown = self.validate()
+                    self._log(shown, "val")
+                progress.step(
+                    self.step, {k: v for k, v in (metrics | shown).items() if k in ("loss", "valid_replies")}
+                )
+                if save:
+                    self.save()
+                if ended and self.step < self.max_steps:
+                    return False
+        self.logger.finalize()
+        return True
+
+    def validate(self) -> dict[str, float]:
+        """Loss on held-out replies and grammar of the model's own, overall and per mode."""
+        return self._heldout_loss() | self._heldout_replies()
+
+    def _batch_of_step(self) -> dict[str, torch.Tensor]:
+        """This replica's rows of the step, padded; the order of rows is that of the job, whatever its layout."""
+        sizes, ranks = self.train_dataloader, self.parts.ranks
+        rows = rows_of_step(len(self._rows), sizes.global_batch_size, self.step, self.parts.seed)
+        share = len(rows) // ranks.data_size
+        mine = rows[ranks.data_rank * share : (ranks.data_rank + 1) * share]
+        batch = collate_bc([self._rows[i] for i in mine], self.parts.pad_id)
+        # Right padding and causal attention need no mask; NeMo's splitter would also refuse its batch dimension of 1.
+        return {k: v for k, v in batch.items() if k not in ("attention_mask", "modes")}
+
+    def _my_heldout(self, limit: int | None = None) -> list[tuple[int, BcExample]]:
+        rows = list(enumerate(self.parts.heldout))[:limit]
+        return rows[self.parts.ranks.data_rank :: self.parts.ranks.data_size]
+
+    def _heldout_loss(self) -> dict[str, float]:
+        """Mean negative log-likelihood per reply token, nats."""
+        mine = [example for _, example in self._my_heldout()]
+        sums: list[tuple[int, float, int]] = []
+        size = int(self.model.cfg.data.validation_ds.micro_batch_size)
+        for begin in range(0, len(mine), size):
+            batch = collate_bc([BcDataset(mine[begin : begin + size])[i] for i in range(len(mine[begin : begin + size]))], self.parts.pad_id)
+            logprobs_BT = token_logprobs(self.model, _with_next(batch), size).cpu() * batch["loss_mask"]
+            tokens_B = batch["loss_mask"].sum(dim=1)
+            sums += zip(
+                batch["modes"].tolist(), logprobs_BT.sum(dim=1).tolist(), tokens_B.int().tolist(), strict=True
+            )
+        everyone = self.parts.ranks.gather(sums)
+        return {"val_loss": _nll(everyone)} | {
+            f"val_loss_mode_{k}": _nll([s for s in everyone if s[0] == k]) for k in MODES
+        }
+
+    def _heldout_replies(self) -> dict[str, float]:
+        """Sampled replies to held-out prompts at temperature 1: share that obeys the grammar, and the modes chosen."""
+        requests = [
+            Request(i, example.tokens[: example.prompt_len], request_seed(self.parts.seed, 0, "heldout", i))
+            for i, example in self._my_heldout(self.parts.data.heldout_replies)
+        ]
+        if not requests:
+            return {}
+        sampling = SamplingSpec(self.parts.data.max_new_tokens, self.parts.stop_token_ids)
+        responses = self.parts.engine.generate(requests, sampling)
+        texts = [self.parts.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in responses]
+        modes = self.parts.ranks.gather([_mode(text) for text in texts])
+        return {"valid_replies": mean(float(m != NO_MODE) for m in modes)} | {
+            f"mode_{k}_share": mean(float(m == k) for m in modes) for k in MODES
+        }
+
+    def _log(self, metrics: dict[str, float], kind: str) -> None:
+        named = {f"bc/{name}": value for name, value in metrics.items()}
+        self.parts.run_log.metrics(self.step, named, kind)
+        self.logger.log_metrics(named, step=self.step)
+
+
+def _with_next(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Tokens with the last label appended, so that log-probabilities [B, T] line up with labels and loss mask."""
+    return torch.cat((batch["tokens"], batch["labels"][:, -1:]), dim=1)
+
+
+def _nll(sums: Sequence[tuple[int, float, int]]) -> float:
+    tokens = sum(s[2] for s in sums)
+    return -sum(s[1] for s in sums) / tokens if tokens else float("nan")
+
+
+def _mode(text: str) -> int:
+    try:
+        return parse_reply(text).mode
+    except FormatError:
+        return NO_MODE

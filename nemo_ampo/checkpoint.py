@@ -1,0 +1,310 @@
+"""``.nemo`` files that carry their Hugging Face folder along.
+
+A ``.nemo`` file is an uncompressed tar of ``model_config.yaml`` and ``model_weights/``. NeMo does not pack a
+Hugging Face tokenizer, it stores the path of the folder. So every ``.nemo`` of this project has one more
+member, ``hf_assets/``, with each file of the Hugging Face folder that is not a weight, byte for byte: config,
+tokenizer, chat template, generation config, licence. Loading unpacks it and points NeMo there; export copies
+it back. Nothing here imports NeMo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nemo_ampo.errors import UserError
+
+ASSETS_FOLDER = "hf_assets"
+WEIGHTS_FOLDER = "model_weights"
+CONFIG_NAME = "model_config.yaml"
+_COPY_BYTES = 16 * 1024 * 1024
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _open_tar(nemo_path: Path) -> Iterator[tarfile.TarFile]:
+    if not nemo_path.is_file():
+        raise UserError(f"{nemo_path}: no such .nemo file")
+    try:
+        with tarfile.open(nemo_path, "r:") as tar:
+            yield tar
+    except tarfile.ReadError as error:
+        raise UserError(f"{nemo_path}: not a complete .nemo file ({error})") from error
+
+
+def _relative(member: tarfile.TarInfo) -> PurePosixPath:
+    """Member name without the leading ``./`` that NeMo writes; refuses names that would leave the folder."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"unsafe member name in the .nemo file: {member.name!r}")
+    return path
+
+
+def _members(tar: tarfile.TarFile, folder: str) -> dict[PurePosixPath, tarfile.TarInfo]:
+    """Files below ``folder``, by their path inside it; of two members with one name the later counts."""
+    return {
+        path.relative_to(folder): member
+        for member in tar.getmembers()
+        if member.isfile() and folder in (path := _relative(member)).parts[:1]
+    }
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> io.BufferedReader:
+    stream = tar.extractfile(member)
+    assert stream is not None  # only directories and links have no stream, and _members keeps files
+    return stream  # type: ignore[return-value]
+
+
+def _copy_out(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """Write one member, complete or not at all, so that several ranks may unpack into one folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".unpack-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            shutil.copyfileobj(_read(tar, member), out, _COPY_BYTES)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _asset_members(tar: tarfile.TarFile, nemo_path: Path) -> dict[PurePosixPath, tarfile.TarInfo]:
+    found = _members(tar, ASSETS_FOLDER)
+    if not found:
+        raise UserError(
+            f"{nemo_path}: has no {ASSETS_FOLDER}/ (tokenizer, chat template, config); make it with "
+            "`python -m converters.hf_to_nemo`, or add them with nemo_ampo.checkpoint.add_assets"
+        )
+    return found
+
+
+def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
+    """``model_config.yaml`` of a ``.nemo`` file.
+
+    Raises:
+        UserError: no such file, not a ``.nemo`` file, or no config in it.
+    """
+    import yaml
+
+    path = Path(nemo_path)
+    with _open_tar(path) as tar:
+        for member in tar.getmembers():
+            if member.isfile() and _relative(member) == PurePosixPath(CONFIG_NAME):
+                return yaml.safe_load(_read(tar, member))
+    raise UserError(f"{path}: not a .nemo file (no {CONFIG_NAME} in it)")
+
+
+def unpack_assets(nemo_path: Path | str, dest: Path | str) -> Path:
+    """Write the Hugging Face files of a ``.nemo`` file into ``dest``, byte for byte.
+
+    Safe to call from several processes at once and again later: each file appears complete or not at all.
+
+    Returns:
+        ``dest``, the folder that ``AutoTokenizer`` and ``AutoConfig`` load.
+
+    Raises:
+        UserError: the file is absent, torn, or carries no assets.
+    """
+    path, folder = Path(nemo_path), Path(dest)
+    with _open_tar(path) as tar:
+        for relative, member in _asset_members(tar, path).items():
+            _copy_out(tar, member, folder / relative)
+    return folder
+
+
+def unpack_weights(nemo_path: Path | str, dest: Path | str) -> Path:
+    """Write ``model_weights/`` and ``model_config.yaml`` into ``dest``.
+
+    Returns:
+        ``dest``, which NeMo accepts as an extracted ``.nemo``.
+
+    Raises:
+        UserError: the file is absent or torn, or holds no distributed checkpoint.
+    """
+    path, folder = Path(nemo_path), Path(dest)
+    with _open_tar(path) as tar:
+        weights = _members(tar, WEIGHTS_FOLDER)
+        if not weights:
+            raise UserError(
+                f"{path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported"
+            )
+        for relative, member in weights.items():
+            _copy_out(tar, member, folder / WEIGHTS_FOLDER / relative)
+        for member in tar.getmembers():
+            if _relative(member) == PurePosixPath(CONFIG_NAME):
+                _copy_out(tar, member, folder / CONFIG_NAME)
+    return folder
+
+
+# --- config -------------------------------------------------------------------------------------------------
+
+
+def tokenizer_config(folder: Path | str) -> dict[str, Any]:
+    """NeMo's ``model.tokenizer`` for a Hugging Face tokenizer folder."""
+    return {
+        "library": "huggingface",
+        "type": str(Path(folder).resolve()),
+        "model": None,
+        "vocab_file": None,
+        "merge_file": None,
+        "use_fast": True,
+    }
+
+
+def load_overrides(nemo_path: Path | str, assets_dir: Path | str, device: str = "cpu") -> dict[str, Any]:
+    """What to merge over a ``.nemo`` file's config before NeMo restores it on this machine.
+
+    Args:
+        nemo_path: the checkpoint.
+        assets_dir: where :func:`unpack_assets` put its Hugging Face files.
+        device: ``gpu`` for Transformer Engine layers, ``cpu`` for Megatron's local ones.
+
+    Raises:
+        UserError: ``assets_dir`` is not a tokenizer folder, or the checkpoint is not one of a GPT model.
+    """
+    folder = Path(assets_dir)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; unpack the checkpoint's assets there first")
+    if not read_model_config(nemo_path).get("mcore_gpt"):
+        raise UserError(
+            f"{nemo_path}: not a Megatron-core GPT model (mcore_gpt is not true in {CONFIG_NAME})"
+        )
+    return {"tokenizer": tokenizer_config(folder), "transformer_engine": device == "gpu"}
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -> None:
+    """Put a folder of Hugging Face files into a ``.nemo`` file, replacing those it may already carry.
+
+    Args:
+        nemo_path: the checkpoint, changed in place.
+        folder: every file in it is packed; it must hold no weights.
+        atomic: work on a copy and rename it. Without it a crash can leave a torn file: only for files nobody
+            else sees.
+
+    Raises:
+        UserError: either path is absent, or the folder has no config.json.
+    """
+    path, source = Path(nemo_path), Path(folder)
+    files = sorted(p for p in source.rglob("*") if p.is_file())
+    if source / "config.json" not in files:
+        raise UserError(f"{source}: no config.json; expected the Hugging Face files of the model")
+    with _open_tar(path) as tar:
+        replaces = bool(_members(tar, ASSETS_FOLDER))
+    if not (atomic or replaces):
+        _append(path, source, files)
+        return
+    temporary = path.with_name(f".{path.name}.assets-{os.getpid()}")
+    try:
+        if replaces:
+            _copy_without_assets(path, temporary)
+        else:
+            shutil.copyfile(path, temporary)
+        _append(temporary, source, files)
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _append(path: Path, source: Path, files: list[Path]) -> None:
+    with tarfile.open(path, "a:", dereference=True) as tar:
+        for file in files:
+            tar.add(
+                file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous
+            )
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Owner, date and mode of the packing machine are no part of the checkpoint."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    member.mode = 0o644
+    return member
+
+
+def _copy_without_assets(path: Path, target: Path) -> None:
+    with _open_tar(path) as old, tarfile.open(target, "w:") as new:
+        for member in old.getmembers():
+            if ASSETS_FOLDER not in _relative(member).parts[:1]:
+                new.addfile(member, _read(old, member) if member.isfile() else None)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Make ``temporary`` durable, then give it its name."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
+    """Save a NeMo model as a ``.nemo`` file that carries its Hugging Face files.
+
+    Every rank of the job must call it. NeMo writes beside the target, so all of it happens in a folder next
+    to ``path``; rank 0 adds the assets and publishes the file by rename. A save that dies leaves ``path`` as
+    it was.
+
+    Args:
+        model: a NeMo model with ``save_to`` (any MegatronGPTModel).
+        path: the ``.nemo`` file, on a file system that all ranks see.
+        assets_dir: Hugging Face files to pack, as :func:`unpack_assets` leaves them.
+
+    Raises:
+        UserError: ``assets_dir`` has no config.json.
+    """
+    target = Path(path).absolute()
+    if not (Path(assets_dir) / "config.json").is_file():
+        raise UserError(f"{assets_dir}: no config.json; expected the Hugging Face files of the model")
+    staging = target.with_name(f".{target.name}.saving")
+    if _is_rank_zero():
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    _barrier()
+    staged = staging / target.name
+    with _temporary_files_in(staging):
+        model.save_to(str(staged))
+    if _is_rank_zero():
+        add_assets(staged, assets_dir, atomic=False)
+        _publish(staged, target)
+        shutil.rmtree(staging)
+    _barrier()
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """NeMo packs through the system's temporary folder, which is often too small for a model."""
+    before = tempfile.tempdir
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _is_rank_zero() -> bool:
+    import torch
+
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _barrier() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

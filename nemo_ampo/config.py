@@ -1,0 +1,375 @@
+"""Our own configuration keys: a closed, typed tree. NeMo's ``trainer``, ``model`` and ``exp_manager`` pass through.
+
+A recipe's YAML has our sections beside NeMo's. :func:`read_config` merges ours into the dataclasses below, where each
+default stands once with its unit, so that a misspelt key or a wrong type stops the run before anything is loaded.
+Section classes owned by a part (judge, reward) are defined beside that part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.rewards import RewardConfig
+
+NEMO_SECTIONS = ("trainer", "model", "exp_manager")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how it behaves.
+
+    Attributes:
+        dir: run folder; everything the run writes goes below it.
+        seed: decides prompts, sampling and shuffling.
+        device: auto, cpu or gpu.
+        verbose: show the frameworks' own log lines.
+        init_from: the ``.nemo`` the stage starts from.
+        log_rollouts: samples written to ``rollouts.jsonl`` per step; -1 writes all of them.
+    """
+
+    dir: str = MISSING
+    seed: int = 1
+    device: str = "auto"
+    verbose: bool = False
+    init_from: str = MISSING
+    log_rollouts: int = -1
+
+
+@dataclass
+class BcDataConfig:
+    """Rows of the behaviour-cloning stage.
+
+    Attributes:
+        train, heldout: JSON or JSONL with system, instruction, input, output.
+        max_tokens: longest prompt plus reply, tokens.
+        on_too_long: ``error`` or ``drop`` (counted in the log).
+        heldout_replies: held-out prompts answered by the model at each validation to measure the share of valid replies.
+        max_new_tokens: limit of those replies, tokens.
+    """
+
+    train: str = MISSING
+    heldout: str = MISSING
+    max_tokens: int = 8192
+    on_too_long: str = "error"
+    heldout_replies: int = 64
+    max_new_tokens: int = 2048
+
+
+@dataclass
+class AmpoDataConfig:
+    """Dialogue turns of the RL stage.
+
+    Attributes:
+        train: rows in the published layout (JSON, JSONL or Parquet).
+        sotopia_dir: a SOTOPIA folder; its opening turns become the rows when ``train`` is null.
+        system_prompt: text file for rows without a ``system`` column; null takes the one stored with the BC checkpoint,
+            or else the project's own.
+    """
+
+    train: str | None = None
+    sotopia_dir: str | None = None
+    system_prompt: str | None = None
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are drawn.
+
+    Attributes:
+        engine: ``megatron`` or ``trtllm``.
+        prompts_per_step: distinct prompts of one step, whole job.
+        group_size: responses per prompt (G).
+        max_prompt_tokens: a longer prompt stops the run at start-up, tokens.
+        max_new_tokens: a response is cut here, tokens.
+        temperature: of the sampling distribution; log-probabilities are taken under the same temperature only at 1.0.
+        batch_size: responses decoded at once on one replica.
+    """
+
+    engine: str = "megatron"
+    prompts_per_step: int = 16
+    group_size: int = 16
+    max_prompt_tokens: int = 6144
+    max_new_tokens: int = 2048
+    temperature: float = 1.0
+    batch_size: int = 128
+
+
+@dataclass
+class AlgorithmConfig:
+    """What the policy is optimised for.
+
+    Attributes:
+        advantage: ``ampo`` (sample level plus mode level) or ``grpo`` (sample level only).
+        clip_low, clip_high: the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
+        aggregate: ``token_mean`` or ``sequence_mean``, over one micro-batch.
+        kl_coef: weight of the KL term in the loss; 0 switches the reference policy off.
+        kl_kind: ``k1``, ``k2`` or ``k3``.
+        entropy_coef: weight of the entropy bonus.
+    """
+
+    advantage: str = "ampo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregate: str = "token_mean"
+    kl_coef: float = 0.001
+    kl_kind: str = "k3"
+    entropy_coef: float = 0.001
+
+
+@dataclass
+class EvaluateDataConfig:
+    """Held-out turns to answer.
+
+    Attributes:
+        turns: rows in the published RL layout.
+        limit: the first so many rows; -1 takes all.
+        samples: answers drawn per row.
+        system_prompt: as in the AMPO stage.
+    """
+
+    turns: str = MISSING
+    limit: int = -1
+    samples: int = 1
+    system_prompt: str | None = None
+
+
+@dataclass
+class GenerateConfig:
+    """How an exported checkpoint answers during evaluation.
+
+    Attributes:
+        max_new_tokens: limit, tokens.
+        temperature: 0 takes the most likely token.
+        batch_size: rows at once.
+    """
+
+    max_new_tokens: int = 2048
+    temperature: float = 0.7
+    batch_size: int = 64
+
+
+@dataclass
+class EvaluateRunConfig:
+    """Where an evaluation lives.
+
+    Attributes:
+        dir: results are written below it.
+        name: label of the checkpoint in tables.
+        checkpoint: Hugging Face folder.
+        seed: of the sampling.
+        device: auto, cpu or gpu.
+    """
+
+    dir: str = MISSING
+    name: str = MISSING
+    checkpoint: str = MISSING
+    seed: int = 1
+    device: str = "auto"
+
+
+@dataclass
+class BcConfig:
+    """Behaviour cloning."""
+
+    run: RunConfig
+    data: BcDataConfig
+
+
+@dataclass
+class AmpoConfig:
+    """Adaptive mode policy optimisation."""
+
+    run: RunConfig
+    data: AmpoDataConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algorithm: AlgorithmConfig
+    judge: JudgeConfig
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation of an exported checkpoint."""
+
+    run: EvaluateRunConfig
+    data: EvaluateDataConfig
+    generate: GenerateConfig
+    reward: RewardConfig
+    judge: JudgeConfig
+
+
+STAGES: dict[str, type[Any]] = {"bc": BcConfig, "ampo": AmpoConfig, "evaluate": EvaluateConfig}
+
+
+C = TypeVar("C", BcConfig, AmpoConfig, EvaluateConfig)
+
+
+def read_config(raw: DictConfig, schema: type[C]) -> C:
+    """Our sections of a composed Hydra config as typed objects.
+
+    Args:
+        raw: composed config; NeMo's sections are left alone.
+        schema: one of the three stage classes.
+
+    Raises:
+        ConfigError: unknown section or key, wrong type, or a required key without a value.
+    """
+    ours = {f.name for f in fields(schema)}
+    unknown = sorted(set(map(str, raw)) - ours - set(NEMO_SECTIONS))
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]}: unknown section; this stage has {', '.join(sorted(ours))} and NeMo's {', '.join(NEMO_SECTIONS)}"
+        )
+    try:
+        sections = {f.name: _section(f.name, f.type, raw.get(f.name)) for f in fields(_resolved(schema))}
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
+    return schema(**sections)
+
+
+def default_keys(schema: type[Any]) -> dict[str, Any]:
+    """Every key of a stage with its default, ``???`` where a value is required; the YAML files build on this."""
+    return {
+        f.name: OmegaConf.to_container(OmegaConf.structured(f.type)) for f in fields(_resolved(schema))
+    }
+
+
+def _section(name: str, section: Any, given: Any) -> Any:
+    typed = OmegaConf.create({name: OmegaConf.structured(section)})
+    # Frozen classes come out read-only; they are frozen again once they are objects.
+    OmegaConf.set_readonly(typed[name], False)
+    merged = OmegaConf.merge(typed, {name: given if given is not None else {}})
+    missing = OmegaConf.missing_keys(merged)
+    if missing:
+        raise ConfigError(f"{sorted(missing)[0]}: a value is required")
+    return OmegaConf.to_object(merged)[name]  # type: ignore[index, call-overload]
+
+
+def _resolved(schema: type[Any]) -> type[Any]:
+    """The class with its annotations as types instead of strings."""
+    hints = get_type_hints(schema)
+    for f in fields(schema):
+        f.type = hints[f.name]
+    return schema
+
+
+def check_bc(config: BcConfig) -> None:
+    """Rules between keys of the BC stage.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    _file("run.init_from", config.run.init_from)
+    _file("data.train", config.data.train)
+    _file("data.heldout", config.data.heldout)
+    _one_of("data.on_too_long", config.data.on_too_long, ("error", "drop"))
+
+
+def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
+    """Rules between keys of the AMPO stage.
+
+    Args:
+        config: our part.
+        nemo: the whole composed config, for the keys NeMo owns.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    from nemo_ampo.advantage import ADVANTAGES
+    from nemo_ampo.loss import AGGREGATES, KL_KINDS
+    from nemo_ampo.rollout import check_engine_name
+
+    check_engine_name(config.rollout.engine)
+    _file("run.init_from", config.run.init_from)
+    if (config.data.train is None) == (config.data.sotopia_dir is None):
+        raise ConfigError("data.train, data.sotopia_dir: give exactly one of the two")
+    if config.data.train is not None:
+        _file("data.train", config.data.train)
+    if config.data.system_prompt is not None:
+        _file("data.system_prompt", config.data.system_prompt)
+    _one_of("algorithm.advantage", config.algorithm.advantage, tuple(ADVANTAGES))
+    _one_of("algorithm.aggregate", config.algorithm.aggregate, tuple(AGGREGATES))
+    _one_of("algorithm.kl_kind", config.algorithm.kl_kind, tuple(KL_KINDS))
+    rollout = config.rollout
+    if rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size: {config.algorithm.advantage} compares responses within a group and needs at least 2, "
+            f"got {rollout.group_size}"
+        )
+    if rollout.temperature != 1.0:
+        raise ConfigError(
+            f"rollout.temperature: log-probabilities are computed at temperature 1.0, got {rollout.temperature}; the "
+            "ratio of new to old policy would be wrong"
+        )
+    model = nemo.model
+    replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
+    if world_size % replica:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not divide the "
+            f"{world_size} ranks of this job"
+        )
+    data_size = world_size // replica
+    samples = rollout.prompts_per_step * rollout.group_size
+    global_batch, micro_batch = int(model.global_batch_size), int(model.micro_batch_size)
+    if samples % global_batch:
+        raise ConfigError(
+            f"model.global_batch_size: {global_batch} does not divide the {samples} samples of a step "
+            "(rollout.prompts_per_step x rollout.group_size)"
+        )
+    if global_batch % (micro_batch * data_size):
+        raise ConfigError(
+            f"model.global_batch_size: {global_batch} is no multiple of model.micro_batch_size={micro_batch} times "
+            f"{data_size} data-parallel ranks"
+        )
+    forward = int(model.reinforce.forward_micro_batch_size)
+    if (samples // data_size) % forward:
+        raise ConfigError(
+            f"model.reinforce.forward_micro_batch_size: {forward} does not divide the {samples // data_size} samples "
+            "of one data-parallel rank"
+        )
+
+
+def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> None:
+    """Can this model be split like that?
+
+    Args:
+        model: NeMo model config of the checkpoint.
+        tensor, pipeline: parallel sizes asked for.
+
+    Raises:
+        ConfigError: naming the key, the size and what it does not divide.
+    """
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        count = model.get(key)
+        if count is not None and int(count) % tensor:
+            raise ConfigError(f"model.tensor_model_parallel_size: {tensor} does not divide {key}={count}")
+    if int(model["num_layers"]) % pipeline:
+        raise ConfigError(
+            f"model.pipeline_model_parallel_size: {pipeline} does not divide num_layers={model['num_layers']}"
+        )
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses to plain containers, for YAML and JSON."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
+    return config
+
+
+def _file(key: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise ConfigError(f"{key}: no such file: {path}")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,434 @@
+"""A judge for machines without one: the OpenAI chat API on top of the embedded world's rules.
+
+It reads dialogue and goals back out of the judge's prompt, scores them by rule and answers as a model would,
+so the client, its retries and the whole training loop run unchanged on a laptop. The same request always gets
+the same scores; latency and failures can be added to see how a run copes.
+
+Run it with ``python -m nemo_ampo.demo_judge``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from nemo_ampo.errors import UserError
+from nemo_ampo.prompts import read_judge_prompt
+
+MODEL = "demo-judge"
+
+Rules = Callable[[str, str, str, str, str], tuple[float, float]]
+"""(dialogue, agent1 name, agent1 goal, agent2 name, agent2 goal) -> goal achievement of both, 0..10."""
+
+_log = logging.getLogger(__name__)
+
+_PARENT_POLL_S = 0.5
+_SHUTDOWN_S = 2
+
+
+@dataclass(frozen=True)
+class DemoJudgeOptions:
+    """How the demo judge behaves.
+
+    Attributes:
+        latency_ms: wait before each answer, milliseconds.
+        fail_rate: share of calls that fail, 0..1; half of these with status 500, half with half a verdict.
+        seed: which calls those are. It depends on seed, prompt and how often that prompt was sent, not on
+            timing.
+    """
+
+    latency_ms: float = 0.0
+    fail_rate: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.latency_ms <= 600_000:
+            raise UserError(f"--latency-ms must lie in 0..600000, not {self.latency_ms}")
+        if not 0 <= self.fail_rate <= 1:
+            raise UserError(f"--fail-rate must lie in 0..1, not {self.fail_rate}")
+
+
+class ApiError(Exception):
+    """An error in the shape of the OpenAI API."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def create_app(options: DemoJudgeOptions, rules: Rules | None = None) -> FastAPI:
+    """The web application.
+
+    Args:
+        options: latency and failures.
+        rules: scores a dialogue; the embedded world's rules if None.
+    """
+    score = rules or _world_rules()
+    app = FastAPI(title="nemo-ampo demo judge", docs_url=None, redoc_url=None, openapi_url=None)
+    sent: Counter[str] = Counter()
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    async def models(request: Request) -> JSONResponse:
+        entry = {"id": MODEL, "object": "model", "created": 0, "owned_by": "nemo-ampo"}
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def chat_completions(request: Request) -> JSONResponse:
+        prompt = read_chat_request(await request.body())
+        reply = judge_reply(prompt, score)
+        await asyncio.sleep(options.latency_ms / 1000)
+        failure = _draw_failure(prompt, options, sent)
+        if failure == "status":
+            raise ApiError(500, "failure asked for with --fail-rate", kind="server_error")
+        return JSONResponse(_completion(prompt, reply[: len(reply) // 2] if failure == "cut" else reply))
+
+    async def api_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return JSONResponse(error.body, status_code=error.status)
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(
+            ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body,
+            status_code=error.status_code,
+        )
+
+    app.add_route("/health", health, methods=["GET"])
+    app.add_route("/v1/models", models, methods=["GET"])
+    app.add_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    return app
+
+
+def read_chat_request(body: bytes) -> str:
+    """The user message of a ``/v1/chat/completions`` request.
+
+    Raises:
+        ApiError: if the request is not one that can be answered, naming the field at fault.
+    """
+    try:
+        record = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON") from None
+    if not isinstance(record, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    model = record.get("model")
+    if not isinstance(model, str):
+        raise ApiError(400, "model must be a string", param="model")
+    if model != MODEL:
+        raise ApiError(404, f"the model {model!r} does not exist", param="model", code="model_not_found")
+    if record.get("n") not in (None, 1):
+        raise ApiError(400, "only n=1 is served", param="n")
+    if record.get("stream"):
+        raise ApiError(400, "streaming is not served", param="stream")
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(400, "messages must be a list that is not empty", param="messages")
+    texts = [
+        _text_of(message)
+        for message in messages
+        if isinstance(message, dict) and message.get("role") == "user"
+    ]
+    if not texts:
+        raise ApiError(400, "messages holds no user message", param="messages")
+    return texts[-1]
+
+
+def judge_reply(prompt: str, rules: Rules) -> str:
+    """What the demo judge says to ``prompt``: the verdict's JSON.
+
+    Raises:
+        ApiError: if ``prompt`` is not a judge prompt, or its dialogue is not one the rules know.
+    """
+    try:
+        request = read_judge_prompt(prompt)
+        score1, score2 = rules(
+            request.dialogue,
+            request.agent1_name,
+            request.agent1_goal,
+            request.agent2_name,
+            request.agent2_goal,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from None
+    return json.dumps(
+        {
+            "agent1": {
+                "reasoning": f"By the rules, {request.agent1_name} stands at {score1:g} of 10.",
+                "score": score1,
+            },
+            "agent2": {
+                "reasoning": f"By the rules, {request.agent2_name} stands at {score2:g} of 10.",
+                "score": score2,
+            },
+        }
+    )
+
+
+def run_demo_judge(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    options: DemoJudgeOptions | None = None,
+    ready_file: Path | None = None,
+    parent_pid: int | None = None,
+) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        options: latency and failures; none by default.
+        ready_file: gets the base URL once the server listens, complete or not at all; removed when it stops.
+        parent_pid: stop as soon as this process is no longer the parent.
+
+    Raises:
+        UserError: if the address cannot be listened on.
+    """
+    app = create_app(options or DemoJudgeOptions())
+    with _listen(host, port) as listener, _announced(ready_file) as announce:
+        base_url = _base_url(host, listener.getsockname()[1])
+
+        def on_ready() -> None:
+            announce(base_url)
+            _log.info("demo judge: base_url=%s model=%s", base_url, MODEL)
+
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S, lifespan="off"
+        )
+        # uvicorn raises the signal that stopped it once more; by default SIGTERM would then end us before we
+        # clean up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            _Server(config, on_ready, parent_pid).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def demo_judge_process(
+    options: DemoJudgeOptions | None = None, *, start_timeout_s: float = 60.0
+) -> Iterator[str]:
+    """Run the demo judge as a process of its own and yield its base URL.
+
+    The process is stopped on leaving the block, and stops by itself should this process die.
+
+    Raises:
+        UserError: if it does not come up, with what it printed.
+    """
+    options = options or DemoJudgeOptions()
+    with tempfile.TemporaryDirectory(prefix="demo-judge-") as folder:
+        ready_file, log_file = Path(folder, "url"), Path(folder, "log")
+        command = [sys.executable, "-m", "nemo_ampo.demo_judge", "--parent-pid", str(os.getpid())]
+        command += ["--ready-file", str(ready_file), "--latency-ms", str(options.latency_ms)]
+        command += ["--fail-rate", str(options.fail_rate), "--seed", str(options.seed)]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_child_environment()
+            )
+        try:
+            yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s)
+        finally:
+            _stop(process)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="demo-judge", description="Serve the embedded rule-based judge.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--latency-ms", type=float, default=DemoJudgeOptions.latency_ms)
+    parser.add_argument(
+        "--fail-rate", type=float, default=DemoJudgeOptions.fail_rate, help="share of calls that fail"
+    )
+    parser.add_argument("--seed", type=int, default=DemoJudgeOptions.seed, help="which calls fail")
+    parser.add_argument("--ready-file", type=Path, help="gets the base URL once the server listens")
+    parser.add_argument("--parent-pid", type=int, help="stop when this process is no longer the parent")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run_demo_judge(
+            host=arguments.host,
+            port=arguments.port,
+            options=DemoJudgeOptions(arguments.latency_ms, arguments.fail_rate, arguments.seed),
+            ready_file=arguments.ready_file,
+            parent_pid=arguments.parent_pid,
+        )
+    except UserError as error:
+        _log.error("error: %s", error)
+        return 2
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and stops when its parent is gone."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], parent_pid: int | None) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+        self._parent_pid = parent_pid
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+        if self._parent_pid is not None:
+            self._watch = asyncio.create_task(self._watch_parent(self._parent_pid))
+
+    async def _watch_parent(self, parent_pid: int) -> None:
+        while os.getppid() == parent_pid:
+            await asyncio.sleep(_PARENT_POLL_S)
+        self.should_exit = True
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        texts = [
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        ]
+        if texts and len(texts) == len(content):
+            return "".join(texts)
+    raise ApiError(400, "content must be a string or a list of text parts", param="messages")
+
+
+def _world_rules() -> Rules:
+    from nemo_ampo.world.rules import judge_dialogue
+
+    return judge_dialogue
+
+
+def _draw_failure(prompt: str, options: DemoJudgeOptions, sent: Counter[str]) -> str | None:
+    if options.fail_rate == 0:
+        return None
+    key = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
+    sent[key] += 1
+    draw = random.Random(f"{options.seed} {key} {sent[key]}")
+    return draw.choice(("status", "cut")) if draw.random() < options.fail_rate else None
+
+
+def _completion(prompt: str, reply: str) -> dict[str, Any]:
+    # The rules have no tokenizer; words stand in for tokens.
+    prompt_tokens, completion_tokens = len(prompt.split()), len(reply.split())
+    message = {"role": "assistant", "content": reply}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on --host {host} --port {port}: {error}") from None
+
+
+def _base_url(host: str, port: int) -> str:
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()  # Listening everywhere is for callers on other machines.
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+@contextlib.contextmanager
+def _announced(ready_file: Path | None) -> Iterator[Callable[[str], None]]:
+    """Yield the function that writes ``ready_file``; remove the file before and after."""
+    if ready_file is None:
+        yield lambda url: None
+        return
+
+    def announce(url: str) -> None:
+        partial = ready_file.with_name(f"{ready_file.name}.{os.getpid()}.tmp")
+        partial.write_text(url + "\n", encoding="utf-8")
+        partial.replace(ready_file)
+
+    ready_file.parent.mkdir(parents=True, exist_ok=True)
+    ready_file.unlink(missing_ok=True)
+    try:
+        yield announce
+    finally:
+        ready_file.unlink(missing_ok=True)
+
+
+def _child_environment() -> dict[str, str]:
+    """This environment, with the package importable also when it is not installed."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])])}
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float
+) -> str:
+    # A proxy of the environment must not be asked for a server on this machine.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        if ready_file.exists():
+            base_url = ready_file.read_text(encoding="utf-8").strip()
+            with contextlib.suppress(urllib.error.URLError):
+                direct.open(base_url.removesuffix("/v1") + "/health", timeout=5).close()
+                return base_url
+        time.sleep(0.02)
+    state = "is not ready" if process.poll() is None else f"exited with status {process.returncode}"
+    raise UserError(
+        f"the demo judge {state}: {log_file.read_text(encoding='utf-8', errors='replace').strip()}"
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=2 * _SHUTDOWN_S + 1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+r"""The reply format of the four modes: read it, write it, and find the words to be spoken.
+
+A reply names its mode, thinks in named sections when the mode asks for them, and ends in one quoted answer::
+
+    Thinking Level: 2
+    <|begin_of_thinking|>
+    Intent:
+    ...
+
+    Style:
+    ...
+
+    Response:
+    ...
+    <|end_of_thinking|>
+    <|begin_of_answer|>
+    "the spoken words"
+    <|end_of_answer|>
+
+Mode 1 has no thinking block. The tags are plain text, not special tokens. :func:`parse_reply` accepts exactly
+what the authors' reward code accepts, which is looser than the skeleton (text around the block, empty
+sections, extra sections); ``strict=True`` accepts only the skeleton. The section names come from
+:mod:`nemo_ampo.modes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nemo_ampo.errors import FormatError
+from nemo_ampo.modes import MODES, Mode
+from nemo_ampo.types import Reply
+
+__all__ = ["FORMAT_RULES", "FormatError", "Reply", "parse_reply", "render_reply", "spoken_text"]
+
+FORMAT_RULES = ("level", "tags", "order", "answer", "sections", "outside")
+"""Values of :attr:`FormatError.rule`, in the order they are checked; ``outside`` is a strict rule."""
+
+BEGIN_THINKING = "<|begin_of_thinking|>"
+END_THINKING = "<|end_of_thinking|>"
+BEGIN_ANSWER = "<|begin_of_answer|>"
+END_ANSWER = "<|end_of_answer|>"
+QUOTE = '"'
+
+_HEADINGS = tuple(dict.fromkeys(name for mode in MODES.values() for name in mode.sections))
+_TAG = re.compile("|".join(map(re.escape, (BEGIN_THINKING, END_THINKING, BEGIN_ANSWER, END_ANSWER))))
+_CUT_TAG = re.compile(r"<(?:\|\w*\|?)?\Z")  # a tag is several tokens: the token limit can fall inside one
+_LEVEL_LINE = re.compile(r"^Thinking Level:", re.MULTILINE)
+_HEADING_LINE = re.compile(rf"^(?:{'|'.join(_HEADINGS)}):$", re.MULTILINE)
+_DRAFT_HEADING = "\n\nResponse:\n"
+_FINISHED_QUOTATION = re.compile(r'\s*("[^"]+")\s*')
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """What one mode's reply is recognised by.
+
+    Attributes:
+        opening: the first two lines; where they occur, the mode is this one.
+        tags: each exactly once in the reply, in this order.
+        landmarks: each exactly once in the thinking, none before its predecessor.
+        heading: matches the headings of this mode anywhere, and those of other modes at the start of a line.
+    """
+
+    opening: str
+    tags: tuple[str, ...]
+    landmarks: tuple[str, ...]
+    heading: re.Pattern[str]
+
+
+def _skeleton(mode: Mode) -> _Skeleton:
+    block = BEGIN_THINKING if mode.sections else BEGIN_ANSWER
+    opening = f"Thinking Level: {mode.id}\n{block}\n"
+    tags: tuple[str, ...] = (opening, f"\n{END_ANSWER}")
+    if mode.sections:
+        tags = (opening, f"\n{END_THINKING}", f"{BEGIN_ANSWER}\n", f"\n{END_ANSWER}")
+    landmarks = tuple(mark for name in mode.sections for mark in (f"\n\n{name}:\n", f"{name}:\n"))[1:]
+    any_heading = "|".join(name if name in mode.sections else f"^{name}" for name in _HEADINGS)
+    return _Skeleton(opening, tags, landmarks, re.compile(rf"({any_heading}):\n", re.MULTILINE))
+
+
+_SKELETONS = {mode.id: _skeleton(mode) for mode in MODES.values()}
+
+
+def parse_reply(text: str, *, strict: bool = False) -> Reply:
+    """Read a decoded reply.
+
+    The mode is the lowest one whose first two lines occur anywhere. Its tags must occur exactly once and in
+    order; the answer must begin and end with the only two ``"`` in it; every section of the mode must occur
+    once and in order, all but the first after a blank line. Text outside the blocks, empty sections and
+    further sections are tolerated, as in the reference.
+
+    Args:
+        text: decoded without special tokens, not stripped.
+        strict: accept nothing but the skeleton: exactly the mode's sections, none empty, a non-empty answer,
+            and no text before, between or after the blocks.
+
+    Returns:
+        Mode, answer with its quotes, and section texts without surrounding blanks.
+
+    Raises:
+        FormatError: with the first rule of :data:`FORMAT_RULES` that fails.
+    """
+    mode = next((k for k, skeleton in _SKELETONS.items() if skeleton.opening in text), None)
+    if mode is None:
+        raise FormatError("level", "no 'Thinking Level: K' line with the opening tag of that level below it")
+    skeleton = _SKELETONS[mode]
+    positions = _positions_of_single("tags", skeleton.tags, text)
+    if any(later <= earlier for earlier, later in pairwise(positions)):
+        raise FormatError("order", f"the tags of level {mode} are not in their order")
+    _check_answer(text)
+    # Cut at the bare tags, not at their lines: where one stands inside the quotes the two readings differ,
+    # and this is the one that the reference hands to the judge.
+    answer = text.split(BEGIN_ANSWER)[-1].split(END_ANSWER)[0].strip()
+    thinking = _sections(text[positions[0] : positions[1]], skeleton) if skeleton.landmarks else {}
+    reply = Reply(mode, answer, thinking)
+    if strict:
+        _check_strict(reply, text)
+    return reply
+
+
+def _positions_of_single(rule: str, needles: tuple[str, ...], text: str) -> list[int]:
+    for needle in needles:
+        count = text.count(needle)
+        if count != 1:
+            raise FormatError(rule, f"{needle!r} occurs {count} times instead of once")
+    return [text.find(needle) for needle in needles]
+
+
+def _check_answer(text: str) -> None:
+    answer = text.split(f"{BEGIN_ANSWER}\n")[-1].split(f"\n{END_ANSWER}")[0]
+    if answer.count(QUOTE) != 2 or answer[0] != QUOTE or answer[-1] != QUOTE:
+        raise FormatError("answer", f"not one text between two quotation marks: {answer[:80]!r}")
+
+
+def _sections(thinking: str, skeleton: _Skeleton) -> dict[str, str]:
+    positions = _positions_of_single("sections", skeleton.landmarks, thinking)
+    if positions != sorted(positions):
+        raise FormatError("sections", "the sections are not in their order")
+    headings = list(skeleton.heading.finditer(thinking))
+    ends = [heading.start() for heading in headings[1:]] + [len(thinking)]
+    return {
+        heading[1]: thinking[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)
+    }
+
+
+def _check_strict(reply: Reply, text: str) -> None:
+    if reply.answer.strip(QUOTE).strip() == "":
+        raise FormatError("answer", "the answer is empty")
+    if tuple(reply.thinking) != MODES[reply.mode].sections:
+        raise FormatError("sections", f"level {reply.mode} with the sections {', '.join(reply.thinking)}")
+    empty = [name for name, section in reply.thinking.items() if not section]
+    if empty:
+        raise FormatError("sections", f"section {empty[0]} is empty")
+    if text != _written(reply):
+        raise FormatError("outside", "text or blank lines outside the blocks and sections")
+
+
+def render_reply(mode: int, answer: str, thinking: Mapping[str, str] | None = None) -> str:
+    """Write the exact skeleton of a mode: the inverse of :func:`parse_reply`.
+
+    Args:
+        mode: 1..4.
+        answer: the spoken words with their quotation marks.
+        thinking: text of each section of the mode, in any order; nothing for mode 1.
+
+    Raises:
+        ValueError: an unknown mode, or sections other than the mode's.
+        FormatError: the texts themselves break the grammar, for instance a quotation mark inside the answer.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode}: there are only the modes {', '.join(map(str, MODES))}")
+    given = dict(thinking or {})
+    sections = MODES[mode].sections
+    if set(given) != set(sections):
+        raise ValueError(f"mode {mode} has the sections ({', '.join(sections)}), got ({', '.join(given)})")
+    text = _written(Reply(mode, answer, {name: given[name] for name in sections}))
+    parse_reply(text)
+    return text
+
+
+def _written(reply: Reply) -> str:
+    answer = f"{BEGIN_ANSWER}\n{reply.answer}\n{END_ANSWER}"
+    if not reply.thinking:
+        return f"Thinking Level: {reply.mode}\n{answer}"
+    thinking = "\n\n".join(f"{name}:\n{section}" for name, section in reply.thinking.items())
+    return f"Thinking Level: {reply.mode}\n{BEGIN_THINKING}\n{thinking}\n{END_THINKING}\n{answer}"
+
+
+def spoken_text(text: str, thinking: bool = True) -> str | None:
+    """The words a reply puts into the dialogue, in one pair of quotation marks.
+
+    Unlike :func:`parse_reply` this forgives what it can, since a dialogue has to go on. It never returns
+    tags, a level line, or thinking that was cut off before its ``Response`` draft.
+
+    Args:
+        text: what the model wrote.
+        thinking: the speaker uses the four modes. Then, in this order: the last answer block; an answer whose
+            end tag is missing but whose quotation is finished; the draft in the last ``Response`` section;
+            for a text without any trace of the grammar its last line. Otherwise: from the first to the last
+            quotation mark; with only one of them, what follows it; with none, the first line.
+
+    Returns:
+        The quoted words, or None when the reply holds nothing that may be spoken.
+    """
+    words = _words_of_thinker(text) if thinking else _words_of_plain_speaker(text)
+    if words is None or _TAG.search(words) or _LEVEL_LINE.search(words.strip(QUOTE)):
+        return None
+    return f"{QUOTE}{words.strip(QUOTE)}{QUOTE}"
+
+
+def _words_of_thinker(text: str) -> str | None:
+    text = _CUT_TAG.sub("", text)
+    _, opened, rest = text.rpartition(BEGIN_ANSWER)
+    if opened:
+        answer, closed, _ = rest.partition(END_ANSWER)
+        if closed:
+            return answer.strip()
+        if quotation := _FINISHED_QUOTATION.fullmatch(rest):
+            return quotation[1]
+    _, headed, draft = text.partition(BEGIN_ANSWER)[0].rpartition(_DRAFT_HEADING)
+    if headed:
+        return _TAG.split(draft)[0].strip() or None
+    if any(trace.search(text) for trace in (_TAG, _LEVEL_LINE, _HEADING_LINE)):
+        return None
+    return text.split("\n")[-1].strip()
+
+
+def _words_of_plain_speaker(text: str) -> str:
+    first, last = text.find(QUOTE), text.rfind(QUOTE)
+    if first < 0:
+        return text.split("\n")[0].strip()
+    if first == last:
+        return (text[first + 1 :].strip() or text[:first]).strip()
+    return text[first : last + 1]

@@ -1,0 +1,109 @@
+"""The judge beside a synchronous loop.
+
+Generation is synchronous and takes seconds; so does the judge. A daemon thread runs the judge's event loop,
+so that a dialogue can be handed over the moment its rollout ends, and its verdict arrives while the next ones
+are generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine, Iterable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.stats import JudgeStats
+from nemo_ampo.types import JudgeRequest, Verdict
+
+_Result = TypeVar("_Result")
+
+
+class JudgeThread:
+    """Owns a :class:`Judge` and the thread it runs in, which starts at once.
+
+    Leaving the ``with`` block, also by Ctrl-C, cancels what is unanswered, closes the judge and ends the
+    thread::
+
+        with JudgeThread(Judge(config)) as judge:
+            futures = [judge.submit(request_of(rollout)) for rollout in engine.generate(prompts)]
+            verdicts = [future.result() for future in futures]
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._lock = threading.Lock()
+        self._open = True
+        self._stop = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> JudgeThread:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def stats(self) -> JudgeStats:
+        """Counts of the judge, at any time."""
+        return self._judge.stats
+
+    def submit(self, request: JudgeRequest) -> concurrent.futures.Future[Verdict]:
+        """Ask for a verdict without waiting; the future raises JudgeError, or CancelledError after closing.
+
+        Raises:
+            RuntimeError: after closing.
+        """
+        return self._schedule(self._judge.score(request))
+
+    def score_all(self, requests: Iterable[JudgeRequest]) -> list[Verdict | JudgeError]:
+        """Score ``requests`` concurrently and wait: one entry each, in order; no failure stops another."""
+        return [_outcome(future) for future in [self.submit(request) for request in requests]]
+
+    def check(self) -> None:
+        """See :meth:`Judge.check`."""
+        self._schedule(self._judge.check()).result()
+
+    def close(self) -> None:
+        """Cancel what is unanswered, close the judge, end the thread. Closing twice does nothing."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _schedule(self, work: Coroutine[Any, Any, _Result]) -> concurrent.futures.Future[_Result]:
+        # Under the lock: work scheduled after the stop signal would never be cancelled, and its future never
+        # end.
+        with self._lock:
+            if not self._open:
+                work.close()
+                raise RuntimeError("the judge thread is closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        await self._stop.wait()
+        unanswered = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in unanswered:
+            task.cancel()
+        await asyncio.gather(*unanswered, return_exceptions=True)
+        await self._judge.aclose()
+
+
+def _outcome(future: concurrent.futures.Future[Verdict]) -> Verdict | JudgeError:
+    try:
+        return future.result()
+    except JudgeError as error:
+        return error

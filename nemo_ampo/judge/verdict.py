@@ -1,0 +1,79 @@
+"""What counts as an answer of the judge.
+
+The text from its first ``{`` to its last ``}`` must be one JSON object that holds, for ``agent1`` and
+``agent2``, an object with ``reasoning`` (anything) and ``score`` (a number, or a string that is one, in
+0..10). That is the reference behaviour, narrowed where Python's ``float()`` is more generous than a judge
+should be: no booleans, no underscores, no digits outside ASCII, no negative zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.prompts import utf8_safe
+from nemo_ampo.types import Verdict
+
+MIN_SCORE, MAX_SCORE = 0.0, 10.0
+
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def parse_verdict(text: str) -> Verdict:
+    """Read the judge's reply.
+
+    Raises:
+        JudgeError: of kind ``parse``, if the reply is not readable by the rules above. No other error,
+        whatever the text.
+    """
+    try:
+        record = _json_object(text)
+        (score1, reasoning1), (score2, reasoning2) = _agent(record, "agent1"), _agent(record, "agent2")
+    except RecursionError:
+        raise _unreadable("it is nested too deeply") from None
+    return Verdict(agent1=score1, agent2=score2, agent1_reasoning=reasoning1, agent2_reasoning=reasoning2)
+
+
+def _json_object(text: str) -> dict[str, object]:
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        raise _unreadable("it has no JSON object")
+    try:
+        record = json.loads(text[start : end + 1])
+    except ValueError as error:  # broken JSON, or an integer of more digits than Python converts
+        raise _unreadable(f"it is not one JSON object ({error})") from None
+    assert isinstance(record, dict), "JSON that starts with a brace is an object"
+    return record
+
+
+def _agent(record: dict[str, object], agent: str) -> tuple[float, str]:
+    entry = record.get(agent)
+    if not isinstance(entry, dict):
+        raise _unreadable(f"{agent} is missing or not an object")
+    for key in ("reasoning", "score"):
+        if key not in entry:
+            raise _unreadable(f"{agent} has no {key}")
+    return _score(entry["score"], agent), _reasoning(entry["reasoning"])
+
+
+def _score(value: object, agent: str) -> float:
+    if isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
+        score = float(value)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        # Compared before conversion: an integer may be too large for a float.
+        score = float(value) if MIN_SCORE <= value <= MAX_SCORE else math.nan
+    else:
+        raise _unreadable(f"the score of {agent} is not a number")
+    if not MIN_SCORE <= score <= MAX_SCORE or math.copysign(1.0, score) < 0:
+        raise _unreadable(f"the score of {agent} is outside {MIN_SCORE:g}..{MAX_SCORE:g}")
+    return score
+
+
+def _reasoning(value: object) -> str:
+    return utf8_safe(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _unreadable(why: str) -> JudgeError:
+    return JudgeError("parse", f"the judge's reply cannot be read: {why}")

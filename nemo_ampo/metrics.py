@@ -1,0 +1,147 @@
+"""Every metric of an AMPO step: its name once, what it means, and how it follows from the samples.
+
+Names are ``<group>/<quantity>``. They are written to ``metrics.jsonl`` and TensorBoard and read back by the report.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nemo_ampo.modes import MODES
+
+if TYPE_CHECKING:
+    from nemo_ampo.advantage import GroupReport
+    from nemo_ampo.step import Sample
+
+DESCRIPTIONS: dict[str, str] = {
+    "reward/mean": "mean reward of samples with a valid reward (format failures included)",
+    "reward/goal": "mean goal component of judged samples, 0..1, 0.5 means the judge saw no change",
+    "reward/length": "mean answer-length component of judged samples, 0..1",
+    "reward/std_within_group": "mean over groups of the standard deviation of rewards",
+    "format/failed_fraction": "share of samples that break the grammar",
+    "format/failed_{rule}": "samples that break the grammar, by the rule they break first",
+    "format/cut_fraction": "share of samples cut at the token limit",
+    "judge/failed_fraction": "share of asked verdicts that could not be had",
+    "judge/failed_{kind}": "failed judge calls by kind",
+    "judge/latency_p50_s": "median seconds from question to verdict",
+    "judge/latency_p95_s": "95th percentile of the same",
+    "advantage/mean": "mean advantage of valid samples",
+    "advantage/std": "its standard deviation",
+    "mode_term/active_fraction": "share of groups whose mode-level advantage was active",
+    "mode_term/{reason}": "groups by why the mode-level term was or was not active",
+    "mode_term/branch_{branch}": "active groups by what told the modes apart: reward or length",
+    "mode/{k}/share": "share of mode k among all samples",
+    "mode/{k}/reward": "mean reward of mode k",
+    "mode/{k}/tokens": "mean response tokens of mode k",
+    "mode/{k}/advantage": "mean advantage of mode k",
+    "tag/{tag}/reward": "mean reward of prompts with this label",
+    "tag/{tag}/mode/{k}/share": "share of mode k on prompts with this label",
+    "tokens/response": "mean response tokens, stop token included",
+    "tokens/answer": "mean tokens of the spoken answer",
+    "policy/loss": "loss of the update, mean over micro-batches",
+    "policy/pg_loss": "its clipped policy-gradient part",
+    "policy/kl": "estimated KL divergence from the reference policy per token",
+    "policy/entropy": "mean entropy of the policy per token, nats",
+    "policy/clip_fraction": "share of tokens whose ratio was clipped",
+    "policy/ratio_max": "largest ratio of new to old policy",
+    "policy/grad_norm": "gradient norm before clipping",
+    "policy/lr": "learning rate of the update",
+    "engine/logprob_gap": "mean |log-probability of engine - of trainer| on drawn tokens",
+    "time/{phase}_s": "seconds of a phase",
+    "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
+}
+
+
+def step_metrics(
+    samples: Sequence[Sample], advantages_B: torch.Tensor, report: GroupReport
+) -> dict[str, float]:
+    """All metrics that follow from the scored samples of a step.
+
+    Args:
+        samples: of the whole job.
+        advantages_B: in the same order.
+        report: what the advantage did in each group.
+    """
+    values = advantages_B.tolist()
+    valid = [s for s in samples if s.parts.valid]
+    judged = [s for s in valid if s.parts.mode]
+    out = {
+        "reward/mean": mean(s.parts.reward for s in valid),
+        "reward/goal": mean(s.parts.goal for s in judged),
+        "reward/length": mean(s.parts.length for s in judged),
+        "reward/std_within_group": _std_within_group(valid),
+        "format/failed_fraction": mean(float(s.parts.format_rule is not None) for s in samples),
+        "format/cut_fraction": mean(float(s.finish == "length") for s in samples),
+        "tokens/response": mean(float(s.num_tokens) for s in samples),
+        "tokens/answer": mean(float(s.answer_tokens) for s in judged),
+        "advantage/mean": mean(a for a, s in zip(values, samples, strict=True) if s.parts.valid),
+        "advantage/std": _std([a for a, s in zip(values, samples, strict=True) if s.parts.valid]),
+    }
+    out |= {f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k}
+    out |= _judge_metrics(samples)
+    out |= _mode_metrics("mode", samples, values)
+    for tag in sorted({s.tag for s in samples if s.tag}):
+        tagged = [s for s in samples if s.tag == tag]
+        out[f"tag/{tag}/reward"] = mean(s.parts.reward for s in tagged if s.parts.valid)
+        out |= {f"tag/{tag}/mode/{k}/share": _share(tagged, k) for k in MODES}
+    return out | _mode_term_metrics(report)
+
+
+def _judge_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    asked = [s for s in samples if s.verdict is not None or s.judge_error is not None]
+    latencies = sorted(s.judge_latency_s for s in asked if s.judge_latency_s is not None)
+    out = {"judge/failed_fraction": mean(float(s.judge_error is not None) for s in asked)}
+    out |= {f"judge/failed_{k}": float(n) for k, n in Counter(s.judge_error for s in asked).items() if k}
+    if latencies:
+        out["judge/latency_p50_s"] = latencies[len(latencies) // 2]
+        out["judge/latency_p95_s"] = latencies[min(int(len(latencies) * 0.95), len(latencies) - 1)]
+    return out
+
+
+def _mode_metrics(prefix: str, samples: Sequence[Sample], advantages: Sequence[float]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for k in MODES:
+        of_mode = [(s, a) for s, a in zip(samples, advantages, strict=True) if s.parts.mode == k]
+        out[f"{prefix}/{k}/share"] = _share(samples, k)
+        if of_mode:
+            out[f"{prefix}/{k}/reward"] = mean(s.parts.reward for s, _ in of_mode if s.parts.valid)
+            out[f"{prefix}/{k}/tokens"] = mean(float(s.num_tokens) for s, _ in of_mode)
+            out[f"{prefix}/{k}/advantage"] = mean(a for _, a in of_mode)
+    return out
+
+
+def _mode_term_metrics(report: GroupReport) -> dict[str, float]:
+    reasons = Counter(report.reasons)
+    branches = Counter(b for b in report.branches if b)
+    return (
+        {"mode_term/active_fraction": reasons["active"] / max(len(report.reasons), 1)}
+        | {f"mode_term/{reason}": float(n) for reason, n in sorted(reasons.items())}
+        | {f"mode_term/branch_{branch}": float(n) for branch, n in sorted(branches.items())}
+    )
+
+
+def _share(samples: Sequence[Sample], mode: int) -> float:
+    return mean(float(s.parts.mode == mode) for s in samples)
+
+
+def _std_within_group(samples: Sequence[Sample]) -> float:
+    groups: dict[int, list[float]] = {}
+    for s in samples:
+        if s.parts.reward is not None:
+            groups.setdefault(s.group, []).append(s.parts.reward)
+    return mean(_std(rewards) for rewards in groups.values())
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """Mean of the values that exist; NaN of nothing, so that an absent quantity never looks like a score."""
+    present = [v for v in values if v is not None]
+    return statistics.fmean(present) if present else float("nan")
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

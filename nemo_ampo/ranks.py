@@ -1,0 +1,117 @@
+"""Who am I among the processes of this job, and the few collectives an RL step needs.
+
+A *replica* is one copy of the model (its tensor- and pipeline-parallel ranks). Replicas draw and train on different
+samples; inside a replica every rank must hold equal data, which its *leader* decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """Position in the job plus object collectives."""
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this replica."""
+        ...
+
+    @property
+    def data_size(self) -> int:
+        """Number of replicas."""
+        ...
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the one rank of a replica that talks to the outside (judge, files)."""
+        ...
+
+    @property
+    def is_main(self) -> bool:
+        """True on one rank of the whole job."""
+        ...
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """Rows of all replicas, in replica order, on every rank."""
+        ...
+
+    def share(self, value: Any) -> Any:
+        """The leader's value, on every rank of the replica."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank of the job if it is true on one."""
+        ...
+
+
+def slice_for(rows: Sequence[T], data_rank: int, data_size: int) -> list[T]:
+    """The contiguous share of one replica.
+
+    Raises:
+        ValueError: the rows cannot be shared equally.
+    """
+    if len(rows) % data_size:
+        raise ValueError(f"{len(rows)} rows cannot be shared equally by {data_size} data-parallel ranks")
+    share = len(rows) // data_size
+    return list(rows[data_rank * share : (data_rank + 1) * share])
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The trivial job: one process, nothing to communicate."""
+
+    data_rank: int = 0
+    data_size: int = 1
+    is_leader: bool = True
+    is_main: bool = True
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """See :class:`Ranks`."""
+        return list(rows)
+
+    def share(self, value: Any) -> Any:
+        """See :class:`Ranks`."""
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """See :class:`Ranks`."""
+        return flag
+
+
+class MegatronRanks:
+    """The job as Megatron's initialised process groups describe it. [nemo]"""
+
+    def __init__(self) -> None:
+        import torch
+        from megatron.core import parallel_state
+
+        self._state = parallel_state
+        self._dist = torch.distributed
+        self.data_rank: int = parallel_state.get_data_parallel_rank()
+        self.data_size: int = parallel_state.get_data_parallel_world_size()
+        self._leader: int = parallel_state.get_model_parallel_src_rank()
+        self.is_leader: bool = torch.distributed.get_rank() == self._leader
+        self.is_main: bool = torch.distributed.get_rank() == 0
+
+    def gather(self, rows: list[Any]) -> list[Any]:
+        """See :class:`Ranks`."""
+        parts: list[list[Any]] = [[] for _ in range(self.data_size)]
+        self._dist.all_gather_object(parts, rows, group=self._state.get_data_parallel_group())
+        return [row for part in parts for row in part]
+
+    def share(self, value: Any) -> Any:
+        """See :class:`Ranks`."""
+        box = [value]
+        self._dist.broadcast_object_list(box, self._leader, group=self._state.get_model_parallel_group())
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """See :class:`Ranks`."""
+        flags: list[bool] = [False] * self._dist.get_world_size()
+        self._dist.all_gather_object(flags, flag)
+        return any(flags)

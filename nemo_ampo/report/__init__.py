@@ -1,0 +1,20 @@
+"""A run folder as one self-contained HTML page, and the same tables for the terminal.
+
+Read :mod:`nemo_ampo.report.inputs` for what is read, :mod:`.charts` for which metric goes where, :mod:`.plots` for how it
+is drawn and :mod:`.html` for the page. Nothing here needs torch or NeMo.
+"""
+
+from nemo_ampo.report.html import write_report
+from nemo_ampo.report.inputs import Evaluation, Run, parse_evaluation, read_evaluation, read_run
+from nemo_ampo.report.tables import evaluation_table, training_table
+
+__all__ = [
+    "Evaluation",
+    "Run",
+    "evaluation_table",
+    "parse_evaluation",
+    "read_evaluation",
+    "read_run",
+    "training_table",
+    "write_report",
+]

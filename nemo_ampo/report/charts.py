@@ -1,0 +1,301 @@
+"""Which metric goes on which chart: one function per panel of the page, from a log to a drawn chart with its legend.
+
+A panel whose metrics were never logged is None, and the page says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nemo_ampo.modes import MODES
+from nemo_ampo.report.inputs import MetricsLog, Series
+from nemo_ampo.report.plots import SERIES_COLOURS, Layer, Line, area_chart, line_chart
+
+BROKEN = "broken format"
+MAX_TAGS = 6
+"""Labels drawn beside the overall line; there are as many colours."""
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """One colour of a chart.
+
+    Attributes:
+        label: what it stands for.
+        colour: CSS variable without its dashes.
+        change: ``first -> last``, means over the first and last tenth of the points.
+    """
+
+    label: str
+    colour: str
+    change: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn panel.
+
+    Attributes:
+        title: what it shows.
+        unit: of the vertical axis.
+        svg: trusted markup, made of numbers only.
+        legend: in drawing order.
+    """
+
+    title: str
+    unit: str
+    svg: str
+    legend: tuple[LegendEntry, ...]
+
+
+# --- AMPO --------------------------------------------------------------------------------------------------------
+
+
+def reward(log: MetricsLog) -> Chart | None:
+    """Mean reward: all prompts, and each label."""
+    return _lines("Reward", "mean of a step", [Line("all", "text", log.series("reward/mean")), *_tags(log, "reward")])
+
+
+def reward_parts(log: MetricsLog) -> Chart | None:
+    """The two factors of a good reply's reward."""
+    lines = [
+        Line("goal", "series-1", log.series("reward/goal")),
+        Line("answer length", "series-2", log.series("reward/length")),
+    ]
+    return _lines("Parts of the reward", "0..1; goal 0.5 means no change", lines)
+
+
+def response_tokens(log: MetricsLog) -> Chart | None:
+    """Length of replies and of spoken answers."""
+    lines = [
+        Line("response", "text", log.series("tokens/response")),
+        Line("answer", "series-1", log.series("tokens/answer")),
+    ]
+    return _lines("Tokens", "mean per reply", lines, bottom=0)
+
+
+def mode_tokens(log: MetricsLog) -> Chart | None:
+    """Length of replies by mode."""
+    return _lines("Tokens by mode", "mean per reply", _modes(log, "mode/{}/tokens"), bottom=0)
+
+
+def mode_rewards(log: MetricsLog) -> Chart | None:
+    """Reward by mode."""
+    return _lines("Reward by mode", "mean of a step", _modes(log, "mode/{}/reward"))
+
+
+def format_failures(log: MetricsLog) -> Chart | None:
+    """Replies without a usable answer."""
+    lines = [
+        Line("break the grammar", "bad", log.series("format/failed_fraction")),
+        Line("cut at the token limit", "series-2", log.series("format/cut_fraction")),
+    ]
+    return _lines("Broken replies", "share of samples", lines, percent=True, bottom=0)
+
+
+def mode_shares(log: MetricsLog) -> list[Chart]:
+    """Stacked share of the modes: all prompts, then each label."""
+    panels = [("Modes, all prompts", "mode/{}/share")]
+    panels += [(f"Modes, {tag}", f"tag/{tag}/mode/{{}}/share") for tag in tags_of(log)]
+    charts = [_mode_share(log, title, pattern) for title, pattern in panels]
+    return [chart for chart in charts if chart is not None]
+
+
+def mode_term(log: MetricsLog) -> Chart | None:
+    """In which groups the mode-level advantage was active, and why not in the others; shares of groups."""
+    active = log.series("mode_term/active_fraction")
+    reasons = [n.removeprefix("mode_term/") for n in log.names("mode_term/") if n != "mode_term/active_fraction"]
+    why_not = [r for r in sorted(reasons) if r != "active" and not r.startswith("branch_")]
+    counts = {r: log.counts(f"mode_term/{r}").values for r in ("active", "branch_reward", "branch_length", *why_not)}
+    groups = [sum(column) for column in zip(counts["active"], *(counts[r] for r in why_not), strict=True)]
+    if not active or not all(groups):
+        return None
+    labels = {"branch_reward": "active, by reward", "branch_length": "active, by length"}
+    colours = {"branch_reward": "series-1", "branch_length": "series-2"}
+    neutral = iter(("series-4", "series-5", "series-6", "series-7", "series-3", "muted"))
+    layers = [
+        Layer(
+            labels.get(reason, reason.replace("_", " ")),
+            colours.get(reason) or next(neutral),
+            tuple(count / total for count, total in zip(counts[reason], groups, strict=True)),
+        )
+        for reason in ("branch_reward", "branch_length", *why_not)
+        if any(counts[reason])
+    ]
+    return _areas("Mode-level advantage", "share of groups", log.counts("mode_term/active").steps, layers, percent=True)
+
+
+def kl(log: MetricsLog) -> Chart | None:
+    """Distance to the reference policy."""
+    return _lines("KL to the reference", "nats per token", [Line("policy", "series-1", log.series("policy/kl"))])
+
+
+def entropy(log: MetricsLog) -> Chart | None:
+    """Spread of the next-token distribution."""
+    return _lines("Entropy", "nats per token", [Line("policy", "series-1", log.series("policy/entropy"))], bottom=0)
+
+
+def grad_norm(log: MetricsLog) -> Chart | None:
+    """Gradient norm before clipping."""
+    line = Line("before clipping", "series-1", log.series("policy/grad_norm"))
+    return _lines("Gradient norm", "L2", [line], bottom=0)
+
+
+def logprob_gap(log: MetricsLog) -> Chart | None:
+    """Whether engine and trainer hold the same model."""
+    line = Line("mean |gap|", "series-1", log.series("engine/logprob_gap"))
+    return _lines("Engine against trainer", "log-probability, nats", [line], bottom=0)
+
+
+def judge_latency(log: MetricsLog) -> Chart | None:
+    """Waiting time of a verdict."""
+    lines = [
+        Line("median", "series-1", log.series("judge/latency_p50_s")),
+        Line("95th percentile", "series-2", log.series("judge/latency_p95_s")),
+    ]
+    return _lines("Judge latency", "seconds", lines, bottom=0)
+
+
+def judge_failures(log: MetricsLog) -> Chart | None:
+    """Verdicts that could not be had."""
+    line = Line("failed", "bad", log.series("judge/failed_fraction"))
+    return _lines("Judge failures", "share of asked verdicts", [line], percent=True, bottom=0)
+
+
+def phases(log: MetricsLog) -> Chart | None:
+    """Where the seconds of a step go."""
+    total = log.series("time/step_s")
+    if not total:
+        return None
+    names = [name for name in log.names("time/") if name != "time/step_s"]
+    parts = {name: _at(log.series(name), total.steps) for name in names}
+    rest = tuple(
+        max(0.0, seconds - sum(values)) for seconds, *values in zip(total.values, *parts.values(), strict=True)
+    )
+    colours = iter(SERIES_COLOURS)
+    layers = [
+        Layer(name.removeprefix("time/").removesuffix("_s").replace("_", " "), next(colours, "grid"), values)
+        for name, values in parts.items()
+    ]
+    layers.append(Layer("other", "muted", rest))
+    return _areas("Time per phase", "seconds", total.steps, layers)
+
+
+def throughput(log: MetricsLog) -> Chart | None:
+    """Generated tokens per second."""
+    line = Line("whole job", "series-1", log.series("throughput/rollout_tokens_per_s"))
+    return _lines("Rollout throughput", "tokens per second", [line], bottom=0)
+
+
+# --- behaviour cloning -------------------------------------------------------------------------------------------
+
+
+def bc_loss(log: MetricsLog) -> Chart | None:
+    """Training and held-out loss."""
+    lines = [
+        Line("training", "muted", log.series("bc/loss")),
+        Line("held out", "text", log.series("bc/val_loss", "val"), markers=True),
+        *_modes(log, "bc/val_loss_mode_{}", "val"),
+    ]
+    return _lines("Loss", "nats per token", lines, log_scale=True)
+
+
+def bc_valid_replies(log: MetricsLog) -> Chart | None:
+    """Held-out prompts answered in the grammar."""
+    lines = [
+        Line("all", "text", log.series("bc/valid_replies", "val"), markers=True),
+        *_modes(log, "bc/valid_replies_mode_{}", "val"),
+    ]
+    return _lines("Valid replies", "share of held-out prompts", lines, percent=True, bottom=0)
+
+
+def bc_optimizer(log: MetricsLog) -> Chart | None:
+    """Gradient norm of the cloning stage."""
+    return _lines("Gradient norm", "L2", [Line("training", "series-1", log.series("bc/grad_norm"))], bottom=0)
+
+
+AMPO_PANELS: dict[str, tuple[Callable[[MetricsLog], Chart | None], ...]] = {
+    "Reward": (reward, reward_parts, mode_rewards),
+    "Length and format": (response_tokens, mode_tokens, format_failures),
+    "Mode-level advantage": (mode_term,),
+    "Policy": (kl, entropy, grad_norm, logprob_gap),
+    "Judge": (judge_latency, judge_failures),
+    "Time": (phases, throughput),
+}
+"""Sections of the page below the mode shares, in order."""
+
+BC_PANELS: tuple[Callable[[MetricsLog], Chart | None], ...] = (bc_loss, bc_valid_replies, bc_optimizer)
+
+
+def draw(panels: Sequence[Callable[[MetricsLog], Chart | None]], log: MetricsLog) -> list[Chart]:
+    """The panels that have something to show."""
+    return [chart for panel in panels if (chart := panel(log)) is not None]
+
+
+# --- building blocks ---------------------------------------------------------------------------------------------
+
+
+def tags_of(log: MetricsLog) -> list[str]:
+    """Labels with metrics of their own, the first :data:`MAX_TAGS` by name."""
+    names = [name for name in log.names("tag/") if name.endswith("/reward")]
+    return sorted(name.removeprefix("tag/").removesuffix("/reward") for name in names)[:MAX_TAGS]
+
+
+def _tags(log: MetricsLog, quantity: str) -> list[Line]:
+    return [
+        Line(tag, colour, log.series(f"tag/{tag}/{quantity}"))
+        for tag, colour in zip(tags_of(log), SERIES_COLOURS, strict=False)
+    ]
+
+
+def _modes(log: MetricsLog, pattern: str, kind: str = "train") -> list[Line]:
+    return [
+        Line(f"mode {k}", f"mode-{k}", log.series(pattern.format(k), kind), markers=kind == "val") for k in MODES
+    ]
+
+
+def _mode_share(log: MetricsLog, title: str, pattern: str) -> Chart | None:
+    # A label has shares only at steps that had prompts with it, so absent is not zero here.
+    shares = [log.series(pattern.format(k)) for k in MODES]
+    steps = shares[0].steps
+    if not steps:
+        return None
+    columns = [_at(series, steps) for series in shares]
+    layers = [Layer(f"mode {k}", f"mode-{k}", columns[k - 1]) for k in MODES]
+    layers.append(Layer(BROKEN, "bad", tuple(max(0.0, 1.0 - sum(at_step)) for at_step in zip(*columns, strict=True))))
+    return _areas(title, "share of samples", steps, layers, percent=True)
+
+
+def _at(series: Series, steps: Sequence[int]) -> tuple[float, ...]:
+    values = dict(zip(series.steps, series.values, strict=True))
+    return tuple(values.get(step, 0.0) for step in steps)
+
+
+def _lines(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    percent: bool = False,
+    bottom: float | None = None,
+    log_scale: bool = False,
+) -> Chart | None:
+    present = [line for line in lines if line.series]
+    if not present:
+        return None
+    legend = tuple(LegendEntry(line.label, line.colour, _change(line.series, percent)) for line in present)
+    return Chart(title, unit, line_chart(present, percent, bottom, log_scale), legend)
+
+
+def _areas(
+    title: str, unit: str, steps: tuple[int, ...], layers: Sequence[Layer], percent: bool = False
+) -> Chart:
+    legend = tuple(
+        LegendEntry(layer.label, layer.colour, _change(Series(steps, layer.values), percent)) for layer in layers
+    )
+    return Chart(title, unit, area_chart(steps, layers, percent), legend)
+
+
+def _change(series: Series, percent: bool) -> str:
+    first, last = (f"{value:.0%}" if percent else f"{value:.3g}" for value in series.ends())
+    return first if len(series.steps) == 1 else f"{first} → {last}"

@@ -1,0 +1,145 @@
+"""Reward of one reply: how far it brought the speaker, times how concise it was.
+
+A reply that breaks the grammar gets a fixed penalty and is a real, bad sample. A reply the judge could not
+score has no reward at all; nothing here invents one for it. Everything is plain arithmetic on single samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nemo_ampo.errors import ConfigError, FormatError
+from nemo_ampo.grammar import parse_reply
+from nemo_ampo.modes import NO_MODE
+from nemo_ampo.types import DialogueTurn, Verdict
+
+MAX_GOAL = 10.0
+"""Top of the judge's scale of goal achievement; 0 is its bottom."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Constants of the reward.
+
+    Attributes:
+        answer_midpoint_tokens: answer length with length score 0.5, tokens with the quotes.
+        answer_half_width_tokens: this much shorter scores 1, this much longer scores 0, tokens.
+        format_failure_reward: reward of a reply that breaks the grammar; good replies are in [0, 1].
+        strict_format: accept only replies that are exactly their mode's skeleton.
+    """
+
+    answer_midpoint_tokens: float = 250.0
+    answer_half_width_tokens: float = 75.0
+    format_failure_reward: float = -2.0
+    strict_format: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("answer_midpoint_tokens", "answer_half_width_tokens"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"reward.{key}: must be a positive number of tokens, got {value}")
+        if not (math.isfinite(self.format_failure_reward) and self.format_failure_reward <= 0):
+            raise ConfigError(
+                "reward.format_failure_reward: must be 0 or less, the lowest reward of a good reply, "
+                f"got {self.format_failure_reward}"
+            )
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """A reward and what it was made of.
+
+    Attributes:
+        reward: in [0, 1], or the penalty of a format failure; None when the judge failed.
+        goal: goal component in [0, 1], 0.5 means no change; None without a verdict.
+        length: answer-length component in [0, 1]; None when there is no answer.
+        mode: 1..4, 0 when the reply breaks the grammar.
+        valid: False when the judge failed, so that the sample takes part in no statistic.
+        format_rule: the rule a bad reply breaks first, None for a good one.
+    """
+
+    reward: float | None
+    goal: float | None
+    length: float | None
+    mode: int
+    valid: bool
+    format_rule: str | None = None
+
+
+def goal_gain(before: float, after: float) -> float:
+    """Share of the possible change of goal achievement that one utterance brought, in [0, 1].
+
+    With the change g = after - before, the scaled change is a = g / (10 - before) for a gain, g / before for
+    a loss and 0 for none; the result is (a + 1) / 2, so 0.5 means no change, 1 the goal reached and 0
+    everything lost.
+
+    Args:
+        before: goal achievement before the utterance, 0..10.
+        after: after it, 0..10.
+
+    Raises:
+        ValueError: a score outside 0..10.
+    """
+    for name, score in (("before", before), ("after", after)):
+        if not 0 <= score <= MAX_GOAL:
+            raise ValueError(f"goal achievement {name} the utterance must be in 0..10, got {score}")
+    change = after - before
+    if change == 0:
+        return 0.5
+    room = MAX_GOAL - before if change > 0 else before
+    return (change / room + 1) / 2
+
+
+def answer_length_score(num_tokens: int, *, config: RewardConfig = RewardConfig()) -> float:
+    """Conciseness of the spoken answer, in [0, 1].
+
+    (clip((midpoint - n) / half_width, -1, 1) + 1) / 2: 1 up to 175 tokens, 0.5 at 250 and 0 from 325 on with
+    the defaults, linear in between. The midpoint is no target: a short answer is never penalised.
+
+    Args:
+        num_tokens: tokens of the answer with its quotes, without special tokens.
+        config: midpoint and half width.
+
+    Raises:
+        ValueError: a negative number of tokens.
+    """
+    if num_tokens < 0:
+        raise ValueError(f"an answer has 0 tokens or more, got {num_tokens}")
+    distance = (config.answer_midpoint_tokens - num_tokens) / config.answer_half_width_tokens
+    return (min(max(distance, -1.0), 1.0) + 1) / 2
+
+
+def combine(goal: float, length: float) -> float:
+    """Reward of a good reply: the product of both components."""
+    return goal * length
+
+
+def score_reply(
+    turn: DialogueTurn,
+    text: str,
+    verdict: Verdict | None,
+    answer_tokens: int,
+    config: RewardConfig = RewardConfig(),
+) -> RewardParts:
+    """Reward of one reply.
+
+    Args:
+        turn: what was replied to; decides whose scores count and where they started.
+        text: the decoded reply without special tokens.
+        verdict: the judge's scores of the dialogue with the reply, or None when it failed or was not asked.
+        answer_tokens: tokens of the answer with its quotes; ignored when the reply breaks the grammar.
+        config: constants of the reward.
+
+    Raises:
+        ValueError: a goal achievement outside 0..10.
+    """
+    try:
+        reply = parse_reply(text, strict=config.strict_format)
+    except FormatError as error:
+        return RewardParts(config.format_failure_reward, None, None, NO_MODE, True, error.rule)
+    length = answer_length_score(answer_tokens, config=config)
+    if verdict is None:
+        return RewardParts(None, None, length, reply.mode, valid=False)
+    goal = goal_gain(turn.state, verdict.of(turn.seat))
+    return RewardParts(combine(goal, length), goal, length, reply.mode, valid=True)

@@ -1,0 +1,96 @@
+"""The run folder's own record: JSONL files are the source of truth, TensorBoard and friends are copies.
+
+A resumed run continues the same files; lines of steps that will be done again are dropped first, so that there is one
+line per step whatever happened in between.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RunLog:
+    """Appends to ``metrics.jsonl`` and ``rollouts.jsonl``.
+
+    Args:
+        folder: run folder, created if absent.
+        first_step: lines at or after this step are dropped from existing files.
+        active: False on ranks that must not write.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0, active: bool = True) -> None:
+        self.folder = folder
+        self._active = active
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            _drop_from_step(folder / name, first_step)
+
+    def metrics(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
+        """One line of numbers. NaN (nothing to average) is left out."""
+        present = {k: v for k, v in values.items() if not math.isnan(v)}
+        self._append("metrics.jsonl", [{"step": step, "kind": kind, **present}])
+
+    def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line per sample."""
+        self._append("rollouts.jsonl", [{"step": step, **row} for row in rows])
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        if not self._active or not rows:
+            return
+        with (self.folder / name).open("a") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a log; a torn last line (the process died while writing) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write through a temporary name, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_provenance(folder: Path, config: Mapping[str, Any], data_files: Iterable[str]) -> None:
+    """``config.yaml`` (resolved) and ``provenance.json`` (versions and data hashes)."""
+    import hashlib
+
+    from nemo_ampo import __version__
+    from nemo_ampo.compat.versions import EXPECTED, installed
+
+    write_once(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    packages = (*EXPECTED, "torch", "numpy", "openai", "tensorrt-llm")
+    record = {
+        "nemo-ampo": __version__,
+        "packages": {name: installed(name) for name in packages},
+        "data": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in data_files},
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    write_once(folder / "provenance.json", json.dumps(record, indent=2))
+
+
+def _drop_from_step(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_jsonl(path) if row["step"] < first_step]
+    write_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))

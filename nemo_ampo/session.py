@@ -1,0 +1,133 @@
+"""Opening the NeMo side of a stage: trainer, model from a ``.nemo``, optimizer, checkpoint callback, resume. [nemo]
+
+The order of calls is NeMo-Aligner's own (its example scripts); each recipe differs only in model class and data.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.utils.exp_manager import exp_manager
+from nemo_aligner.utils.distributed import Timer
+from nemo_aligner.utils.train_script_utils import (
+    CustomLoggerWrapper,
+    add_custom_checkpoint_callback,
+    extract_optimizer_scheduler_from_ptl_model,
+    init_distributed,
+    init_using_ptl,
+    resolve_and_create_trainer,
+    retrieve_custom_trainer_state_dict,
+)
+from nemo_aligner.utils.utils import (
+    load_and_override_model_config,
+    load_from_nemo,
+    retrieve_model_state_dict_in_cpu,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_ampo.checkpoint import load_overrides
+from nemo_ampo.padding import mask_padded_vocab
+
+
+@dataclass
+class Session:
+    """Everything Aligner's trainers take.
+
+    Attributes:
+        model: built, restored, distributed.
+        optimizer, scheduler: of the model.
+        logger: NeMo's experiment loggers behind one call.
+        ckpt_callback: saves through NeMo's checkpoint format.
+        run_timer: ends the run before ``exp_manager.max_time_per_run``.
+        resumed: counters of the checkpoint the run continues from, or None.
+        world_size: number of ranks.
+    """
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    logger: CustomLoggerWrapper
+    ckpt_callback: Any
+    run_timer: Timer
+    resumed: dict[str, int] | None
+    world_size: int
+
+
+class _SizedRows(torch.utils.data.Dataset[int]):
+    """NeMo counts the rows of a data set to place the learning-rate schedule; it never reads one."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path, device: str) -> None:
+    """Fill in what follows from the machine, the checkpoint and the run folder.
+
+    Args:
+        cfg: composed config, changed in place; ``model`` becomes the checkpoint's config under the recipe's.
+        run_dir: run folder.
+        nemo_file: checkpoint the stage starts from.
+        assets: unpacked tokenizer files.
+        device: ``cpu`` or ``gpu``.
+    """
+    with open_dict(cfg):
+        cfg.trainer.accelerator = device
+        cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
+        cfg.exp_manager.explicit_log_dir = str(run_dir)
+        cfg.exp_manager.checkpoint_callback_params.model_parallel_size = (
+            cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+        )
+        cfg.model = OmegaConf.merge(
+            load_and_override_model_config(nemo_file, cfg.model), load_overrides(nemo_file, assets, device)
+        )
+
+
+def open_session(
+    cfg: DictConfig, algorithm: str, model_class: type[Any], nemo_file: str, num_rows: int, keep_reference: bool
+) -> Session:
+    """Build the model from its checkpoint and restore the run folder's last state, if it has one.
+
+    Args:
+        cfg: prepared by :func:`prepare_config`.
+        algorithm: ``sft`` or ``reinforce``.
+        model_class: an Aligner model class.
+        nemo_file: checkpoint the stage starts from.
+        num_rows: of the training data.
+        keep_reference: keep a copy of the starting weights as the reference policy.
+    """
+    trainer = resolve_and_create_trainer(cfg, algorithm)
+    exp_manager(trainer, cfg.exp_manager)
+    model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=nemo_file)
+    mask_padded_vocab(model)
+    if keep_reference:
+        # Taken before the resume: the reference is the checkpoint the stage started from, not the state it stopped in.
+        model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
+            model, megatron_amp_O2=cfg.model.get("megatron_amp_O2", False)
+        )
+    resumed = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
+    init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
+    rows = _SizedRows(num_rows)
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=cfg.model.global_batch_size)
+    init_using_ptl(trainer, model, loader, rows)
+    optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    return Session(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        logger=CustomLoggerWrapper(trainer.loggers),
+        ckpt_callback=add_custom_checkpoint_callback(trainer, model),
+        run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
+        resumed=resumed,
+        world_size=trainer.world_size,
+    )

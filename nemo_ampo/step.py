@@ -1,0 +1,351 @@
+"""One AMPO step, in the paper's order: roll out, judge, score, advantage, log-probabilities, update.
+
+This is the file to read first. It knows engines, judge and policy only by what they promise, so the same lines run on a
+laptop, on a cluster and in tests. Legend: B samples of this replica, T tokens, G responses per prompt (one *group*).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nemo_ampo.advantage import ADVANTAGES, GroupReport
+from nemo_ampo.config import AlgorithmConfig, RolloutConfig
+from nemo_ampo.errors import FormatError, JudgeError
+from nemo_ampo.grammar import parse_reply
+from nemo_ampo.metrics import step_metrics
+from nemo_ampo.ranks import Ranks, slice_for
+from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
+from nemo_ampo.rollout.engine import Engine, PackedRollouts, Request, Response, SamplingSpec, pack, request_seed
+from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue turn and the exact tokens the policy is shown for it."""
+
+    turn: DialogueTurn
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of one prompt, scored. Small enough to be gathered from every replica.
+
+    Attributes:
+        group: index of the prompt within the step.
+        row_id: of the dialogue turn.
+        tag: the turn's label, for reports.
+        text: decoded response without special tokens.
+        num_tokens: response tokens, the stop token included.
+        answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
+        finish: why the engine stopped.
+        parts: reward and what it was made of.
+        verdict: None when the judge was not asked or failed.
+        judge_error: kind of the judge's failure.
+        judge_latency_s: from submission to verdict, seconds.
+    """
+
+    group: int
+    row_id: str
+    tag: str | None
+    text: str
+    num_tokens: int
+    answer_tokens: int
+    finish: str
+    parts: RewardParts
+    verdict: Verdict | None = None
+    judge_error: str | None = None
+    judge_latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What the policy is updated on: this replica's own samples and nobody else's.
+
+    Attributes:
+        tokens_BT: prompt, response, padding.
+        mask_BT: True on response tokens, lined up with log-probabilities [B, T-1].
+        advantages_B: one value per sample.
+        old_logprobs_BT: of the policy before the update, [B, T-1].
+        ref_logprobs_BT: of the reference policy, [B, T-1].
+        sampling_logprobs_BT: of the engine, [B, T-1].
+    """
+
+    tokens_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    advantages_B: torch.Tensor
+    old_logprobs_BT: torch.Tensor
+    ref_logprobs_BT: torch.Tensor
+    sampling_logprobs_BT: torch.Tensor
+
+
+class Policy(Protocol):
+    """The model being trained, as one step sees it."""
+
+    def logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each next token under the current weights, [B, T-1]."""
+        ...
+
+    def reference_logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """The same under the frozen reference weights."""
+        ...
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Optimise on the batch; returns the ``policy/`` metrics."""
+        ...
+
+
+class Judge(Protocol):
+    """Where verdicts come from, usable while the engine is busy."""
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict]:
+        """Ask in the background. The future raises :class:`JudgeError` when no verdict could be had."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The two calls a step makes on a transformers tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+        """Text of the tokens."""
+        ...
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens of the text, no special ones added."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a step works with."""
+
+    engine: Engine
+    judge: Judge
+    policy: Policy
+    tokenizer: Tokenizer
+    ranks: Ranks
+    rollout: RolloutConfig
+    reward: RewardConfig
+    algorithm: AlgorithmConfig
+    stop_token_ids: tuple[int, ...]
+    pad_id: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Metrics of the step and every sample of the job with its advantage."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
+    advantages: list[float]
+
+
+def ampo_step(step: int, prompts: Sequence[Prompt], parts: Parts) -> StepResult:
+    """Draw, judge, compare within groups, and improve the policy once.
+
+    Args:
+        step: 0-based; decides the seeds.
+        prompts: of the whole job, the same on every rank.
+        parts: engine, judge, policy and settings.
+
+    Returns:
+        Metrics and samples of the whole job, the same on every rank.
+    """
+    clock = Clock()
+    requests, turns = expand(step, prompts, parts)
+    with clock("rollout"):
+        responses, verdicts = roll_out(requests, turns, parts)
+    with clock("judge_wait"):
+        mine = parts.ranks.share([v.result() for v in verdicts] if parts.ranks.is_leader else None)
+    samples = [
+        score(turn, request, response, judged, parts)
+        for turn, request, response, judged in zip(turns, requests, responses, mine, strict=True)
+    ]
+    everyone = parts.ranks.gather(samples)
+    advantages_all, report = advantage(everyone, parts.algorithm.advantage)
+    advantages_B = torch.tensor(slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size))
+
+    packed = pack(requests, responses, parts.pad_id)
+    with clock("logprobs"):
+        old_logprobs_BT = parts.policy.logprobs(packed.tokens_BT)
+    with clock("reference"):
+        ref_logprobs_BT = parts.policy.reference_logprobs(packed.tokens_BT)
+    with clock("update"):
+        policy_metrics = parts.policy.update(
+            TrainBatch(
+                tokens_BT=packed.tokens_BT,
+                mask_BT=packed.mask_BT,
+                advantages_B=advantages_B,
+                old_logprobs_BT=old_logprobs_BT,
+                ref_logprobs_BT=ref_logprobs_BT,
+                sampling_logprobs_BT=packed.sampling_logprobs_BT,
+            )
+        )
+    policy_metrics["engine/logprob_gap"] = _logprob_gap(packed, old_logprobs_BT)
+    metrics = step_metrics(everyone, advantages_all, report) | policy_metrics | clock.metrics(everyone)
+    return StepResult(metrics, everyone, advantages_all.tolist())
+
+
+def expand(step: int, prompts: Sequence[Prompt], parts: Parts) -> tuple[list[Request], list[DialogueTurn]]:
+    """G requests per prompt, numbered over the whole job; this replica's share of them."""
+    size = parts.rollout.group_size
+    everything = [
+        (
+            Request(
+                request_id=index * size + sample,
+                prompt_ids=prompt.token_ids,
+                seed=request_seed(parts.seed, step, prompt.turn.row_id, sample),
+            ),
+            prompt.turn,
+        )
+        for index, prompt in enumerate(prompts)
+        for sample in range(size)
+    ]
+    mine = slice_for(everything, parts.ranks.data_rank, parts.ranks.data_size)
+    return [request for request, _ in mine], [turn for _, turn in mine]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one response's visit to the judge; both absent when it was not asked."""
+
+    verdict: Verdict | None = None
+    error: str | None = None
+    latency_s: float | None = None
+
+
+class PendingVerdict:
+    """A verdict on its way."""
+
+    def __init__(self, future: Future[Verdict] | None) -> None:
+        self._future = future
+        self._begin = time.monotonic()
+        self._end: float | None = None
+        if future is not None:
+            future.add_done_callback(self._stop_clock)
+
+    def _stop_clock(self, future: Future[Verdict]) -> None:
+        self._end = time.monotonic()
+
+    def result(self) -> Judged:
+        """Wait for the verdict; a failed call is a missing value."""
+        if self._future is None:
+            return Judged()
+        try:
+            verdict = self._future.result()
+        except JudgeError as error:
+            return Judged(error=error.kind)
+        return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)
+
+
+def roll_out(
+    requests: list[Request], turns: list[DialogueTurn], parts: Parts
+) -> tuple[list[Response], list[PendingVerdict]]:
+    """Draw all responses; each valid one goes to the judge the moment it ends, while the others are still being drawn.
+
+    Only the replica's leader asks the judge. A reply that breaks the grammar is not judged: its reward is fixed.
+    """
+    index = {request.request_id: i for i, request in enumerate(requests)}
+    pending = [PendingVerdict(None) for _ in requests]
+
+    def on_finish(response: Response) -> None:
+        i = index[response.request_id]
+        answer = _answer(decode(response, parts.tokenizer), parts.reward.strict_format)
+        if answer is not None and parts.ranks.is_leader:
+            pending[i] = PendingVerdict(parts.judge.submit(judge_request(turns[i], answer)))
+
+    sampling = SamplingSpec(parts.rollout.max_new_tokens, parts.stop_token_ids, parts.rollout.temperature)
+    return parts.engine.generate(requests, sampling, on_finish), pending
+
+
+def judge_request(turn: DialogueTurn, answer: str) -> JudgeRequest:
+    """What the judge reads about one response."""
+    return JudgeRequest(
+        dialogue=turn.dialogue_with(answer),
+        agent1_name=turn.agent1_name,
+        agent2_name=turn.agent2_name,
+        agent1_goal=turn.agent1_goal,
+        agent2_goal=turn.agent2_goal,
+    )
+
+
+def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
+    """Reward of one response, with everything a report needs to explain it."""
+    text = decode(response, parts.tokenizer)
+    answer = _answer(text, parts.reward.strict_format)
+    answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
+    return Sample(
+        group=request.request_id // parts.rollout.group_size,
+        row_id=turn.row_id,
+        tag=turn.tag,
+        text=text,
+        num_tokens=len(response.token_ids),
+        answer_tokens=answer_tokens,
+        finish=response.finish,
+        parts=score_reply(turn, text, judged.verdict, answer_tokens, parts.reward),
+        verdict=judged.verdict,
+        judge_error=judged.error,
+        judge_latency_s=judged.latency_s,
+    )
+
+
+def advantage(samples: Sequence[Sample], name: str) -> tuple[torch.Tensor, GroupReport]:
+    """Group-relative advantages of all samples of the job, float32 [B], and what happened in each group."""
+    return ADVANTAGES[name](
+        torch.tensor([s.parts.reward if s.parts.valid else 0.0 for s in samples], dtype=torch.float64),
+        torch.tensor([s.parts.mode for s in samples]),
+        torch.tensor([float(s.num_tokens) for s in samples]),
+        torch.tensor([s.group for s in samples]),
+        torch.tensor([s.parts.valid for s in samples]),
+    )
+
+
+def decode(response: Response, tokenizer: Tokenizer) -> str:
+    """Text of a response without special tokens."""
+    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+def _answer(text: str, strict: bool) -> str | None:
+    try:
+        return parse_reply(text, strict=strict).answer
+    except FormatError:
+        return None
+
+
+def _logprob_gap(packed: PackedRollouts, logprobs_BT: torch.Tensor) -> float:
+    """Mean absolute difference between the engine's and the trainer's log-probability of the drawn tokens."""
+    gap = (packed.sampling_logprobs_BT - logprobs_BT.float().cpu()).abs()[packed.mask_BT]
+    return float(gap.mean())
+
+
+class Clock:
+    """Wall-clock seconds per phase of a step: ``with clock("rollout"): ...``."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the body of the ``with`` block under this name."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = time.monotonic() - start
+
+    def metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """``time/<phase>_s``, ``time/step_s`` and generated tokens per second of the whole job."""
+        tokens = sum(s.num_tokens for s in samples)
+        return {f"time/{name}_s": value for name, value in self._seconds.items()} | {
+            "time/step_s": time.monotonic() - self._begin,
+            "throughput/rollout_tokens_per_s": tokens / max(self._seconds["rollout"], 1e-9),
+        }

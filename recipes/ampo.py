@@ -1,0 +1,152 @@
+"""Adaptive mode policy optimisation: ``python -m recipes.ampo --config-name tiny run.dir=... run.init_from=...``.
+
+Starts from the cloned policy, which is also the reference; ends with ``policy.nemo`` in the run folder. One step reads in
+:mod:`nemo_ampo.step`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read_config
+from nemo_ampo.errors import ConfigError, DataError
+from nemo_ampo.step import Parts, Prompt
+from nemo_ampo.types import DialogueTurn
+from recipes.launch import main, world_size
+
+
+def read_training_turns(config: AmpoConfig) -> list[DialogueTurn]:
+    """The turns to train on, from rows or from a SOTOPIA folder's opening scenes."""
+    from nemo_ampo.data.episodes import read_turns
+
+    if config.data.sotopia_dir is None:
+        assert config.data.train is not None
+        return read_turns(config.data.train)
+    from nemo_ampo.sotopia.opening import opening_rows
+
+    rows = Path(config.run.dir) / "opening_rows.json"
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text(json.dumps(opening_rows(config.data.sotopia_dir), ensure_ascii=False, indent=1))
+    return read_turns(rows)
+
+
+def encode_turns(turns: list[DialogueTurn], tokenizer: Any, system: str, config: AmpoConfig) -> list[Prompt]:
+    """Prompts as the policy sees them.
+
+    Raises:
+        DataError: a prompt is longer than ``rollout.max_prompt_tokens``.
+    """
+    from nemo_ampo.data.chat import encode_prompt
+    from nemo_ampo.data.episodes import chat_messages
+
+    prompts = []
+    for turn in turns:
+        ids = encode_prompt(chat_messages(turn, system), tokenizer)
+        if len(ids) > config.rollout.max_prompt_tokens:
+            raise DataError(
+                f"{config.data.train}: row {turn.row_id}: prompt of {len(ids)} tokens exceeds "
+                f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens}"
+            )
+        prompts.append(Prompt(turn, tuple(ids)))
+    return prompts
+
+
+def run(cfg: DictConfig) -> bool:
+    """Teach a cloned policy when to think."""
+    config = read_config(cfg, AmpoConfig)
+    check_ampo(config, cfg, world_size())
+
+    from transformers import AutoTokenizer
+
+    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.data.chat import check_tokenizer
+    from nemo_ampo.judge import Judge, JudgeThread
+    from nemo_ampo.policy_files import check_vocabulary, stop_token_ids, system_prompt
+
+    run_dir = Path(config.run.dir)
+    model_config = read_model_config(config.run.init_from)
+    check_parallel_layout(
+        model_config, cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > model_config["max_position_embeddings"]:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
+            f"{model_config['max_position_embeddings']} positions"
+        )
+    assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    check_tokenizer(tokenizer)
+    check_vocabulary(tokenizer, model_config)
+    system = system_prompt(assets, config.data.system_prompt)
+    prompts = encode_turns(read_training_turns(config), tokenizer, system, config)
+    if len(prompts) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"
+        )
+
+    with JudgeThread(Judge(config.judge)) as judge:
+        judge.check()
+
+        from nemo_ampo import compat
+
+        device = compat.setup(config.run.device, config.run.verbose)
+
+        from nemo_ampo.actor import AmpoActor
+        from nemo_ampo.checkpoint import save_nemo
+        from nemo_ampo.ranks import MegatronRanks
+        from nemo_ampo.rollout import ENGINES
+        from nemo_ampo.runlog import RunLog, write_provenance
+        from nemo_ampo.session import open_session, prepare_config
+        from nemo_ampo.trainer import AmpoTrainer
+
+        prepare_config(cfg, run_dir, config.run.init_from, assets, device)
+        session = open_session(
+            cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0
+        )
+        session.model.algorithm = config.algorithm
+        ranks = MegatronRanks()
+        if ranks.is_main:
+            files = [f for f in (config.data.train,) if f is not None]
+            write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), files)
+        first_step = session.resumed["step"] if session.resumed else 0
+        trainer = AmpoTrainer(
+            prompts=prompts,
+            parts=Parts(
+                engine=ENGINES[config.rollout.engine](session.model, config.rollout.batch_size),
+                judge=judge,
+                policy=None,
+                tokenizer=tokenizer,
+                ranks=ranks,
+                rollout=config.rollout,
+                reward=config.reward,
+                algorithm=config.algorithm,
+                stop_token_ids=stop_token_ids(assets, tokenizer),
+                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                seed=config.run.seed,
+            ),
+            run_log=RunLog(run_dir, first_step, ranks.is_main),
+            log_rollouts=config.run.log_rollouts,
+            cfg=cfg.trainer.reinforce,
+            model=session.model,
+            optimizer=session.optimizer,
+            scheduler=session.scheduler,
+            logger=session.logger,
+            ckpt_callback=session.ckpt_callback,
+            run_timer=session.run_timer,
+        )
+        if session.resumed:
+            trainer.load_state_dict(session.resumed)
+        if not trainer.fit():
+            return False
+        save_nemo(session.model, run_dir / "policy.nemo", assets)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main("ampo", run))

@@ -1,0 +1,102 @@
+"""Behaviour cloning of the four modes: ``python -m recipes.bc --config-name tiny run.dir=... run.init_from=...``.
+
+Starts from a converted checkpoint, ends with ``policy.nemo`` in the run folder, which carries the tokenizer files of the
+start and the system prompt of the rows, so that later stages show the policy the same text.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
+from recipes.launch import main
+
+
+def run(cfg: DictConfig) -> bool:
+    """Clone the four thinking modes from examples."""
+    config = read_config(cfg, BcConfig)
+    check_bc(config)
+
+    from transformers import AutoTokenizer
+
+    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
+    from nemo_ampo.errors import ConfigError
+    from nemo_ampo.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
+
+    run_dir, data = Path(config.run.dir), config.data
+    check_parallel_layout(
+        read_model_config(config.run.init_from),
+        cfg.model.tensor_model_parallel_size,
+        cfg.model.pipeline_model_parallel_size,
+    )
+    assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    check_tokenizer(tokenizer)
+    check_vocabulary(tokenizer, read_model_config(config.run.init_from))
+    rows = read_bc_rows(data.train)
+    system_prompt = system_prompt_of(rows)
+    train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long)
+    heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long)
+    if len(train.examples) < cfg.model.global_batch_size:
+        raise ConfigError(
+            f"model.global_batch_size: {cfg.model.global_batch_size} exceeds the {len(train.examples)} rows of data.train"
+        )
+
+    from nemo_ampo import compat
+
+    device = compat.setup(config.run.device, config.run.verbose)
+
+    from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+
+    from nemo_ampo.bc_trainer import BcParts, BcTrainer
+    from nemo_ampo.checkpoint import save_nemo
+    from nemo_ampo.ranks import MegatronRanks
+    from nemo_ampo.rollout import ENGINES
+    from nemo_ampo.runlog import RunLog, write_provenance
+    from nemo_ampo.session import open_session, prepare_config
+
+    prepare_config(cfg, run_dir, config.run.init_from, assets, device)
+    session = open_session(cfg, "sft", GPTSFTModel, config.run.init_from, len(train.examples), False)
+    ranks = MegatronRanks()
+    if ranks.is_main:
+        write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), [data.train, data.heldout])
+        if train.dropped:
+            print(f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}", file=sys.stderr)
+    first_step = session.resumed["step"] if session.resumed else 0
+    trainer = BcTrainer(
+        parts=BcParts(
+            train=train.examples,
+            heldout=heldout.examples,
+            tokenizer=tokenizer,
+            engine=ENGINES["megatron"](session.model, int(cfg.model.data.validation_ds.global_batch_size)),
+            ranks=ranks,
+            run_log=RunLog(run_dir, first_step, ranks.is_main),
+            data=data,
+            stop_token_ids=stop_token_ids(assets, tokenizer),
+            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            seed=config.run.seed,
+        ),
+        cfg=cfg.trainer.sft,
+        model=session.model,
+        optimizer=session.optimizer,
+        scheduler=session.scheduler,
+        logger=session.logger,
+        ckpt_callback=session.ckpt_callback,
+        run_timer=session.run_timer,
+    )
+    if session.resumed:
+        trainer.load_state_dict(session.resumed)
+    if not trainer.fit():
+        return False
+    if system_prompt is not None and ranks.is_main:
+        (assets / SYSTEM_PROMPT_FILE).write_text(system_prompt)
+    save_nemo(session.model, run_dir / "policy.nemo", assets)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main("bc", run))

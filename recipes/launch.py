@@ -1,0 +1,84 @@
+"""What every stage's command line shares: ``--config-name NAME key=value ...``, checks first, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.config import STAGES, default_keys
+from nemo_ampo.errors import ConfigError, UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""A stage that was asked to stop and can be continued by the same command (EX_TEMPFAIL)."""
+
+
+def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """Hydra's composition of ``configs/<stage>/<name>.yaml`` and the command line.
+
+    Raises:
+        ConfigError: unknown file or key.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+
+    ConfigStore.instance().store(f"{stage}_keys", default_keys(STAGES[stage]))
+
+    where = (folder or CONFIGS / stage).resolve()
+    if not (where / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
+        raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
+    try:
+        with initialize_config_dir(str(where), version_base=None):
+            return hydra_compose(name, list(overrides))
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def world_size() -> int:
+    """Number of ranks torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None = None) -> int:
+    """Parse, compose, run.
+
+    Args:
+        stage: folder below ``configs``.
+        run: the stage; True when finished, False when it stopped at a checkpoint.
+        argv: without the program name.
+
+    Returns:
+        Exit status: 0 finished, 2 for an error the user can fix, 75 stopped and resumable, 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m recipes.{stage}", description=run.__doc__)
+    parser.add_argument("--config-name", default="tiny", help=f"a file of configs/{stage} (default: tiny)")
+    parser.add_argument("--config-dir", type=Path, help=f"read configs from here instead of configs/{stage}")
+    parser.add_argument("--print-config", action="store_true", help="print the composed config and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    args = parser.parse_args(argv)
+    try:
+        cfg = compose(stage, args.config_name, args.overrides, args.config_dir)
+        if args.print_config:
+            print(OmegaConf.to_yaml(cfg))
+            return 0
+        finished = run(cfg)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    if not finished:
+        print("stopped at a checkpoint; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0

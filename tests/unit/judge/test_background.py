@@ -1,0 +1,166 @@
+"""The judge beside a busy main thread, over real HTTP; its end, also by Ctrl-C, in real processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from nemo_ampo.errors import UserError
+from nemo_ampo.judge import Judge, JudgeError, JudgeThread, Verdict
+
+WAIT_S = 30
+"""Only spent when a test fails."""
+
+
+def judge_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "judge"]
+
+
+def test_verdicts_arrive_while_the_main_thread_is_busy(tools: Any) -> None:
+    four = threading.Barrier(4)
+
+    def script(number: int, call: Any) -> Any:
+        four.wait(timeout=WAIT_S)  # and they are on their way together
+        return tools.verdict(len(call.prompt) % 10, 0)
+
+    server = tools.serve(script)
+    with JudgeThread(Judge(tools.config(server.base_url))) as judge:
+        futures = []
+        for length in range(4):
+            futures.append(judge.submit(tools.request("x" * length)))
+            sum(range(200_000))  # the next rollout
+        deadline = time.monotonic() + WAIT_S
+        while not all(future.done() for future in futures) and time.monotonic() < deadline:
+            sum(range(20_000))  # never waits, never sleeps
+        assert all(future.done() for future in futures)
+        scores = [future.result().agent1 for future in futures]
+        assert judge.stats.verdicts == 4
+    assert server.max_in_flight == 4
+    assert [(score - scores[0]) % 10 for score in scores] == [0, 1, 2, 3], "each future has its own verdict"
+
+
+def test_score_all_keeps_the_order_and_reports_failures_in_place(tools: Any) -> None:
+    def script(number: int, call: Any) -> Any:
+        return tools.Answer(status=400) if "poison" in call.prompt else tools.verdict(5, 5)
+
+    server = tools.serve(script)
+    with JudgeThread(Judge(tools.config(server.base_url))) as judge:
+        outcomes = judge.score_all(tools.request(text) for text in ("a", "poison", "b"))
+        assert [isinstance(outcome, Verdict) for outcome in outcomes] == [True, False, True]
+        assert isinstance(outcomes[1], JudgeError) and outcomes[1].kind == "status"
+        assert judge.score_all([]) == []
+
+
+def test_requests_from_several_threads(tools: Any) -> None:
+    server = tools.serve(tools.verdict(5, 5))
+    with (
+        JudgeThread(Judge(tools.config(server.base_url))) as judge,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
+        futures = list(pool.map(lambda _: judge.submit(tools.request()), range(64)))
+        assert all(isinstance(future.result(timeout=WAIT_S), Verdict) for future in futures)
+
+
+def test_check_is_the_judges(tools: Any) -> None:
+    with JudgeThread(Judge(tools.config(tools.serve(tools.verdict()).base_url))) as judge:
+        judge.check()
+    refuse = tools.Answer("{}", status=401)
+    server = tools.serve(refuse, models=refuse)
+    with JudgeThread(Judge(tools.config(server.base_url))) as judge, pytest.raises(UserError, match="401"):
+        judge.check()
+
+
+def test_closing_cancels_what_is_unanswered_and_ends_the_thread(tools: Any) -> None:
+    server = tools.serve(tools.Answer(hold=threading.Event()))
+    with JudgeThread(Judge(tools.config(server.base_url, max_concurrency=2))) as judge:
+        futures = [judge.submit(tools.request()) for _ in range(5)]
+        while len(server.calls) < 2:
+            time.sleep(0.01)
+    for future in futures:
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(timeout=WAIT_S)
+    assert judge_threads() == []
+    judge.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        judge.submit(tools.request())
+    assert judge.stats.calls == 2
+
+
+def test_submitting_while_another_thread_closes_never_leaves_a_future_open(tools: Any) -> None:
+    server = tools.serve(tools.verdict())
+    for _ in range(10):
+        judge = JudgeThread(Judge(tools.config(server.base_url)))
+        closer = threading.Thread(target=judge.close)
+        futures = []
+        closer.start()
+        try:
+            while True:
+                futures.append(judge.submit(tools.request()))
+        except RuntimeError:
+            pass
+        closer.join(timeout=WAIT_S)
+        assert not concurrent.futures.wait(futures, timeout=WAIT_S).not_done
+        assert not closer.is_alive()
+
+
+def test_an_error_in_the_block_ends_the_thread_and_is_not_replaced(tools: Any) -> None:
+    server = tools.serve(tools.Answer(hold=threading.Event()))
+    with pytest.raises(ZeroDivisionError), JudgeThread(Judge(tools.config(server.base_url))) as judge:
+        judge.submit(tools.request())
+        _ = 1 / 0
+    assert judge_threads() == []
+
+
+SCRIPT = """
+import sys
+from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+
+request = JudgeRequest("d", "A", "B", "g", "h")
+thread = JudgeThread(Judge(JudgeConfig(base_url=sys.argv[1], model="referee")))
+future = thread.submit(request)
+print("asked", flush=True)
+if sys.argv[2] == "wait":
+    with thread:
+        future.result()
+"""
+
+
+def start(base_url: str, how: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, base_url, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_ctrl_c_ends_the_process(tools: Any) -> None:
+    server = tools.serve(tools.Answer(hold=threading.Event()))
+    with start(server.base_url, "wait", tools.child_environment()) as process:
+        try:
+            while not server.calls and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGINT, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt") and "Task was destroyed" not in errors
+
+
+def test_a_thread_nobody_closed_does_not_keep_the_process_alive(tools: Any) -> None:
+    server = tools.serve(tools.Answer(hold=threading.Event()))
+    with start(server.base_url, "leave", tools.child_environment()) as process:
+        try:
+            output, errors = process.communicate(timeout=WAIT_S)
+        finally:
+            process.kill()
+    assert (process.returncode, output) == (0, "asked\n"), errors

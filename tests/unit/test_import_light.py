@@ -1,0 +1,64 @@
+"""The algorithm can be imported where none of the frameworks is installed, and quickly.
+
+Counted are modules in a fresh interpreter: what is already imported in the test's own process proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMEWORKS = {
+    "nemo",
+    "megatron",
+    "nemo_aligner",
+    "lightning",
+    "pytorch_lightning",
+    "tensorrt_llm",
+    "transformers",
+}
+HEAVY = FRAMEWORKS | {"torch", "numpy"}
+
+
+def top_level_modules_after(*modules: str) -> set[str]:
+    code = (
+        f"import {', '.join(modules)}, json, sys; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nemo_ampo.errors",
+        "nemo_ampo.types",
+        "nemo_ampo.modes",
+        "nemo_ampo.grammar",
+        "nemo_ampo.rewards",
+        "nemo_ampo.judge",
+    ],
+)
+def test_text_and_judge_parts_need_no_torch(module: str) -> None:
+    assert top_level_modules_after(module) & HEAVY == set()
+
+
+def test_together_they_leave_openai_to_the_call_that_needs_it() -> None:
+    loaded = top_level_modules_after(
+        "nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types"
+    )
+    assert loaded & (HEAVY | {"openai"}) == set()
+
+
+def test_the_mathematics_needs_torch_and_no_framework() -> None:
+    loaded = top_level_modules_after("nemo_ampo.advantage", "nemo_ampo.loss")
+    assert "torch" in loaded
+    assert loaded & FRAMEWORKS == set()
