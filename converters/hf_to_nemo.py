@@ -12,11 +12,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from converters import cli
-from converters.hf_folder import asset_files, check_tokenizer, open_hf_folder
+from converters.hf_folder import HfFolder, asset_files, check_tokenizer, open_hf_folder
 from converters.model_config import nemo_config
 from converters.verify import report, verify
 from nemo_ampo.errors import UserError
@@ -32,9 +33,7 @@ def copy_assets(source: Path, target: Path) -> Path:
     return target
 
 
-def write_nemo(
-    hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, allow_base_tokenizer: bool = False
-) -> None:
+def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, allow_base_tokenizer: bool = False) -> None:
     """Convert without verifying.
 
     Args:
@@ -49,23 +48,25 @@ def write_nemo(
     hf = open_hf_folder(hf_dir)
     config = nemo_config(hf.config, hf.family, hf_dir)
     check_tokenizer(hf_dir, hf.shape, allow_base_tokenizer)
+    stored_type = dtype or hf.weights.dtype()
+    if stored_type not in DTYPES.values():
+        raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")
     from nemo_ampo.compat import setup
 
     setup("cpu")
-    from converters.nemo_model import PRECISION, build, fill, set_saved_config
+    with cli.staging_folder(nemo_path) as staging:
+        _build_and_save(hf, config, stored_type, nemo_path, copy_assets(hf_dir, staging / "assets"))
+
+
+def _build_and_save(hf: HfFolder, config: dict[str, Any], dtype: torch.dtype, nemo_path: Path, assets: Path) -> None:
+    """Apart, so that the model is freed: the frameworks' import guards keep the frame of `setup`'s caller alive."""
+    from converters.nemo_model import build, fill, set_saved_config
     from nemo_ampo.checkpoint import save_nemo
 
-    stored_type = dtype or hf.weights.dtype()
-    if stored_type not in PRECISION:
-        raise UserError(
-            f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}"
-        )
-    with cli.staging_folder(nemo_path) as staging:
-        assets = copy_assets(hf_dir, staging / "assets")
-        model = build(config, stored_type)
-        fill(model, hf.weights, hf.bindings(), hf.shape)
-        set_saved_config(model, config)
-        save_nemo(model, nemo_path, assets)
+    model = build(config, dtype)
+    fill(model, hf.weights, hf.bindings(), hf.shape)
+    set_saved_config(model, config)
+    save_nemo(model, nemo_path, assets)
 
 
 def convert(
@@ -103,9 +104,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m converters.hf_to_nemo", description=__doc__)
     p.add_argument("--input", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
     p.add_argument("--output", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint to write")
-    p.add_argument(
-        "--dtype", choices=("keep", *DTYPES), default="keep", help="type of the stored weights (%(default)s)"
-    )
+    p.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="type of the stored weights (%(default)s)")
     p.add_argument(
         "--allow-base-tokenizer",
         action="store_true",

@@ -46,9 +46,7 @@ def model_shape(config: Any) -> ModelShape:
     """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
-        raise UserError(
-            f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
-        )
+        raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
     return ModelShape(
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -84,9 +82,7 @@ def rope_config(config: Any) -> dict[str, Any]:
     if kind == "default":
         return keys
     if kind != "llama3":
-        raise UserError(
-            f"config.json: rope_scaling type {kind!r} is not supported; NeMo 2.2.1 knows only llama3"
-        )
+        raise UserError(f"config.json: rope_scaling type {kind!r} is not supported; NeMo 2.2.1 knows only llama3")
     names = {
         "factor": "scale_factor",
         "low_freq_factor": "low_freq_factor",

@@ -63,9 +63,7 @@ def build(config: dict[str, Any], dtype: torch.dtype) -> MegatronGPTModel:
     return MegatronGPTModel(_cpu_config(config, dtype), _trainer(32))
 
 
-def fill(
-    model: MegatronGPTModel, weights: SafetensorsFolder, bindings: Iterable[Binding], shape: ModelShape
-) -> None:
+def fill(model: MegatronGPTModel, weights: SafetensorsFolder, bindings: Iterable[Binding], shape: ModelShape) -> None:
     """Copy the mapped Hugging Face weights into the model's parameters, one at a time.
 
     Raises:
@@ -95,9 +93,7 @@ def _parameters_by_place(model: MegatronGPTModel) -> dict[tuple[str, int | None]
             place = (entry.key.removeprefix(PREFIX), int(layer.group(1)) if layer else None)
             found[place] = entry.data
     live = {p.data_ptr() for module in model.get_model_module_list() for p in module.parameters()}
-    assert live == {t.data_ptr() for t in found.values()}, (
-        "the sharded state is not the model's own parameters"
-    )
+    assert live == {t.data_ptr() for t in found.values()}, "the sharded state is not the model's own parameters"
     return found
 
 

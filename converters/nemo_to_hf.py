@@ -51,8 +51,7 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
         stored.check(bindings, shape)
         written_type = dtype or config.torch_dtype or stored.dtype()
         state = {
-            name: tensor.to(written_type, copy=True).contiguous()
-            for name, tensor in stored.hf_tensors(bindings, shape)
+            name: tensor.to(written_type, copy=True).contiguous() for name, tensor in stored.hf_tensors(bindings, shape)
         }
     if dtype is not None and config.torch_dtype != dtype:
         _set_torch_dtype(folder / "config.json", dtype)
@@ -75,9 +74,7 @@ def _save_shards(state: dict[str, Tensor], folder: Path) -> None:
         save_file({t: state[t] for t in tensor_names}, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n"
-        )
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def convert(
@@ -93,9 +90,7 @@ def convert(
         UserError: as :func:`write_hf`, or ``output`` is not empty and ``overwrite`` is not given.
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
-        raise UserError(
-            f"--output {output}: exists and is not an empty folder; pass --overwrite to replace a folder"
-        )
+        raise UserError(f"--output {output}: exists and is not an empty folder; pass --overwrite to replace a folder")
     with cli.staging_folder(output.absolute()) as staging:
         staged = staging / output.name
         write_hf(nemo_path, staged, dtype)

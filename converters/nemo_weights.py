@@ -37,14 +37,10 @@ class NemoWeights:
 
         self._folder = unpacked / WEIGHTS_FOLDER
         if not (self._folder / ".metadata").is_file():
-            raise UserError(
-                f"{self._folder}: not a torch_dist checkpoint; save with dist_ckpt_format=torch_dist"
-            )
+            raise UserError(f"{self._folder}: not a torch_dist checkpoint; save with dist_ckpt_format=torch_dist")
         stored = FileSystemReader(self._folder).read_metadata().state_dict_metadata
         self._tensors = {
-            key.removeprefix(PREFIX): meta
-            for key, meta in stored.items()
-            if isinstance(meta, TensorStorageMetadata)
+            key.removeprefix(PREFIX): meta for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)
         }
         self._objects = {key for key in stored if key.removeprefix(PREFIX) not in self._tensors}
 
@@ -75,9 +71,7 @@ class NemoWeights:
         meta = self._tensors[key]
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # "assuming the intent is to load in a single process"
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
             load({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder), no_dist=True)
         return tensor
 

@@ -59,9 +59,7 @@ def check(config: Any) -> None:
         UserError: naming the key of config.json.
     """
     if getattr(config, "use_sliding_window", False):
-        raise UserError(
-            "config.json: use_sliding_window=true is not supported; set it to false for prompts that fit"
-        )
+        raise UserError("config.json: use_sliding_window=true is not supported; set it to false for prompts that fit")
 
 
 FAMILY = Family(name="qwen2", rows=ROWS, qkv_bias=True, check=check)

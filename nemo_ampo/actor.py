@@ -38,7 +38,9 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         self, response_tokens: torch.Tensor, forward_micro_batch_size: int | None = None
     ) -> torch.Tensor:
         """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank."""
-        return token_logprobs(self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size)
+        return token_logprobs(
+            self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size
+        )
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
         """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus."""
@@ -78,7 +80,10 @@ class AmpoActor(MegatronGPTReinforceActorModel):
                     "ratio_max": metrics["ratio_max"],
                 }
                 reduced = average_losses_across_data_parallel_group(
-                    [torch.as_tensor(values[k], dtype=torch.float32, device=loss.device) for k in LOSS_METRICS]
+                    [
+                        torch.as_tensor(values[k], dtype=torch.float32, device=loss.device)
+                        for k in LOSS_METRICS
+                    ]
                 )
                 return loss, {"values": reduced}
 
@@ -125,5 +130,3 @@ def _entropy(logits_BTV: torch.Tensor) -> torch.Tensor:
     """Entropy of each next-token distribution, nats, [B, T-1]; vocabulary shards are gathered first."""
     full = tensor_parallel.gather_from_tensor_model_parallel_region(logits_BTV)[:, :-1]
     return entropy_from_logits(full.float())
-
-

@@ -121,7 +121,10 @@ class BcTrainer(SupervisedTrainer):
         sums: list[tuple[int, float, int]] = []
         size = int(self.model.cfg.data.validation_ds.micro_batch_size)
         for begin in range(0, len(mine), size):
-            batch = collate_bc([BcDataset(mine[begin : begin + size])[i] for i in range(len(mine[begin : begin + size]))], self.parts.pad_id)
+            batch = collate_bc(
+                [BcDataset(mine[begin : begin + size])[i] for i in range(len(mine[begin : begin + size]))],
+                self.parts.pad_id,
+            )
             logprobs_BT = token_logprobs(self.model, _with_next(batch), size).cpu() * batch["loss_mask"]
             tokens_B = batch["loss_mask"].sum(dim=1)
             sums += zip(

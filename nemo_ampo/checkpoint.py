@@ -190,7 +190,7 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
 
     Args:
         nemo_path: the checkpoint, changed in place.
-        folder: every file in it is packed; it must hold no weights.
+        folder: every file in it that is not hidden is packed; it must hold no weights.
         atomic: work on a copy and rename it. Without it a crash can leave a torn file: only for files nobody
             else sees.
 
@@ -198,7 +198,7 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
         UserError: either path is absent, or the folder has no config.json.
     """
     path, source = Path(nemo_path), Path(folder)
-    files = sorted(p for p in source.rglob("*") if p.is_file())
+    files = [p for p in sorted(source.rglob("*")) if p.is_file() and not _hidden(p.relative_to(source))]
     if source / "config.json" not in files:
         raise UserError(f"{source}: no config.json; expected the Hugging Face files of the model")
     with _open_tar(path) as tar:
@@ -216,6 +216,10 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
         _publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
 
 
 def _append(path: Path, source: Path, files: list[Path]) -> None:

@@ -8,6 +8,7 @@ Section classes owned by a part (judge, reward) are defined beside that part.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -42,6 +43,13 @@ class RunConfig:
     log_rollouts: int = -1
 
 
+class OnTooLong(StrEnum):
+    """What happens to a row longer than the limit."""
+
+    error = "error"
+    drop = "drop"
+
+
 @dataclass
 class BcDataConfig:
     """Rows of the behaviour-cloning stage.
@@ -57,7 +65,7 @@ class BcDataConfig:
     train: str = MISSING
     heldout: str = MISSING
     max_tokens: int = 8192
-    on_too_long: str = "error"
+    on_too_long: OnTooLong = OnTooLong.error
     heldout_replies: int = 64
     max_new_tokens: int = 2048
 
@@ -237,9 +245,7 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
 
 def default_keys(schema: type[Any]) -> dict[str, Any]:
     """Every key of a stage with its default, ``???`` where a value is required; the YAML files build on this."""
-    return {
-        f.name: OmegaConf.to_container(OmegaConf.structured(f.type)) for f in fields(_resolved(schema))
-    }
+    return {f.name: OmegaConf.to_container(OmegaConf.structured(f.type)) for f in fields(_resolved(schema))}
 
 
 def _section(name: str, section: Any, given: Any) -> Any:
@@ -270,7 +276,6 @@ def check_bc(config: BcConfig) -> None:
     _file("run.init_from", config.run.init_from)
     _file("data.train", config.data.train)
     _file("data.heldout", config.data.heldout)
-    _one_of("data.on_too_long", config.data.on_too_long, ("error", "drop"))
 
 
 def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
@@ -336,6 +341,21 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             f"model.reinforce.forward_micro_batch_size: {forward} does not divide the {samples // data_size} samples "
             "of one data-parallel rank"
         )
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Rules between keys of the evaluation stage.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    _file("data.turns", config.data.turns)
+    if not (Path(config.run.checkpoint) / "config.json").is_file():
+        raise ConfigError(f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}")
+    if config.data.samples < 1:
+        raise ConfigError(f"data.samples: at least 1, got {config.data.samples}")
+    if config.generate.temperature < 0:
+        raise ConfigError(f"generate.temperature: at least 0, got {config.generate.temperature}")
 
 
 def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> None:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections import Counter
@@ -411,7 +410,7 @@ def _wait_until_healthy(
     while time.monotonic() < deadline and process.poll() is None:
         if ready_file.exists():
             base_url = ready_file.read_text(encoding="utf-8").strip()
-            with contextlib.suppress(urllib.error.URLError):
+            with contextlib.suppress(OSError):
                 direct.open(base_url.removesuffix("/v1") + "/health", timeout=5).close()
                 return base_url
         time.sleep(0.02)

@@ -24,7 +24,8 @@ class FormatError(ValueError):
     """A reply breaks the mode grammar.
 
     Attributes:
-        rule: which rule failed first: ``level``, ``tags``, ``order``, ``answer`` or ``sections``.
+        rule: which rule failed first: ``level``, ``tags``, ``order``, ``answer``, ``sections`` or (strict only)
+            ``outside``.
     """
 
     def __init__(self, rule: str, message: str) -> None:

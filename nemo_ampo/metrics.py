@@ -82,7 +82,9 @@ def step_metrics(
         "advantage/mean": mean(a for a, s in zip(values, samples, strict=True) if s.parts.valid),
         "advantage/std": _std([a for a, s in zip(values, samples, strict=True) if s.parts.valid]),
     }
-    out |= {f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k}
+    out |= {
+        f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k
+    }
     out |= _judge_metrics(samples)
     out |= _mode_metrics("mode", samples, values)
     for tag in sorted({s.tag for s in samples if s.tag}):

@@ -39,7 +39,10 @@ def _hook(size: int) -> Any:
         keep = size - first
         if keep < width:
             logits = torch.cat(
-                (logits[..., : max(keep, 0)], logits.new_full((*logits.shape[:-1], width - max(keep, 0)), MASKED_LOGIT)),
+                (
+                    logits[..., : max(keep, 0)],
+                    logits.new_full((*logits.shape[:-1], width - max(keep, 0)), MASKED_LOGIT),
+                ),
                 dim=-1,
             )
         return logits, bias

@@ -6,6 +6,7 @@ line per step whatever happened in between.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -71,19 +72,23 @@ def write_once(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_provenance(folder: Path, config: Mapping[str, Any], data_files: Iterable[str]) -> None:
-    """``config.yaml`` (resolved) and ``provenance.json`` (versions and data hashes)."""
-    import hashlib
+def sha256_of(path: str | Path) -> str:
+    """Of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) -> None:
+    """``config.yaml`` (resolved) and ``provenance.json`` (versions and data hashes)."""
     from nemo_ampo import __version__
     from nemo_ampo.compat.versions import EXPECTED, installed
 
-    write_once(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_once(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     packages = (*EXPECTED, "torch", "numpy", "openai", "tensorrt-llm")
     record = {
         "nemo-ampo": __version__,
         "packages": {name: installed(name) for name in packages},
-        "data": {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in data_files},
+        "data": dict(data_hashes),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
     write_once(folder / "provenance.json", json.dumps(record, indent=2))

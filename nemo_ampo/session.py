@@ -94,7 +94,12 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
 
 
 def open_session(
-    cfg: DictConfig, algorithm: str, model_class: type[Any], nemo_file: str, num_rows: int, keep_reference: bool
+    cfg: DictConfig,
+    algorithm: str,
+    model_class: type[Any],
+    nemo_file: str,
+    num_rows: int,
+    keep_reference: bool,
 ) -> Session:
     """Build the model from its checkpoint and restore the run folder's last state, if it has one.
 

@@ -22,7 +22,15 @@ from nemo_ampo.grammar import parse_reply
 from nemo_ampo.metrics import step_metrics
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
-from nemo_ampo.rollout.engine import Engine, PackedRollouts, Request, Response, SamplingSpec, pack, request_seed
+from nemo_ampo.rollout.engine import (
+    Engine,
+    PackedRollouts,
+    Request,
+    Response,
+    SamplingSpec,
+    pack,
+    request_seed,
+)
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 
 
@@ -41,6 +49,7 @@ class Sample:
     Attributes:
         group: index of the prompt within the step.
         row_id: of the dialogue turn.
+        dialogue: what was said before, and the open line.
         tag: the turn's label, for reports.
         text: decoded response without special tokens.
         num_tokens: response tokens, the stop token included.
@@ -54,6 +63,7 @@ class Sample:
 
     group: int
     row_id: str
+    dialogue: str
     tag: str | None
     text: str
     num_tokens: int
@@ -124,11 +134,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a step works with."""
+    """What a step works with besides the policy it improves."""
 
     engine: Engine
     judge: Judge
-    policy: Policy
     tokenizer: Tokenizer
     ranks: Ranks
     rollout: RolloutConfig
@@ -148,13 +157,14 @@ class StepResult:
     advantages: list[float]
 
 
-def ampo_step(step: int, prompts: Sequence[Prompt], parts: Parts) -> StepResult:
+def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts) -> StepResult:
     """Draw, judge, compare within groups, and improve the policy once.
 
     Args:
         step: 0-based; decides the seeds.
         prompts: of the whole job, the same on every rank.
-        parts: engine, judge, policy and settings.
+        policy: the model being trained.
+        parts: engine, judge and settings.
 
     Returns:
         Metrics and samples of the whole job, the same on every rank.
@@ -171,15 +181,17 @@ def ampo_step(step: int, prompts: Sequence[Prompt], parts: Parts) -> StepResult:
     ]
     everyone = parts.ranks.gather(samples)
     advantages_all, report = advantage(everyone, parts.algorithm.advantage)
-    advantages_B = torch.tensor(slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size))
+    advantages_B = torch.tensor(
+        slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size)
+    )
 
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
-        old_logprobs_BT = parts.policy.logprobs(packed.tokens_BT)
+        old_logprobs_BT = policy.logprobs(packed.tokens_BT)
     with clock("reference"):
-        ref_logprobs_BT = parts.policy.reference_logprobs(packed.tokens_BT)
+        ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT)
     with clock("update"):
-        policy_metrics = parts.policy.update(
+        policy_metrics = policy.update(
             TrainBatch(
                 tokens_BT=packed.tokens_BT,
                 mask_BT=packed.mask_BT,
@@ -260,21 +272,10 @@ def roll_out(
         i = index[response.request_id]
         answer = _answer(decode(response, parts.tokenizer), parts.reward.strict_format)
         if answer is not None and parts.ranks.is_leader:
-            pending[i] = PendingVerdict(parts.judge.submit(judge_request(turns[i], answer)))
+            pending[i] = PendingVerdict(parts.judge.submit(JudgeRequest.about(turns[i], answer)))
 
     sampling = SamplingSpec(parts.rollout.max_new_tokens, parts.stop_token_ids, parts.rollout.temperature)
     return parts.engine.generate(requests, sampling, on_finish), pending
-
-
-def judge_request(turn: DialogueTurn, answer: str) -> JudgeRequest:
-    """What the judge reads about one response."""
-    return JudgeRequest(
-        dialogue=turn.dialogue_with(answer),
-        agent1_name=turn.agent1_name,
-        agent2_name=turn.agent2_name,
-        agent1_goal=turn.agent1_goal,
-        agent2_goal=turn.agent2_goal,
-    )
 
 
 def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
@@ -285,6 +286,7 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
     return Sample(
         group=request.request_id // parts.rollout.group_size,
         row_id=turn.row_id,
+        dialogue="\n".join(turn.dialog),
         tag=turn.tag,
         text=text,
         num_tokens=len(response.token_ids),

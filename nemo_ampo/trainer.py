@@ -8,7 +8,7 @@ number alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from nemo_aligner.utils.trainer_utils import check_progress
 from nemo_aligner.utils.utils import clear_memory
 
 from nemo_ampo.interrupt import StopRequest
+from nemo_ampo.optimise import optimise
 from nemo_ampo.progress import Progress
 from nemo_ampo.runlog import RunLog
-from nemo_ampo.optimise import optimise
 from nemo_ampo.sampler import SizedBatches, rows_of_step
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
 
@@ -31,7 +31,7 @@ class AmpoTrainer(ReinforceTrainer):
 
     Args:
         prompts: the data set.
-        parts: what a step works with; its ``policy`` is set to this trainer.
+        parts: what a step works with; the policy is this trainer itself.
         run_log: JSONL files of the run folder.
         log_rollouts: samples written per step, -1 for all.
         upstream: the remaining arguments of :class:`ReinforceTrainer` (cfg, model, optimizer, scheduler, logger,
@@ -57,9 +57,13 @@ class AmpoTrainer(ReinforceTrainer):
             **upstream,
         )
         self.prompts = prompts
-        self.parts = replace(parts, policy=self)
+        self.parts = parts
         self.run_log = run_log
         self.log_rollouts = log_rollouts
+
+    def set_max_steps(self) -> None:
+        """Exactly what the config says; upstream would also stop at the end of its epochs."""
+        self.max_steps = int(self.cfg.max_steps)
 
     def fit(self) -> bool:
         """Train to the last step.
@@ -71,11 +75,13 @@ class AmpoTrainer(ReinforceTrainer):
         ranks = self.parts.ranks
         with StopRequest() as stop, Progress("AMPO", self.step, self.max_steps, ranks.is_main) as progress:
             while self.step < self.max_steps:
-                result = ampo_step(self.step, self._prompts_of_step(), self.parts)
+                result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
                 self._log(result)
                 self.step += 1
                 self.consumed_samples += len(result.samples)
-                progress.step(self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result))
+                progress.step(
+                    self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result)
+                )
                 ended = ranks.any(stop.requested) or self.run_timer.is_finished()
                 _, save, _ = check_progress(
                     self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended

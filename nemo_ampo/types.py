@@ -80,6 +80,17 @@ class JudgeRequest:
     agent1_goal: str
     agent2_goal: str
 
+    @classmethod
+    def about(cls, turn: DialogueTurn, answer: str) -> JudgeRequest:
+        """The question about one answer to a turn."""
+        return cls(
+            dialogue=turn.dialogue_with(answer),
+            agent1_name=turn.agent1_name,
+            agent2_name=turn.agent2_name,
+            agent1_goal=turn.agent1_goal,
+            agent2_goal=turn.agent2_goal,
+        )
+
 
 @dataclass(frozen=True)
 class Verdict:

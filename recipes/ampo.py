@@ -6,7 +6,6 @@ Starts from the cloned policy, which is also the reference; ends with ``policy.n
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,23 @@ from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.step import Parts, Prompt
 from nemo_ampo.types import DialogueTurn
-from recipes.launch import main, world_size
+from recipes.launch import is_main_process, main, world_size
 
 
-def read_training_turns(config: AmpoConfig) -> list[DialogueTurn]:
-    """The turns to train on, from rows or from a SOTOPIA folder's opening scenes."""
+def read_training_turns(config: AmpoConfig) -> tuple[list[DialogueTurn], dict[str, str]]:
+    """The turns to train on, from rows or from a SOTOPIA folder's opening scenes, and the sha256 of what was read."""
     from nemo_ampo.data.episodes import read_turns
+    from nemo_ampo.runlog import sha256_of
+    from nemo_ampo.sotopia.opening import write_opening_rows
 
-    if config.data.sotopia_dir is None:
-        assert config.data.train is not None
-        return read_turns(config.data.train)
-    from nemo_ampo.sotopia.opening import opening_rows
-
+    if config.data.train is not None:
+        return read_turns(config.data.train), {config.data.train: sha256_of(config.data.train)}
+    assert config.data.sotopia_dir is not None
     rows = Path(config.run.dir) / "opening_rows.json"
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    rows.write_text(json.dumps(opening_rows(config.data.sotopia_dir), ensure_ascii=False, indent=1))
-    return read_turns(rows)
+    meta = write_opening_rows(config.data.sotopia_dir, rows)
+    if is_main_process():
+        print(meta["note"], file=sys.stderr)
+    return read_turns(rows), meta["sha256"]
 
 
 def encode_turns(turns: list[DialogueTurn], tokenizer: Any, system: str, config: AmpoConfig) -> list[Prompt]:
@@ -84,7 +84,8 @@ def run(cfg: DictConfig) -> bool:
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config)
     system = system_prompt(assets, config.data.system_prompt)
-    prompts = encode_turns(read_training_turns(config), tokenizer, system, config)
+    turns, data_hashes = read_training_turns(config)
+    prompts = encode_turns(turns, tokenizer, system, config)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"
@@ -112,22 +113,22 @@ def run(cfg: DictConfig) -> bool:
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
         if ranks.is_main:
-            files = [f for f in (config.data.train,) if f is not None]
-            write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), files)
+            write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), data_hashes)
         first_step = session.resumed["step"] if session.resumed else 0
         trainer = AmpoTrainer(
             prompts=prompts,
             parts=Parts(
                 engine=ENGINES[config.rollout.engine](session.model, config.rollout.batch_size),
                 judge=judge,
-                policy=None,
                 tokenizer=tokenizer,
                 ranks=ranks,
                 rollout=config.rollout,
                 reward=config.reward,
                 algorithm=config.algorithm,
                 stop_token_ids=stop_token_ids(assets, tokenizer),
-                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else tokenizer.eos_token_id,
                 seed=config.run.seed,
             ),
             run_log=RunLog(run_dir, first_step, ranks.is_main),

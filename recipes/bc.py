@@ -39,8 +39,8 @@ def run(cfg: DictConfig) -> bool:
     check_vocabulary(tokenizer, read_model_config(config.run.init_from))
     rows = read_bc_rows(data.train)
     system_prompt = system_prompt_of(rows)
-    train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long)
-    heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long)
+    train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long.value)
+    heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long.value)
     if len(train.examples) < cfg.model.global_batch_size:
         raise ConfigError(
             f"model.global_batch_size: {cfg.model.global_batch_size} exceeds the {len(train.examples)} rows of data.train"
@@ -56,16 +56,20 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.checkpoint import save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout import ENGINES
-    from nemo_ampo.runlog import RunLog, write_provenance
+    from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
     from nemo_ampo.session import open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
     session = open_session(cfg, "sft", GPTSFTModel, config.run.init_from, len(train.examples), False)
     ranks = MegatronRanks()
     if ranks.is_main:
-        write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), [data.train, data.heldout])
+        hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
+        write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), hashes)
         if train.dropped:
-            print(f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}", file=sys.stderr)
+            print(
+                f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}",
+                file=sys.stderr,
+            )
     first_step = session.resumed["step"] if session.resumed else 0
     trainer = BcTrainer(
         parts=BcParts(

@@ -48,6 +48,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """True on the one process that may print."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None = None) -> int:
     """Parse, compose, run.
 
@@ -72,7 +77,7 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
             return 0
         finished = run(cfg)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -26,9 +26,7 @@ def installed(package: str) -> str | None:
 
 def mismatches() -> dict[str, tuple[str, str | None]]:
     """Package to (expected, found) for every framework that is absent or of another version."""
-    return {
-        name: (want, installed(name)) for name, want in EXPECTED.items() if installed(name) != want
-    }
+    return {name: (want, installed(name)) for name, want in EXPECTED.items() if installed(name) != want}
 
 
 def check(device: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.data.chat import build_messages
-from nemo_ampo.data.rows import Record, read_records, write_rows
+from nemo_ampo.data.rows import Record, published, read_records, write_rows
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.types import DialogueTurn
 
@@ -109,10 +109,8 @@ def rows_to_parquet(path: str | Path, out: str | Path) -> int:
     table = pyarrow.Table.from_pylist(
         [_parquet_row(i, turn) for i, turn in enumerate(turns)], _parquet_schema()
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    pyarrow.parquet.write_table(table, part)
-    part.replace(out)
+    with published(out) as part:
+        pyarrow.parquet.write_table(table, part)
     return len(turns)
 
 

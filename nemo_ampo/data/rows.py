@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from nemo_ampo.errors import DataError
 from nemo_ampo.prompts import utf8_safe
@@ -218,7 +220,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 def write_json(value: Any, path: str | Path) -> None:
     """Write one JSON document; the file appears complete or not at all."""
-    _publish(json.dumps(value, ensure_ascii=False, indent=1) + "\n", Path(path))
+    _publish_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", Path(path))
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -231,13 +233,26 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     if path.suffix == ".json":
         write_json([dict(row) for row in rows], path)
     elif path.suffix == ".jsonl":
-        _publish("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+        _publish_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
     else:
         raise DataError(f"{path}: expected a file ending in .json or .jsonl")
 
 
-def _publish(text: str, path: Path) -> None:
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A name to write to; the file takes its own name when the block ends well, and is removed otherwise.
+
+    Several ranks may publish the same file at once: each writes a file of its own, the last one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _publish_text(text: str, path: Path) -> None:
+    with published(path) as part:
+        part.write_text(text, encoding="utf-8")

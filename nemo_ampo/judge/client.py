@@ -85,9 +85,8 @@ class Judge:
         """Goal achievement of both speakers.
 
         Raises:
-            JudgeError: if no usable verdict came; ``kind`` is ``parse`` (nothing readable), ``empty``
-            (nothing said),
-                ``timeout``, ``connection`` or ``status``.
+            JudgeError: if no usable verdict came; ``kind`` is ``parse`` (nothing readable), ``empty`` (nothing
+                said), ``timeout``, ``connection`` or ``status``.
         """
         self._stats.asked()
         try:

@@ -1,4 +1,4 @@
-"""Which metric goes on which chart: one function per panel of the page, from a log to a drawn chart with its legend.
+"""Which metric goes on which chart: one function per panel, from a log to a drawn chart with its legend.
 
 A panel whose metrics were never logged is None, and the page says so.
 """
@@ -49,7 +49,7 @@ class Chart:
     legend: tuple[LegendEntry, ...]
 
 
-# --- AMPO --------------------------------------------------------------------------------------------------------
+# --- AMPO -----------------------------------------------------------------------------------------
 
 
 def reward(log: MetricsLog) -> Chart | None:
@@ -126,6 +126,17 @@ def mode_term(log: MetricsLog) -> Chart | None:
     return _areas("Mode-level advantage", "share of groups", log.counts("mode_term/active").steps, layers, percent=True)
 
 
+def mode_advantages(log: MetricsLog) -> Chart | None:
+    """What the update was told about each mode."""
+    return _lines("Advantage by mode", "mean of a step", _modes(log, "mode/{}/advantage"))
+
+
+def reward_spread(log: MetricsLog) -> Chart | None:
+    """How different the replies to one prompt are; at 0 nothing can be learned."""
+    line = Line("within a group", "series-1", log.series("reward/std_within_group"))
+    return _lines("Reward spread", "standard deviation", [line], bottom=0)
+
+
 def kl(log: MetricsLog) -> Chart | None:
     """Distance to the reference policy."""
     return _lines("KL to the reference", "nats per token", [Line("policy", "series-1", log.series("policy/kl"))])
@@ -170,9 +181,7 @@ def phases(log: MetricsLog) -> Chart | None:
         return None
     names = [name for name in log.names("time/") if name != "time/step_s"]
     parts = {name: _at(log.series(name), total.steps) for name in names}
-    rest = tuple(
-        max(0.0, seconds - sum(values)) for seconds, *values in zip(total.values, *parts.values(), strict=True)
-    )
+    rest = tuple(max(0.0, seconds - sum(values)) for seconds, *values in zip(total.values, *parts.values(), strict=True))
     colours = iter(SERIES_COLOURS)
     layers = [
         Layer(name.removeprefix("time/").removesuffix("_s").replace("_", " "), next(colours, "grid"), values)
@@ -188,7 +197,7 @@ def throughput(log: MetricsLog) -> Chart | None:
     return _lines("Rollout throughput", "tokens per second", [line], bottom=0)
 
 
-# --- behaviour cloning -------------------------------------------------------------------------------------------
+# --- behaviour cloning ----------------------------------------------------------------------------
 
 
 def bc_loss(log: MetricsLog) -> Chart | None:
@@ -218,7 +227,7 @@ def bc_optimizer(log: MetricsLog) -> Chart | None:
 AMPO_PANELS: dict[str, tuple[Callable[[MetricsLog], Chart | None], ...]] = {
     "Reward": (reward, reward_parts, mode_rewards),
     "Length and format": (response_tokens, mode_tokens, format_failures),
-    "Mode-level advantage": (mode_term,),
+    "Advantage": (mode_term, mode_advantages, reward_spread),
     "Policy": (kl, entropy, grad_norm, logprob_gap),
     "Judge": (judge_latency, judge_failures),
     "Time": (phases, throughput),
@@ -233,7 +242,7 @@ def draw(panels: Sequence[Callable[[MetricsLog], Chart | None]], log: MetricsLog
     return [chart for panel in panels if (chart := panel(log)) is not None]
 
 
-# --- building blocks ---------------------------------------------------------------------------------------------
+# --- building blocks ------------------------------------------------------------------------------
 
 
 def tags_of(log: MetricsLog) -> list[str]:
@@ -250,9 +259,7 @@ def _tags(log: MetricsLog, quantity: str) -> list[Line]:
 
 
 def _modes(log: MetricsLog, pattern: str, kind: str = "train") -> list[Line]:
-    return [
-        Line(f"mode {k}", f"mode-{k}", log.series(pattern.format(k), kind), markers=kind == "val") for k in MODES
-    ]
+    return [Line(f"mode {k}", f"mode-{k}", log.series(pattern.format(k), kind), markers=kind == "val") for k in MODES]
 
 
 def _mode_share(log: MetricsLog, title: str, pattern: str) -> Chart | None:
@@ -287,12 +294,8 @@ def _lines(
     return Chart(title, unit, line_chart(present, percent, bottom, log_scale), legend)
 
 
-def _areas(
-    title: str, unit: str, steps: tuple[int, ...], layers: Sequence[Layer], percent: bool = False
-) -> Chart:
-    legend = tuple(
-        LegendEntry(layer.label, layer.colour, _change(Series(steps, layer.values), percent)) for layer in layers
-    )
+def _areas(title: str, unit: str, steps: tuple[int, ...], layers: Sequence[Layer], percent: bool = False) -> Chart:
+    legend = tuple(LegendEntry(layer.label, layer.colour, _change(Series(steps, layer.values), percent)) for layer in layers)
     return Chart(title, unit, area_chart(steps, layers, percent), legend)
 
 

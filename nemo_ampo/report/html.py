@@ -1,7 +1,8 @@
 """The page: one self-contained HTML file that loads nothing and runs nothing.
 
-Replies, labels and names come from a model or from data and are untrusted: the template escapes everything but the
-charts, which hold numbers only, and a content security policy forbids scripts and network all the same.
+Replies, labels and names come from a model or from data and are untrusted: the template escapes everything
+but the charts, which hold numbers only, and a content security policy forbids scripts and network all the
+same.
 """
 
 from __future__ import annotations
@@ -113,9 +114,7 @@ def render(run: Run) -> str:
     import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["drawn"] = Markup
     source = resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(context(run))
@@ -216,7 +215,7 @@ def _sections(ampo: StageRun | None) -> list[tuple[str, list[charts.Chart]]]:
     return [(title, found) for title, found in drawn if found]
 
 
-# --- samples -----------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def card(sample: ShownSample, title: str) -> Card:
@@ -243,7 +242,7 @@ def _facts(sample: ShownSample) -> tuple[tuple[str, str], ...]:
         ("reward", tables.number(sample.reward)),
         ("goal", tables.number(sample.goal)),
         ("length", tables.number(sample.length)),
-        ("judge", f"{sample.agent1_score:g} / {sample.agent2_score:g}" if judged else tables.ABSENT),
+        ("judge", f"{sample.agent1_score:.3g} / {sample.agent2_score:.3g}" if judged else tables.ABSENT),
         ("advantage", tables.ABSENT if sample.advantage is None else f"{sample.advantage:+.3f}"),
         ("tokens", tables.number(sample.num_tokens, 0)),
         ("answer tokens", tables.number(sample.answer_tokens, 0)),
@@ -281,7 +280,5 @@ def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
             for evaluation, answers in zip(evaluations, answered, strict=True)
         )
         contexts = [c.context for c in cards if c.context is not None and c.answer is not None]
-        found[sample.tag] = Comparison(
-            sample.tag, sample.row_id, contexts[0] if contexts else cards[0].context, cards
-        )
+        found[sample.tag] = Comparison(sample.tag, sample.row_id, contexts[0] if contexts else cards[0].context, cards)
     return [found[tag] for tag in sorted(found)][:MAX_COMPARED_TAGS]

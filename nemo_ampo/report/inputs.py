@@ -1,8 +1,9 @@
-"""What a report is made from: logs, samples and evaluations, read from a run folder and never completed by guesses.
+"""What a report is made from: logs, samples and evaluations of a run folder, never completed by guesses.
 
-A run folder is either the folder of one stage (it holds ``metrics.jsonl`` or ``rollouts.jsonl``) or a root with the
-sub folders ``bc/``, ``ampo/`` and ``evaluate/``. Every part may be absent, at least one must be there. ``rollouts.jsonl``
-is streamed: of a run of any length only the few samples that are shown stay in memory.
+A run folder is either the folder of one stage (it holds ``metrics.jsonl`` or ``rollouts.jsonl``) or a root
+with the sub folders ``bc/``, ``ampo/`` and ``evaluate/``. Every part may be absent, at least one must be
+there. ``rollouts.jsonl`` is streamed: of a run of any length only the few samples that are shown stay in
+memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NO_TAG = ""
 """Stands for the label of samples that have none."""
 
 
-# --- metrics -----------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read_metrics(path: Path) -> MetricsLog:
     return MetricsLog({kind: tuple(sorted(rows, key=lambda row: row[0])) for kind, rows in lines.items()})
 
 
-# --- samples -----------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,9 +225,7 @@ def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
         )
 
     tags = [tag for tag, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    by_tag = {
-        tag: tuple(pair((tag, mode)) for mode in (*MODES, 0) if (tag, mode) in first) for tag in tags[:max_tags]
-    }
+    by_tag = {tag: tuple(pair((tag, mode)) for mode in (*MODES, 0) if (tag, mode) in first) for tag in tags[:max_tags]}
     return RolloutSamples(by_tag, max(0, len(tags) - max_tags))
 
 
@@ -241,7 +240,7 @@ def _stream(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise DataError(f"{path}, line {number}: not JSON") from None
 
 
-# --- evaluations -------------------------------------------------------------------------------------------------
+# --- evaluations ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -359,7 +358,7 @@ def in_checkpoint_order(evaluations: list[Evaluation]) -> list[Evaluation]:
     return sorted(evaluations, key=key)
 
 
-# --- the folder --------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -408,8 +407,7 @@ def read_run(folder: Path) -> Run:
     evaluations = in_checkpoint_order([read_evaluation(f) for f in files if f.name != PROVENANCE_FILE])
     if bc is None and ampo is None and not evaluations:
         raise DataError(
-            f"{folder}: nothing to report; expected {METRICS_FILE} of a stage, or bc/, ampo/ or "
-            f"{EVALUATIONS_FOLDER}/*.json"
+            f"{folder}: nothing to report; expected {METRICS_FILE} of a stage, or bc/, ampo/ or {EVALUATIONS_FOLDER}/*.json"
         )
     return Run(folder, bc, ampo, tuple(evaluations))
 

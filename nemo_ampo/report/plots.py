@@ -1,12 +1,13 @@
 """Line and area charts as inline SVG whose colours are CSS variables.
 
-matplotlib draws with stand-in colours that are then replaced by ``var(--name)``, so a chart follows the page from light
-to dark. Charts hold numbers only: titles, units and legends are HTML around them, where text wraps on a phone and is
-escaped with the rest of the page.
+matplotlib draws with stand-in colours that are then replaced by ``var(--name)``, so a chart follows the page
+from light to dark. Charts hold numbers only: titles, units and legends are HTML around them, where text wraps
+on a phone and is escaped with the rest of the page.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 WIDTH_IN, HEIGHT_IN = 4.7, 2.5
 SMOOTH_FROM = 24
-"""Shorter series are drawn as they are; longer ones faintly, below their rolling mean."""
+"""Shorter series are drawn as they are; longer lines faintly below their rolling mean, longer areas as such
+means."""
 
 INK, GRID, SURFACE = "muted", "grid", "surface"
 _VARIABLES = (
@@ -60,9 +62,7 @@ class Layer:
     values: tuple[float, ...]
 
 
-def line_chart(
-    lines: Sequence[Line], percent: bool = False, bottom: float | None = None, log: bool = False
-) -> str:
+def line_chart(lines: Sequence[Line], percent: bool = False, bottom: float | None = None, log: bool = False) -> str:
     """Lines over steps.
 
     Args:
@@ -88,7 +88,7 @@ def line_chart(
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(steps, rolling_mean(values, len(steps) // 12), color=colour, linewidth=1.8)
     if log and all(value > 0 for line in lines for value in line.series.values):
-        axes.set_yscale("log")
+        _log_scale(axes)
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     return _svg(figure, axes, percent)
@@ -97,7 +97,8 @@ def line_chart(
 def area_chart(steps: Sequence[int], layers: Sequence[Layer], percent: bool = False) -> str:
     """Layers stacked on each other over steps; shares fill 0..100 % when ``percent``."""
     figure, axes = _axes()
-    xs, stack = [float(step) for step in steps], [list(layer.values) for layer in layers]
+    width = len(steps) // 24 if len(steps) >= SMOOTH_FROM else 0
+    xs, stack = [float(step) for step in steps], [rolling_mean(layer.values, width) for layer in layers]
     if len(xs) == 1:  # an area needs two ends
         xs, stack = [xs[0] - 0.5, xs[0] + 0.5], [values * 2 for values in stack]
     axes.stackplot(
@@ -115,9 +116,7 @@ def area_chart(steps: Sequence[int], layers: Sequence[Layer], percent: bool = Fa
 def rolling_mean(values: Sequence[float], width: int) -> list[float]:
     """Centred mean over ``width`` values on either side, fewer at the ends."""
     return [
-        math.fsum(window) / len(window)
-        for i in range(len(values))
-        if (window := values[max(0, i - width) : i + width + 1])
+        math.fsum(window) / len(window) for i in range(len(values)) if (window := values[max(0, i - width) : i + width + 1])
     ]
 
 
@@ -136,6 +135,15 @@ def _axes() -> tuple[Figure, Axes]:
     axes.spines["bottom"].set_color(_STAND_INS[GRID])
     axes.tick_params(color=_STAND_INS[GRID], labelcolor=_STAND_INS[INK], labelsize=9, length=0)
     return figure, axes
+
+
+def _log_scale(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _svg(figure: Figure, axes: Axes, percent: bool) -> str:
@@ -162,9 +170,10 @@ def _inline(svg: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    # Clip paths and tick marks are the only things referred to by id; matplotlib names them by content, so two charts
-    # that share a name share the definition.
-    svg = re.sub(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10})[^"]*"', "", svg)
+    # Only clip paths (p...) and markers (m...) are referred to; other charts of the page use the same names.
+    svg = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", svg)
+    prefix = f"c{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
+    svg = re.sub(r'( id="|#)([pm][0-9a-f]{10}\b)', rf"\1{prefix}\2", svg)
     for name, colour in _STAND_INS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r"\n\s*", "\n", svg).strip()

@@ -15,13 +15,16 @@ from nemo_ampo.report.inputs import ALL_TAGS, Evaluation, MetricsLog
 if TYPE_CHECKING:
     from rich.table import Table
 
-ABSENT = "–"
+ABSENT = "\N{EN DASH}"
 
 EVALUATION_COLUMNS = (
     *("checkpoint", "prompts", "n", "goal", "reward", "valid", "tokens"),
     *(f"mode {k}" for k in MODES),
     "judge failed",
 )
+
+_SHORT = {f"mode {k}": f"m{k}" for k in MODES} | {"checkpoint": "model", "judge failed": "unjudged"}
+"""Headings on a terminal of 80 columns."""
 
 TRAINING_METRICS = (
     *("reward/mean", "reward/goal", "reward/length", "format/failed_fraction", "format/cut_fraction"),
@@ -71,12 +74,10 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     Args:
         evaluations: in the order of the rows.
     """
-    from rich.table import Table
-
-    table = Table(title="Evaluation on held-out prompts", title_justify="left", pad_edge=False)
+    table = _table("Evaluation on held-out prompts")
     for name in EVALUATION_COLUMNS:
         left = name in ("checkpoint", "prompts")
-        table.add_column(name.replace("mode ", "m").replace("judge failed", "judge ✗"), justify="left" if left else "right")
+        table.add_column(_SHORT.get(name, name), justify="left" if left else "right", no_wrap=not left)
     rows = evaluation_rows(evaluations)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*map(_plain, row), end_section=following is not None and following[1] != row[1])
@@ -109,18 +110,27 @@ def training_rows(log: MetricsLog) -> list[TrainingRow]:
 
 def training_table(log: MetricsLog) -> Table:
     """The training table for a terminal."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"Training, {log.num_steps} steps (means over the first and last tenth)",
-        title_justify="left",
-        pad_edge=False,
-    )
+    table = _table(f"Training, {log.num_steps} steps", caption="means over the first and last tenth of the steps")
     for name in ("metric", "first", "last"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for row in training_rows(log):
         table.add_row(_plain(row.name), row.first, row.last)
     return table
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def _plain(text: str) -> str:

@@ -80,7 +80,10 @@ class MegatronEngine:
             logits_BV = self._forward(tokens_BT[alive, begin:end], begin, cache)
             answering = lengths_B[alive] <= end
             drawn, logprobs = self._draw(
-                logits_BV, draws_BT[alive, (end - lengths_B[alive]).clamp(min=0)], sampling.temperature, len(alive)
+                logits_BV,
+                draws_BT[alive, (end - lengths_B[alive]).clamp(min=0)],
+                sampling.temperature,
+                len(alive),
             )
             tokens_BT[alive, end] = torch.where(answering, drawn, tokens_BT[alive, end])
             logprobs_BT[alive, end] = torch.where(answering, logprobs, logprobs_BT[alive, end])
@@ -151,7 +154,9 @@ class MegatronEngine:
         return tokens, logprobs
 
 
-def draw(logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling: the token whose cumulative probability interval holds the uniform draw.
 
     The outcome depends on the row's own logits and draw alone, never on what else is in the batch.
@@ -174,7 +179,8 @@ def draw(logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float) -> 
 def _uniform_draws(requests: Sequence[Request], count: int) -> torch.Tensor:
     """``count`` uniform numbers per request from its own seed, float64 [B, count]."""
     rows = [
-        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed)) for r in requests
+        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed))
+        for r in requests
     ]
     return torch.stack(rows)
 

@@ -9,14 +9,8 @@ trivial, but no number in the prompt is the answer and the answer depends on all
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from random import Random
 from typing import Literal
-
-from nemo_ampo.types import Seat
 
 Tag = Literal["easy", "hard"]
 

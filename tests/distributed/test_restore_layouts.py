@@ -1,7 +1,7 @@
-"""One converted file, every parallel layout: NeMo-Aligner's own loading, log-probabilities against transformers.
+"""One converted file, every parallel layout: NeMo-Aligner's own loading, log-probs against transformers.
 
-NeMo takes seconds to import, so one process imports it, converts, and then forks the ranks of each layout in turn; the
-ranks see the environment that torchrun would give them.
+NeMo takes seconds to import, so one process imports it, converts, and then forks the ranks of each layout in
+turn; the ranks see the environment that torchrun would give them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_log_probs_equal_transformers(results: dict[str, Any], case: str, tp: in
     ranks = results[f"{case} tp{tp} pp{pp}"]
     assert len(ranks) == tp * pp
     for rank in ranks:
-        # As Aligner restores it, padded rows are tokens with logit 0; with the mask the model is exactly HF's.
+        # As Aligner restores it, padded rows are tokens with logit 0; with the mask it is exactly HF's model.
         assert rank["as_restored"] < 1e-4
         assert rank["padding_masked"] < 1e-4
         assert rank["sft_weights_equal"]
@@ -71,7 +71,7 @@ def test_saved_on_four_ranks_is_the_same_model(results: dict[str, Any], case: st
     assert saved["left_beside_it"] == []
 
 
-# --- the process that imports NeMo -----------------------------------------------------------------------------------
+# --- the process that imports NeMo --------------------------------------------------------------------------
 
 
 def run_all(folder: Path) -> dict[str, Any]:

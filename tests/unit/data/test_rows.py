@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nemo_ampo.data.rows import Record, read_records, write_rows
+from nemo_ampo.data.rows import Record, published, read_records, write_rows
 from nemo_ampo.errors import DataError
 
 
@@ -15,7 +15,23 @@ def test_the_three_kinds_of_file_give_the_same_records(tmp_path):
         records = read_records(tmp_path / f"r.{suffix}")
         assert [r.values for r in records] == rows
         assert [r.where for r in records] == [f"{tmp_path}/r.{suffix}, {word} {i}" for i in (1, 2)]
-    assert not list(tmp_path.glob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.jsonl", "r.parquet"}
+
+
+def test_a_file_that_could_not_be_finished_does_not_appear(tmp_path):
+    write_rows([{"a": 1}], tmp_path / "r.jsonl")
+    with pytest.raises(RuntimeError), published(tmp_path / "r.jsonl") as part:
+        part.write_text("half a li")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+    assert (tmp_path / "r.jsonl").read_text() == '{"a": 1}\n'
+
+
+def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    with published(tmp_path / "r.txt") as first, published(tmp_path / "r.txt") as second:
+        first.write_text("one")
+        second.write_text("two")
+    assert (tmp_path / "r.txt").read_text() == "one"  # the outer block ends last
 
 
 def test_jsonl_lines_are_counted_with_the_blank_ones(tmp_path):

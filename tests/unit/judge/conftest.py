@@ -133,15 +133,11 @@ def says(content: object, **extra: object) -> Answer:
     """A chat completion whose first choice says ``content``."""
     message = {"role": "assistant", "content": content}
     usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-    return Answer(
-        json.dumps({"id": "x", "choices": [{"index": 0, "message": message}], "usage": usage} | extra)
-    )
+    return Answer(json.dumps({"id": "x", "choices": [{"index": 0, "message": message}], "usage": usage} | extra))
 
 
 def verdict_text(score1: object, score2: object) -> str:
-    return json.dumps(
-        {"agent1": {"reasoning": "one", "score": score1}, "agent2": {"reasoning": "two", "score": score2}}
-    )
+    return json.dumps({"agent1": {"reasoning": "one", "score": score1}, "agent2": {"reasoning": "two", "score": score2}})
 
 
 def verdict(score1: object = 7, score2: object = 3) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import socket
@@ -80,9 +81,7 @@ def test_unreadable_verdicts_are_asked_for_again_at_the_scheduled_temperatures(t
     assert server.temperatures == [0.0, 0.0, 1.0, 1.0, 1.0]
     assert len({call.prompt for call in server.calls}) == 1
     assert (stats.calls, stats.retries, stats.failures) == (5, {"parse": 3, "empty": 1}, {})
-    assert (stats.prompt_tokens, stats.completion_tokens) == (500, 100), (
-        "unreadable replies were paid for too"
-    )
+    assert (stats.prompt_tokens, stats.completion_tokens) == (500, 100), "unreadable replies were paid for too"
 
 
 @pytest.mark.parametrize(("content", "kind"), [("no idea", "parse"), (" \n", "empty"), (None, "empty")])
@@ -118,9 +117,7 @@ def test_each_try_for_a_verdict_has_its_own_connection_retries(tools: Any) -> No
     assert stats.retries == {"server_error": 3, "parse": 2}
 
 
-@pytest.mark.parametrize(
-    ("status", "cause"), [(429, "rate_limit"), (500, "server_error"), (503, "server_error")]
-)
+@pytest.mark.parametrize(("status", "cause"), [(429, "rate_limit"), (500, "server_error"), (503, "server_error")])
 def test_patience_with_a_busy_endpoint_ends(tools: Any, status: int, cause: str) -> None:
     server = tools.serve(tools.Answer('{"error": {"message": "over\\nloaded"}}', status=status))
     (error,), stats = ask(tools.config(server.base_url, connection_retries=2), tools.request())
@@ -139,12 +136,8 @@ def test_other_statuses_fail_at_once(tools: Any, status: int) -> None:
     assert (stats.retries, stats.failures) == ({}, {"status": 1})
 
 
-@pytest.mark.parametrize(
-    "body", ["", "garbage", "[]", '{"choices": []}', "[" * 100_000, '"\\ud800"', "\udc80"]
-)
-@pytest.mark.parametrize(
-    "content_type", ["application/json", "text/plain", "application/json; charset=no-such"]
-)
+@pytest.mark.parametrize("body", ["", "garbage", "[]", '{"choices": []}', "[" * 100_000, '"\\ud800"', "\udc80"])
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/json; charset=no-such"])
 def test_a_garbage_body_is_a_failure(tools: Any, body: str, content_type: str) -> None:
     server = tools.serve(tools.Answer(body, headers={"Content-Type": content_type}))
     (error,), stats = ask(tools.config(server.base_url, connection_retries=1), tools.request())
@@ -189,9 +182,7 @@ def test_nobody_listens(tools: Any) -> None:
 
 def test_one_failure_does_not_touch_the_others(tools: Any) -> None:
     def script(number: int, call: Any) -> Any:
-        return (
-            tools.Answer(status=400) if "poison" in call.prompt else tools.verdict(len(call.prompt) % 10, 0)
-        )
+        return tools.Answer(status=400) if "poison" in call.prompt else tools.verdict(len(call.prompt) % 10, 0)
 
     server = tools.serve(script)
     dialogues = ["a", "poison", "bb", "ccc"]
@@ -206,16 +197,25 @@ def test_one_failure_does_not_touch_the_others(tools: Any) -> None:
     assert (stats.requests, stats.verdicts, stats.failures) == (4, 3, {"status": 1})
 
 
-def test_no_more_calls_in_flight_than_configured(tools: Any) -> None:
-    three = threading.Barrier(3)
+def test_as_many_calls_in_flight_as_configured_and_no_more(tools: Any) -> None:
+    go_on = threading.Event()
 
     def script(number: int, call: Any) -> Any:
-        three.wait(timeout=20)  # answers only come once three calls are in flight together
-        return tools.verdict()
+        return dataclasses.replace(tools.verdict(), hold=go_on)
 
     server = tools.serve(script)
-    outcomes, _ = ask(tools.config(server.base_url, max_concurrency=3), *[tools.request()] * 12)
-    assert all(isinstance(outcome, Verdict) for outcome in outcomes)
+
+    async def run() -> list[Verdict]:
+        async with Judge(tools.config(server.base_url, max_concurrency=3)) as judge:
+            questions = asyncio.gather(*[judge.score(tools.request()) for _ in range(12)])
+            while len(server.calls) < 3:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # for calls that should not come
+            assert len(server.calls) == 3
+            go_on.set()
+            return await questions
+
+    assert len(asyncio.run(run())) == 12
     assert (len(server.calls), server.max_in_flight) == (12, 3)
 
 
@@ -337,9 +337,7 @@ def test_a_missing_key_is_named_before_anything_is_sent(
 
 
 @pytest.mark.parametrize("value", ["sk-two\nlines", "sk two words", "sk-gr\u00fc\u00df"])
-def test_what_cannot_be_a_key_is_refused_and_not_repeated(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_what_cannot_be_a_key_is_refused_and_not_repeated(tools: Any, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(KEY_VARIABLE, value)
     with pytest.raises(ConfigError, match=KEY_VARIABLE) as caught:
         Judge(tools.config("http://127.0.0.1:9/v1", api_key_env=KEY_VARIABLE))
@@ -374,9 +372,7 @@ def test_check_lets_a_call_decide_where_the_model_is_not_listed(tools: Any, list
     assert len(server.calls) == 1
     missing = tools.Answer('{"error": {"message": "no such model"}}', status=404)
     server = tools.serve(missing, models=tools.Answer(listing))
-    with pytest.raises(
-        UserError, match=rf"judge\.base_url {server.base_url}: status 404.*no such model.*referee"
-    ):
+    with pytest.raises(UserError, match=rf"judge\.base_url {server.base_url}: status 404.*no such model.*referee"):
         check(tools.config(server.base_url))
     assert len(server.calls) == 1
 
@@ -396,9 +392,7 @@ def test_check_says_in_one_line_that_nobody_listens(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_check_names_the_variable_of_a_refused_key(
-    tools: Any, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
+def test_check_names_the_variable_of_a_refused_key(tools: Any, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     server = tools.serve(tools.verdict(), models=tools.Answer("{}", status=status))
     with pytest.raises(UserError, match=KEY_VARIABLE):

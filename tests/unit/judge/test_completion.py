@@ -14,14 +14,10 @@ def body(**record: object) -> str:
 
 
 def test_text_and_usage_are_read() -> None:
-    assert read_completion(body(usage={"prompt_tokens": 12, "completion_tokens": 3})) == Completion(
-        "hi", 12, 3
-    )
+    assert read_completion(body(usage={"prompt_tokens": 12, "completion_tokens": 3})) == Completion("hi", 12, 3)
 
 
-@pytest.mark.parametrize(
-    "usage", [None, [], {"prompt_tokens": None}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}]
-)
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": None}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}])
 def test_missing_usage_counts_as_nothing(usage: object) -> None:
     assert read_completion(body(usage=usage)) == Completion("hi", 0, 0)
 

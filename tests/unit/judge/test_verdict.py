@@ -17,7 +17,7 @@ CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
 
 DIFFERENT_ON_PURPOSE: dict[str, str] = {}
 """Recorded cases where we differ, with the reference's defect. None does: what D27 is about (booleans,
-underscores, digits outside ASCII and negative zero count as scores there) is not recorded but tested below."""
+underscores, digits outside ASCII and negative zero pass as scores there) is not recorded but tested below."""
 
 
 def reply(score1: str, score2: str = "5", reasoning: str = '"r"') -> str:

@@ -1,0 +1,52 @@
+# The README's commands. Everything installs into .venv from requirements.lock; running a target again is quick.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Set to https://download.pytorch.org/whl/cpu to get torch without CUDA where PyPI's build is too large.
+TORCH_INDEX ?=
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Two shared cores: spinning OpenMP threads would slow every process down.
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+TEST_PROCESSES ?= 2
+
+.PHONY: setup quickstart smollm2 test lint format bench clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	  { echo "error: Python 3.11 is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1); run: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3.11-venv; } || \
+	  { echo "error: $(PYTHON) has no ensurepip; run: sudo apt-get install python3.11-venv" >&2; exit 2; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.lock) $(if $(TORCH_INDEX),,-c requirements.lock)
+	@grep -v '^torch==' requirements.lock > $(VENV)/rest.lock
+	@$(PIP) --no-deps -r $(VENV)/rest.lock
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup
+	@$(RUN) -m recipes.quickstart
+
+smollm2: setup
+	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
+
+test: setup
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadgroup --durations 15
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: setup
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: setup
+	@for script in bench/*.py; do $(RUN) $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

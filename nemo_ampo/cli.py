@@ -1,0 +1,247 @@
+"""``nemo-ampo``: the small commands around the stages. :data:`COMMANDS` is the whole list.
+
+Each command imports what it needs when it runs, so that ``--help`` is immediate. Something the user can fix
+is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_ampo.errors import ConfigError, FormatError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.table import Table
+
+    from nemo_ampo.types import Reply
+
+EXIT_NOT_OK = 1
+EXIT_USER_ERROR = 2
+
+
+def doctor(
+    compat: Annotated[bool, typer.Option("--compat", help="List what is replaced upstream on a CPU, and why.")] = False,
+    judge_key_env: Annotated[
+        str | None,
+        typer.Option(help="Also look whether this environment variable holds a key (it is not shown)."),
+    ] = None,
+) -> None:
+    """Say what this machine can run and what is missing. Exit status 1 when the CPU default cannot run."""
+    from nemo_ampo import doctor as machine
+
+    if compat:
+        _show(machine.compat_table())
+        return
+    report = machine.doctor(judge_key_env)
+    _show(report.table())
+    if not report.ok:
+        raise typer.Exit(EXIT_NOT_OK)
+
+
+def check_config(
+    stage: Annotated[str, typer.Argument(help="bc, ampo or evaluate")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
+    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
+    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    no_files: Annotated[bool, typer.Option("--no-files", help="Do not ask whether the files it names exist.")] = False,
+    ranks: Annotated[int, typer.Option(help="Processes the job will have.", envvar="WORLD_SIZE", min=1)] = 1,
+) -> None:
+    """Check a stage's configuration as the stage would, and print it resolved. Loads no model."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nemo_ampo.config import STAGES, read_config
+
+    # A program over both, like the recipes themselves: it must compose exactly what they compose.
+    from recipes.launch import compose
+
+    if stage not in STAGES:
+        raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}")
+    raw = compose(stage, config_name, overrides or [], config_dir)
+    config = read_config(raw, STAGES[stage])
+    _check_rules(stage, _with_existing_files(stage, config) if no_files else config, raw, ranks)
+    try:
+        typer.echo(OmegaConf.to_yaml(raw, resolve=True), nl=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
+
+
+def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
+    from nemo_ampo.config import check_ampo, check_bc
+
+    if stage == "bc":
+        check_bc(config)
+    elif stage == "ampo":
+        check_ampo(config, raw, ranks)
+
+
+def _with_existing_files(stage: str, config: Any) -> Any:
+    """The same config with paths that exist, so that all other rules still apply."""
+    here = __file__
+    if stage == "bc":
+        return replace(
+            config,
+            run=replace(config.run, init_from=here),
+            data=replace(config.data, train=here, heldout=here),
+        )
+    if stage == "ampo":
+        data = config.data
+        return replace(
+            config,
+            run=replace(config.run, init_from=here),
+            data=replace(data, train=data.train and here, system_prompt=data.system_prompt and here),
+        )
+    return config
+
+
+def score(
+    file: Annotated[Path | None, typer.Argument(help="File with one reply; stdin without it.", exists=True)] = None,
+    before: Annotated[float | None, typer.Option(help="Judged goal achievement before the reply, 0..10.")] = None,
+    after: Annotated[float | None, typer.Option(help="Judged goal achievement with the reply, 0..10.")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer with its quotes.", min=0)] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder that counts the answer's tokens.", exists=True)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Accept only the exact skeleton of the mode.")] = False,
+) -> None:
+    """Read one reply as the reward does: mode, sections, answer; with the judge's scores also the reward.
+
+    One line feed at the end of the input is not part of the reply. Exit status 1 when the reply breaks the
+    grammar.
+    """
+    from nemo_ampo.grammar import parse_reply
+    from nemo_ampo.rewards import RewardConfig
+
+    if (before is None) != (after is None):
+        raise UserError("--before, --after: give both scores or neither")
+    if answer_tokens is not None and tokenizer is not None:
+        raise UserError("--answer-tokens, --tokenizer: give one of the two")
+    text = (sys.stdin.read() if file is None else file.read_text(encoding="utf-8")).removesuffix("\n")
+    try:
+        reply = parse_reply(text, strict=strict)
+    except FormatError as error:
+        typer.echo(f"format    broken, rule {error.rule}: {error}")
+        if before is not None:
+            typer.echo(f"reward    {RewardConfig().format_failure_reward:g}")
+        raise typer.Exit(EXIT_NOT_OK) from None
+    _show_reply(reply)
+    if tokenizer is not None:
+        answer_tokens = _count_tokens(tokenizer, reply.answer)
+    if before is not None and after is not None:
+        _show_reward(before, after, answer_tokens)
+
+
+def _show_reply(reply: Reply) -> None:
+    from nemo_ampo.modes import MODES
+
+    typer.echo("format    valid")
+    typer.echo(f"mode      {reply.mode} ({MODES[reply.mode].name})")
+    typer.echo(f"sections  {', '.join(reply.thinking) or 'none'}")
+    typer.echo(f"answer    {reply.answer}")
+
+
+def _show_reward(before: float, after: float, answer_tokens: int | None) -> None:
+    from nemo_ampo.rewards import answer_length_score, combine, goal_gain
+
+    try:
+        goal = goal_gain(before, after)
+    except ValueError as error:
+        raise UserError(f"--before, --after: {error}") from None
+    typer.echo(f"goal      {goal:.4f}")
+    if answer_tokens is None:
+        typer.echo("length    unknown; give --answer-tokens or --tokenizer")
+        return
+    length = answer_length_score(answer_tokens)
+    typer.echo(f"length    {length:.4f} ({answer_tokens} tokens)")
+    typer.echo(f"reward    {combine(goal, length):.4f}")
+
+
+def _count_tokens(folder: Path, answer: str) -> int:
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(folder).tokenize(answer))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
+
+
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of a stage, or one with bc/, ampo/, evaluate/.")],
+    out: Annotated[Path | None, typer.Option(help="File to write. [default: RUN_DIR/report.html]")] = None,
+) -> None:
+    """Write one self-contained HTML page about a run and print its tables."""
+    from nemo_ampo.report import evaluation_table, read_run, training_table, write_report
+
+    written = write_report(run_dir, out)
+    run = read_run(run_dir)
+    if run.evaluations:
+        _show(evaluation_table(run.evaluations))
+    if run.ampo is not None and run.ampo.log.num_steps:
+        _show(training_table(run.ampo.log))
+    typer.echo(f"wrote {written}")
+
+
+def demo_judge(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)] = None,
+) -> None:
+    """Serve the embedded rule-based judge. Options: nemo-ampo demo-judge --help."""
+    from nemo_ampo.demo_judge import main as serve
+
+    raise typer.Exit(serve(arguments or []))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "doctor": doctor,
+    "check-config": check_config,
+    "score": score,
+    "report": report,
+    "demo-judge": demo_judge,
+}
+"""Name to function; a function's docstring is its help."""
+
+PASS_THROUGH: dict[str, dict[str, Any]] = {
+    "demo-judge": {"ignore_unknown_options": True, "help_option_names": []},
+}
+"""Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
+
+
+def make_app() -> typer.Typer:
+    """The command line of :data:`COMMANDS`."""
+    app = typer.Typer(
+        name="nemo-ampo",
+        help="Teach a language model when to think: the commands around the training stages.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, function in COMMANDS.items():
+        app.command(name, context_settings=PASS_THROUGH.get(name))(function)
+    return app
+
+
+def main() -> None:
+    """Entry point of the ``nemo-ampo`` script."""
+    try:
+        make_app()()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    # Piped output keeps its columns: 80 would fold what a file has room for.
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(table)
+
+
+if __name__ == "__main__":
+    main()

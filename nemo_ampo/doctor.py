@@ -1,0 +1,280 @@
+"""What this machine can run, and what is missing for the rest: one table, no heavy framework imported.
+
+A check is *required* when the CPU default (``make quickstart``) cannot run without it; everything else is a
+note about what a cluster would add. Packages are looked up by their metadata, so that a broken installation
+is still described.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PYTHON = (3, 11)
+LOW_MEMORY_GIB = 8
+LOW_DISK_GIB = 5
+
+
+class Status(Enum):
+    """Outcome of one check."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Absent, and only needed elsewhere."""
+    WARN = "warn"
+    """Present but short of what is comfortable."""
+    MISSING = "missing"
+    """The CPU default cannot run."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        status: how it is.
+        found: version, size or address.
+        advice: what to do about it, empty when there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks, in reading order."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when the CPU default can run."""
+        return all(check.status is not Status.MISSING for check in self.checks)
+
+    def table(self) -> Table:
+        """For a terminal."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        colours = {Status.OK: "green", Status.NOTE: "dim", Status.WARN: "yellow", Status.MISSING: "bold red"}
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("check", "", "found", "what to do"):
+            table.add_column(heading, overflow="fold")
+        for check in self.checks:
+            status = Text(check.status.value, style=colours[check.status])
+            table.add_row(Text(check.name), status, Text(check.found), Text(check.advice))
+        return table
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package beside the pinned frameworks.
+
+    Attributes:
+        name: distribution name.
+        module: its top-level module.
+        required: the CPU default needs it.
+        advice: what it is for and where it comes from.
+    """
+
+    name: str
+    module: str
+    required: bool
+    advice: str
+
+
+_SETUP = "run `make setup`"
+PACKAGES: tuple[Package, ...] = (
+    *(
+        Package(name, module, True, _SETUP)
+        for name, module in (
+            ("fastapi", "fastapi"),
+            ("hydra-core", "hydra"),
+            ("jinja2", "jinja2"),
+            ("lightning", "lightning"),
+            ("matplotlib", "matplotlib"),
+            ("omegaconf", "omegaconf"),
+            ("openai", "openai"),
+            ("pyarrow", "pyarrow"),
+            ("safetensors", "safetensors"),
+            ("tenacity", "tenacity"),
+            ("typer", "typer"),
+            ("uvicorn", "uvicorn"),
+        )
+    ),
+    Package("gguf", "gguf", False, "for converters.gguf_to_hf; pip install gguf"),
+    Package("transformer-engine", "transformer_engine", False, "GPU layers; part of the NeMo container"),
+    Package("apex", "apex", False, "GPU optimizer kernels; part of the NeMo container"),
+    Package("tensorrt-llm", "tensorrt_llm", False, "rollout.engine=trtllm is not available in this version"),
+)
+
+
+def doctor(judge_key_env: str | None = None, folder: Path = Path()) -> Report:
+    """Look at this machine.
+
+    Args:
+        judge_key_env: name of the environment variable that should hold the judge's key; its value is never
+            shown.
+        folder: where runs will be written.
+    """
+    return Report(
+        (
+            *_machine(folder),
+            *_torch(),
+            *_frameworks(),
+            *_packages(),
+            _slurm(),
+            *_judge_key(judge_key_env),
+        )
+    )
+
+
+def compat_table() -> Table:
+    """What is replaced in the frameworks on a CPU: upstream symbol, version, reason."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from nemo_ampo.compat.cpu import TABLES
+
+    table = Table(title="Substitutes on a CPU", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("upstream", "version", "reason"):
+        table.add_column(heading, overflow="fold")
+    for rows in (part.rows for part in TABLES):
+        for row in rows:
+            table.add_row(Text(row.upstream), Text(row.version), Text(row.reason), end_section=row is rows[-1])
+    return table
+
+
+def _machine(folder: Path) -> Iterator[Check]:
+    from nemo_ampo import __version__
+
+    yield Check("nemo-ampo", Status.OK, __version__)
+    version = ".".join(map(str, sys.version_info[:3]))
+    wanted = ".".join(map(str, PYTHON))
+    right = sys.version_info[:2] == PYTHON
+    yield Check(
+        "Python",
+        Status.OK if right else Status.MISSING,
+        version,
+        "" if right else f"use Python {wanted} for `make setup`",
+    )
+    yield Check("platform", Status.OK, f"{platform.system()} {platform.machine()}, {num_cores()} cores")
+    yield _size("memory", memory_bytes(), LOW_MEMORY_GIB, "close other programs, or lower rollout.batch_size")
+    free = shutil.disk_usage(_existing(folder)).free
+    yield _size("free disk", free, LOW_DISK_GIB, f"checkpoints go below {folder.resolve()}; free some space")
+
+
+def _size(name: str, size: int, low_gib: int, advice: str) -> Check:
+    gib = size / 2**30
+    low = gib < low_gib
+    return Check(name, Status.WARN if low else Status.OK, f"{gib:.1f} GiB", advice if low else "")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its container's limit where that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def _torch() -> Iterator[Check]:
+    version = _version("torch")
+    if version is None:
+        yield Check("torch", Status.MISSING, "not installed", _SETUP)
+        return
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a library of the installation is absent or for another machine
+        yield Check("torch", Status.MISSING, f"{version}, cannot be imported: {error}", _SETUP)
+        return
+    yield Check("torch", Status.OK, version)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Check("GPU", Status.OK, f"{len(names)} x {names[0]}")
+    elif shutil.which("nvidia-smi"):
+        yield Check(
+            "GPU",
+            Status.NOTE,
+            "a driver, but torch sees no GPU",
+            "install a CUDA build of torch, or use device=cpu",
+        )
+    else:
+        yield Check("GPU", Status.NOTE, "none", "recipes run on the CPU over gloo")
+
+
+def _frameworks() -> Iterator[Check]:
+    from nemo_ampo.compat.versions import EXPECTED
+
+    for name, want in EXPECTED.items():
+        found = _version(name)
+        if found == want:
+            yield Check(name, Status.OK, found)
+        else:
+            yield Check(name, Status.MISSING, found or "not installed", f"needs exactly {want}; {_SETUP}")
+
+
+def _packages() -> Iterator[Check]:
+    for package in PACKAGES:
+        found = _version(package.name)
+        if found is None and util.find_spec(package.module) is not None:
+            found = "version unknown"
+        if found is not None:
+            yield Check(package.name, Status.OK, found)
+        else:
+            status = Status.MISSING if package.required else Status.NOTE
+            yield Check(package.name, status, "not installed", package.advice)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _slurm() -> Check:
+    command = shutil.which("sbatch")
+    if command is None:
+        return Check("Slurm", Status.NOTE, "no sbatch", "only needed on a cluster")
+    try:
+        answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("Slurm", Status.WARN, f"sbatch does not answer: {error}", "ask the cluster's support")
+    return Check("Slurm", Status.OK, answer.stdout.strip() or command)
+
+
+def _judge_key(variable: str | None) -> Iterator[Check]:
+    if variable is None:
+        return
+    if os.environ.get(variable):
+        yield Check("judge key", Status.OK, f"${variable} is set")
+    else:
+        yield Check("judge key", Status.WARN, f"${variable} is empty", f"export {variable}=... before the run")

@@ -1,0 +1,32 @@
+"""Evaluation of an exported checkpoint: ``python -m recipes.evaluate --config-name tiny run.name=... run.checkpoint=...``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_ampo.config import EvaluateConfig, check_evaluate, read_config
+from recipes.launch import main
+
+
+def run(cfg: DictConfig) -> bool:
+    """Answer held-out turns with an exported checkpoint, judge the answers, print a table."""
+    config = read_config(cfg, EvaluateConfig)
+    check_evaluate(config)
+
+    from rich.console import Console
+
+    from nemo_ampo.compat import resolve_device
+    from nemo_ampo.evaluation import evaluate
+    from nemo_ampo.report import evaluation_table, read_evaluation
+
+    evaluate(config, resolve_device(config.run.device))
+    result = read_evaluation(Path(config.run.dir) / f"{config.run.name}.json")
+    Console().print(evaluation_table([result]))
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main("evaluate", run))

@@ -1,0 +1,72 @@
+"""Session fixtures: tiny Hugging Face folders, and the outcome of all commands that need NeMo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What ``nemo_jobs.py`` left behind."""
+
+    folder: Path
+    outcomes: dict[str, Outcome]
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    folder = tmp_path_factory.mktemp("converters")
+    root = HERE.parents[2]
+    process = subprocess.run(
+        [sys.executable, str(HERE / "nemo_jobs.py"), str(folder)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-6000:]
+    results = json.loads((folder / "results.json").read_text())
+    return Jobs(folder, {name: Outcome(**result) for name, result in results.items()})
+
+
+@pytest.fixture(scope="session")
+def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    from tiny_hf import write_model
+
+    made: dict[tuple[str, bool], Path] = {}
+
+    def get(family: str, tied: bool) -> Path:
+        if (family, tied) not in made:
+            made[family, tied] = write_model(tmp_path_factory.mktemp("pristine") / "m", family, tied)
+        return made[family, tied]
+
+    return get
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path, _pristine: Callable[[str, bool], Path]) -> Callable[..., Path]:
+    """``hf_folder(family, tied)``: a fresh copy of a tiny model folder, free to be damaged."""
+
+    def copy(family: str, tied: bool = False) -> Path:
+        return Path(shutil.copytree(_pristine(family, tied), tmp_path / f"{family}-{tied}"))
+
+    return copy

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_ampo.checkpoint import (
+    add_assets,
+    load_overrides,
+    read_model_config,
+    save_nemo,
+    unpack_assets,
+    unpack_weights,
+)
+from nemo_ampo.errors import UserError
+
+ODD_BYTES = b'{"model_type": "llama"}\r\n\x00\xff'
+
+
+class Savable:
+    """Stands for a NeMo model: ``save_to`` packs as NeMo does, in a temporary folder, or dies on the way."""
+
+    def __init__(self, content: bytes, dies: bool = False) -> None:
+        self.content, self.dies = content, dies
+
+    def save_to(self, path: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.packed_in = Path(folder)
+            (Path(folder) / "model_config.yaml").write_text(yaml.safe_dump({"mcore_gpt": True}))
+            (Path(folder) / "model_weights").mkdir()
+            (Path(folder) / "model_weights" / "__0_0.distcp").write_bytes(self.content)
+            if self.dies:
+                raise RuntimeError("the node went away")
+            with tarfile.open(path, "w:") as tar:
+                tar.add(folder, arcname=".")
+
+
+@pytest.fixture
+def assets(tmp_path: Path) -> Path:
+    folder = tmp_path / "hf"
+    (folder / "original").mkdir(parents=True)
+    (folder / "config.json").write_bytes(ODD_BYTES)
+    (folder / "original" / "params.json").write_text("{}")
+    (folder / ".unpack-x").write_text("left by a killed process")
+    return folder
+
+
+def plain_nemo(path: Path) -> Path:
+    Savable(b"weights").save_to(str(path))
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_assets_come_back_byte_for_byte(tmp_path: Path, assets: Path, atomic: bool) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    add_assets(nemo, assets, atomic=atomic)
+    out = unpack_assets(nemo, tmp_path / "out")
+    assert content(out) == {"config.json": ODD_BYTES, "original/params.json": b"{}"}
+    assert read_model_config(nemo) == {"mcore_gpt": True}
+    weights = unpack_weights(nemo, tmp_path / "weights")
+    assert content(weights)["model_weights/__0_0.distcp"] == b"weights"
+    assert set(content(weights)) == {"model_weights/__0_0.distcp", "model_config.yaml"}
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_adding_again_replaces_all_of_them(tmp_path: Path, assets: Path, atomic: bool) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    add_assets(nemo, assets)
+    (assets / "config.json").write_text("{}")
+    (assets / "original" / "params.json").unlink()
+    (assets / "system_prompt.txt").write_text("You are")
+    add_assets(nemo, assets, atomic=atomic)
+    assert content(unpack_assets(nemo, tmp_path / "out")) == {
+        "config.json": b"{}",
+        "system_prompt.txt": b"You are",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "m.nemo", "out"]
+
+
+def test_packing_is_reproducible_and_anonymous(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    os.utime(assets / "config.json", (1, 1))
+    add_assets(nemo, assets)
+    with tarfile.open(nemo) as tar:
+        member = tar.getmember("./hf_assets/config.json")
+    assert (member.mtime, member.uid, member.uname, member.mode) == (0, 0, "", 0o644)
+
+
+def test_unpacking_twice_into_one_folder_is_harmless(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    add_assets(nemo, assets)
+    first = content(unpack_assets(nemo, tmp_path / "out"))
+    assert content(unpack_assets(nemo, tmp_path / "out")) == first
+
+
+def test_symbolic_links_of_a_download_cache_are_followed(tmp_path: Path, assets: Path) -> None:
+    (tmp_path / "blob").write_text("merges")
+    (assets / "merges.txt").symlink_to(tmp_path / "blob")
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    add_assets(nemo, assets)
+    assert content(unpack_assets(nemo, tmp_path / "out"))["merges.txt"] == b"merges"
+
+
+def test_save_publishes_by_rename_and_packs_beside_the_target(tmp_path: Path, assets: Path) -> None:
+    model = Savable(b"new")
+    save_nemo(model, tmp_path / "run" / "policy.nemo", assets)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["policy.nemo"]
+    assert model.packed_in.is_relative_to(tmp_path / "run")
+    assert tempfile.tempdir is None or not Path(tempfile.tempdir).is_relative_to(tmp_path / "run")
+    assert (
+        content(unpack_assets(tmp_path / "run" / "policy.nemo", tmp_path / "o"))["config.json"] == ODD_BYTES
+    )
+
+
+def test_a_save_that_dies_leaves_the_old_file_and_does_not_block_the_next(
+    tmp_path: Path, assets: Path
+) -> None:
+    nemo = tmp_path / "policy.nemo"
+    save_nemo(Savable(b"old"), nemo, assets)
+    with pytest.raises(RuntimeError, match="went away"):
+        save_nemo(Savable(b"torn", dies=True), nemo, assets)
+    assert content(unpack_weights(nemo, tmp_path / "a"))["model_weights/__0_0.distcp"] == b"old"
+    save_nemo(Savable(b"new"), nemo, assets)
+    assert content(unpack_weights(nemo, tmp_path / "b"))["model_weights/__0_0.distcp"] == b"new"
+
+
+def test_overrides_point_at_the_unpacked_tokenizer_and_pick_the_layers(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    overrides = load_overrides(nemo, assets)
+    assert overrides["tokenizer"]["library"] == "huggingface" and overrides["tokenizer"]["use_fast"] is True
+    assert overrides["tokenizer"]["type"] == str(assets)
+    assert overrides["transformer_engine"] is False
+    assert load_overrides(nemo, assets, device="gpu")["transformer_engine"] is True
+
+
+def test_bad_files_are_named(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    with pytest.raises(UserError, match=r"m\.nemo: has no hf_assets/"):
+        unpack_assets(nemo, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"no\.nemo: no such \.nemo file"):
+        read_model_config(tmp_path / "no.nemo")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        add_assets(nemo, tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        save_nemo(Savable(b""), tmp_path / "x.nemo", tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no config\.json; unpack"):
+        load_overrides(nemo, tmp_path / "empty")
+    torn = tmp_path / "torn.nemo"
+    torn.write_bytes(nemo.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"torn\.nemo: not a complete \.nemo file"):
+        read_model_config(torn)
+    (tmp_path / "text.nemo").write_text("no tar at all")
+    with pytest.raises(UserError, match=r"text\.nemo: not a complete"):
+        read_model_config(tmp_path / "text.nemo")
+
+
+def test_members_that_would_leave_the_folder_are_refused(tmp_path: Path, assets: Path) -> None:
+    evil = tmp_path / "evil.nemo"
+    with tarfile.open(evil, "w:") as tar:
+        tar.add(assets / "config.json", arcname="hf_assets/../../outside")
+    with pytest.raises(UserError, match="unsafe member name"):
+        unpack_assets(evil, tmp_path / "out")
+    assert not (tmp_path / "outside").exists()
