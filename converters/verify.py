@@ -1,6 +1,6 @@
 """Command: is a ``.nemo`` file the same model as a Hugging Face folder?
 
-Four checks, all run, one line each: every weight bit for bit after NeMo -> Hugging Face; every other file by
+Four checks, all of them run and reported: every weight bit for bit after NeMo -> Hugging Face; every other file by
 SHA-256; the architecture keys of the config; and logits in fp32 on a short and a long prompt, where a mapping
 that is wrong in both directions, or a wrong rotary base, shows. Exit status 1 when one fails, with the worst
 tensor's name.

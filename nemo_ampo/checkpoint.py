@@ -135,9 +135,7 @@ def unpack_weights(nemo_path: Path | str, dest: Path | str) -> Path:
     with _open_tar(path) as tar:
         weights = _members(tar, WEIGHTS_FOLDER)
         if not weights:
-            raise UserError(
-                f"{path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported"
-            )
+            raise UserError(f"{path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported")
         for relative, member in weights.items():
             _copy_out(tar, member, folder / WEIGHTS_FOLDER / relative)
         for member in tar.getmembers():
@@ -176,9 +174,7 @@ def load_overrides(nemo_path: Path | str, assets_dir: Path | str, device: str = 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; unpack the checkpoint's assets there first")
     if not read_model_config(nemo_path).get("mcore_gpt"):
-        raise UserError(
-            f"{nemo_path}: not a Megatron-core GPT model (mcore_gpt is not true in {CONFIG_NAME})"
-        )
+        raise UserError(f"{nemo_path}: not a Megatron-core GPT model (mcore_gpt is not true in {CONFIG_NAME})")
     return {"tokenizer": tokenizer_config(folder), "transformer_engine": device == "gpu"}
 
 
@@ -225,9 +221,7 @@ def _hidden(relative: Path) -> bool:
 def _append(path: Path, source: Path, files: list[Path]) -> None:
     with tarfile.open(path, "a:", dereference=True) as tar:
         for file in files:
-            tar.add(
-                file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous
-            )
+            tar.add(file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -218,11 +218,9 @@ def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
     def pair(key: tuple[str, int]) -> EarlyAndLate:
         early, late = first[key], last[key]
         assert early.step is not None and late.step is not None
-        return EarlyAndLate(
-            key[1],
-            early if early.step <= begin + quarter else None,
-            late if late.step >= end - quarter and late is not early else None,
-        )
+        is_early, is_late = early.step <= begin + quarter, late.step >= end - quarter
+        shown_twice = is_early and late is early
+        return EarlyAndLate(key[1], early if is_early else None, late if is_late and not shown_twice else None)
 
     tags = [tag for tag, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     by_tag = {tag: tuple(pair((tag, mode)) for mode in (*MODES, 0) if (tag, mode) in first) for tag in tags[:max_tags]}

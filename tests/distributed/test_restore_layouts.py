@@ -129,9 +129,7 @@ def _convert(folder: Path, case: str, family: str, tied: bool, changes: dict[str
     assert status == 0
     model = AutoModelForCausalLM.from_pretrained(hf).eval()
     vocab = model.config.vocab_size
-    tokens_BT = torch.randint(
-        0, vocab, (NUM_PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(7)
-    )
+    tokens_BT = torch.randint(0, vocab, (NUM_PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         logits_BTV = model(tokens_BT).logits[:, :-1]
     padding = torch.zeros(*logits_BTV.shape[:-1], -vocab % 128)
@@ -247,9 +245,7 @@ def _check_saved(folder: Path) -> dict[str, Any]:
     beside = sorted(p.name for p in (folder / "saved").iterdir() if p.name not in names)
     return {
         f"{case} saved tp2 pp2": {
-            "checks": [
-                c.passed for c in verify(folder / case, folder / "saved" / f"{case}.nemo", logits=False)
-            ],
+            "checks": [c.passed for c in verify(folder / case, folder / "saved" / f"{case}.nemo", logits=False)],
             "left_beside_it": beside,
         }
         for case in CASES

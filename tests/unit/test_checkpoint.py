@@ -115,14 +115,10 @@ def test_save_publishes_by_rename_and_packs_beside_the_target(tmp_path: Path, as
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["policy.nemo"]
     assert model.packed_in.is_relative_to(tmp_path / "run")
     assert tempfile.tempdir is None or not Path(tempfile.tempdir).is_relative_to(tmp_path / "run")
-    assert (
-        content(unpack_assets(tmp_path / "run" / "policy.nemo", tmp_path / "o"))["config.json"] == ODD_BYTES
-    )
+    assert content(unpack_assets(tmp_path / "run" / "policy.nemo", tmp_path / "o"))["config.json"] == ODD_BYTES
 
 
-def test_a_save_that_dies_leaves_the_old_file_and_does_not_block_the_next(
-    tmp_path: Path, assets: Path
-) -> None:
+def test_a_save_that_dies_leaves_the_old_file_and_does_not_block_the_next(tmp_path: Path, assets: Path) -> None:
     nemo = tmp_path / "policy.nemo"
     save_nemo(Savable(b"old"), nemo, assets)
     with pytest.raises(RuntimeError, match="went away"):

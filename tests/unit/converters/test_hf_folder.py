@@ -125,9 +125,7 @@ def test_a_complete_tokenizer_passes(hf_folder) -> None:
     check(hf_folder("llama"))
 
 
-@pytest.mark.parametrize(
-    ("key", "words"), [("chat_template", "a chat template"), ("eos_token", "an end-of-sequence token")]
-)
+@pytest.mark.parametrize(("key", "words"), [("chat_template", "a chat template"), ("eos_token", "an end-of-sequence token")])
 def test_a_base_tokenizer_is_refused_unless_allowed(hf_folder, key: str, words: str) -> None:
     folder = hf_folder("llama")
     edit_json(folder / "tokenizer_config.json", **{key: None})

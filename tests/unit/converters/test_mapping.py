@@ -10,9 +10,7 @@ from converters.mapping import ModelShape, bind, check_names, stacked_dims
 from converters.model_config import model_shape
 from nemo_ampo.errors import UserError
 
-SHAPE = ModelShape(
-    num_layers=2, hidden=8, ffn=12, num_heads=4, num_groups=2, head_dim=3, vocab=130, tied=False
-)
+SHAPE = ModelShape(num_layers=2, hidden=8, ffn=12, num_heads=4, num_groups=2, head_dim=3, vocab=130, tied=False)
 
 
 def random_weights(rows, shape):
@@ -76,12 +74,8 @@ def test_layers_are_stacked_in_the_checkpoint() -> None:
 def test_wrong_shape_names_the_tensor() -> None:
     weights = random_weights(llama.ROWS, SHAPE)
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(11, 8)
-    [binding] = [
-        b for b in bind(llama.ROWS, SHAPE) if b.layer == 1 and b.key == "decoder.layers.mlp.linear_fc1.weight"
-    ]
-    with pytest.raises(
-        UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: shape \[11, 8\].*\[12, 8\]"
-    ):
+    [binding] = [b for b in bind(llama.ROWS, SHAPE) if b.layer == 1 and b.key == "decoder.layers.mlp.linear_fc1.weight"]
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: shape \[11, 8\].*\[12, 8\]"):
         binding.to_nemo(weights.__getitem__, SHAPE)
 
 

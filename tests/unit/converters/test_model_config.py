@@ -27,9 +27,7 @@ def test_llama_keys() -> None:
     assert config["encoder_seq_length"] == config["max_position_embeddings"] == 2048
     assert config["rotary_base"] == 500000 and isinstance(config["rotary_base"], int)
     assert config["scale_positional_embedding"] is True
-    assert [
-        config[k] for k in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
-    ] == [
+    assert [config[k] for k in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")] == [
         8.0,
         1.0,
         4.0,

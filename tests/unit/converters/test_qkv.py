@@ -25,9 +25,7 @@ def test_interleave_keeps_the_rows_of_a_head_together() -> None:
     head_dim=st.integers(1, 5),
     rest=st.sampled_from([(), (1,), (3,)]),
 )
-def test_split_undoes_interleave(
-    groups: int, heads_per_group: int, head_dim: int, rest: tuple[int, ...]
-) -> None:
+def test_split_undoes_interleave(groups: int, heads_per_group: int, head_dim: int, rest: tuple[int, ...]) -> None:
     heads = groups * heads_per_group
     q, k, v = (torch.randn(n * head_dim, *rest) for n in (heads, groups, groups))
     joined = interleave_qkv(q, k, v, groups)

@@ -14,6 +14,8 @@ from converters import hf_to_nemo, nemo_to_hf, verify
 from converters.verify import shared_type
 from nemo_ampo.errors import UserError
 
+ROOT = Path(__file__).parents[3]
+
 
 def failures(hf: Path, nemo: Path) -> dict[str, str]:
     """First word of the check's name to what is wrong."""
@@ -100,9 +102,7 @@ def test_torch_dtype_is_the_only_key_of_config_json_that_may_differ(jobs, hf_fol
     ("key", "value"),
     [("rotary_base", 10000), ("layernorm_epsilon", 1e-5), ("qkv_bias", False), ("old_context_len", 8192)],
 )
-def test_a_changed_architecture_key_is_named(
-    jobs, hf_folder, tmp_path: Path, key: str, value: object
-) -> None:
+def test_a_changed_architecture_key_is_named(jobs, hf_folder, tmp_path: Path, key: str, value: object) -> None:
     case = "llama" if key == "old_context_len" else "qwen2"
     nemo = edit_nemo_config(jobs.folder / f"{case}-untied.nemo", tmp_path / "edited.nemo", **{key: value})
     assert failures(hf_folder(case), nemo) == {"config": key}
@@ -135,7 +135,7 @@ def test_conversion_stops_before_nemo_is_imported(hf_folder, tmp_path: Path) -> 
         f"status = main(['--input', {str(folder)!r}, '--output', {str(out)!r}]); "
         "sys.exit(status if 'nemo' not in sys.modules else 99)"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 2, process.stderr
     [line] = process.stderr.splitlines()
     assert line.startswith("error: ") and "left over: extra.weight" in line
@@ -193,6 +193,6 @@ def test_help_imports_no_framework(command: str) -> None:
         "except SystemExit: pass\n"
         "sys.exit(any(m in sys.modules for m in ('nemo', 'megatron', 'lightning', 'transformers')))"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert "--output" in process.stdout or "--nemo" in process.stdout

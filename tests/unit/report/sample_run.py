@@ -55,6 +55,7 @@ def draw_sample(rng: random.Random, group: int, tag: str, late: float) -> Sample
         group=group,
         row_id=row.row_id,
         tag=tag,
+        dialogue="\n".join(row.dialog),
         text=text,
         num_tokens=20 + 30 * mode + rng.randint(0, 9),
         answer_tokens=answer_tokens if valid_format else 0,
@@ -78,8 +79,7 @@ def sample_row(sample: Sample, advantage: float) -> dict[str, Any]:
     row = asdict(sample)
     parts, verdict = row.pop("parts"), row.pop("verdict")
     scores = {f"{seat}_score": verdict[seat] if verdict else None for seat in ("agent1", "agent2")}
-    dialogue = 'Turn 0: Ada said: "Shall we share the cake?"\n\nTurn 1: Ben said: "Thank you for the cake."'
-    return row | parts | scores | {"advantage": advantage, "dialogue": dialogue}
+    return row | parts | scores | {"advantage": advantage}
 
 
 def write_ampo(folder: Path, steps: int, extra_rows: tuple[dict[str, Any], ...] = ()) -> None:

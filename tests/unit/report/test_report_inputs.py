@@ -63,7 +63,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 )
 def test_a_bad_metrics_line_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     path = write_lines(tmp_path / "metrics.jsonl", {"step": 0, "kind": "train"}, row)
-    with pytest.raises(DataError, match="metrics.jsonl") as error:
+    with pytest.raises(DataError, match=r"metrics\.jsonl") as error:
         read_metrics(path)
     assert said in str(error.value)
 

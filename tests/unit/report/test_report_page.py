@@ -125,11 +125,10 @@ def test_text_of_a_model_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_dollar_signs_and_odd_characters_are_only_text(tmp_path: Path) -> None:
     odd = "a $x^2 & \\frac _tag \ud800 \x00"
-    write_ampo(
-        tmp_path / "ampo",
-        1,
-        ({"step": 0, "row_id": "r", "tag": odd, "mode": 0, "text": odd, "format_rule": "level"},),
-    )
+    write_ampo(tmp_path / "ampo", 1)
+    with (tmp_path / "ampo" / "rollouts.jsonl").open("a") as file:
+        row = {"step": 0, "row_id": "r", "tag": odd, "mode": 0, "text": odd, "format_rule": "level"}
+        file.write(json.dumps(row) + "\n")
     with (tmp_path / "ampo" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 1, "kind": "train", f"tag/{odd}/reward": 0.5}) + "\n")
     written = write_report(tmp_path)

@@ -1,0 +1,212 @@
+"""``engine_jobs.py FOLDER``: everything about engine, actor and trainer that needs a NeMo model, in one process.
+
+Measures and writes ``results.json``; the assertions are in the test files. The oracle is transformers on the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(sys.argv[1])
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests/unit/converters"))
+
+
+def open_actor() -> tuple[Any, Any]:
+    """A tiny Qwen2-shaped actor and the transformers model it was converted from."""
+    from tiny_hf import write_model
+    from transformers import AutoModelForCausalLM
+
+    from nemo_ampo import compat
+
+    hf = write_model(FOLDER / "hf", "qwen2", True)
+    convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(FOLDER / "model.nemo")]
+    subprocess.run([*convert, "--no-verify"], check=True)
+    compat.setup("cpu")
+    from nemo_ampo.actor import AmpoActor
+    from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.session import open_session, prepare_config
+    from recipes.launch import compose
+
+    overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4"]
+    cfg = compose("ampo", "tiny", overrides)
+    nemo = str(FOLDER / "model.nemo")
+    prepare_config(cfg, FOLDER / "run", nemo, unpack_assets(nemo, FOLDER / "assets"), "cpu")
+    session = open_session(cfg, "reinforce", AmpoActor, nemo, 8, keep_reference=True)
+    return session, AutoModelForCausalLM.from_pretrained(hf).eval()
+
+
+def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens_BT).logits[:, :-1]
+    return torch.log_softmax(logits.float(), -1).gather(-1, tokens_BT[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
+    from nemo_ampo.errors import EngineError
+    from nemo_ampo.padding import vocab_size
+    from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
+    from nemo_ampo.rollout.megatron import MegatronEngine
+
+    vocab = vocab_size(session.model)
+    engine = MegatronEngine(session.model, batch_size=16)
+    g = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(3, vocab, (n,), generator=g).tolist()) for n in (5, 9, 1, 30, 12, 17)]
+    requests = [Request(i, p, seed=1000 + i) for i, p in enumerate(prompts)]
+    stops = tuple(range(3, vocab, 24))  # one id in 24 ends a reply: some end soon, some run to the limit
+    spec = SamplingSpec(24, stops)
+    order: list[int] = []
+    responses = engine.generate(requests, spec, on_finish=lambda r: order.append(r.request_id))
+    packed = pack(requests, responses, pad_id=0)
+    oracle = hf_logprobs(hf, packed.tokens_BT)
+    alone = [engine.generate([r], spec)[0] for r in requests]
+    small = MegatronEngine(session.model, batch_size=2).generate(requests, spec)
+    shuffled = engine.generate(requests[::-1], spec)[::-1]
+    reseeded = engine.generate([replace(r, seed=r.seed + 1) for r in requests], spec)
+    twins = engine.generate([Request(i, prompts[0], seed=5) for i in range(4)], spec)
+    many = engine.generate([Request(i, prompts[1], seed=i) for i in range(16)], SamplingSpec(1, stops))
+    cold = engine.generate(requests, replace(spec, temperature=0.01))
+    greedy = hf.generate(
+        input_ids=torch.tensor([prompts[3]]), max_new_tokens=24, do_sample=False, eos_token_id=list(stops), pad_token_id=0
+    )[0, 30:].tolist()
+
+    def refused(bad: list[Request], sampling: SamplingSpec = spec) -> str:
+        try:
+            engine.generate(bad, sampling)
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    def ids(rows: Any) -> list[list[int]]:
+        return [list(r.token_ids) for r in rows]
+
+    return {
+        "finish": [r.finish for r in responses],
+        "lengths": [len(r.token_ids) for r in responses],
+        "stop_only_at_end": all(not set(r.token_ids[:-1]) & set(stops) for r in responses),
+        "finished_order": order,
+        "logprob_error": float((packed.sampling_logprobs_BT - oracle)[packed.mask_BT].abs().max()),
+        "trainer_error": float((session.model.get_inference_log_probs(packed.tokens_BT) - oracle).abs().max()),
+        "alone_equal": ids(alone) == ids(responses),
+        "small_batches_equal": ids(small) == ids(responses),
+        "order_does_not_matter": ids(shuffled) == ids(responses),
+        "other_seed_differs": ids(reseeded) != ids(responses),
+        "equal_seeds_equal": len({r.token_ids for r in twins}) == 1,
+        "first_tokens": len({r.token_ids for r in many}),
+        "largest_id": max(max(r.token_ids) for r in responses),
+        "vocab": vocab,
+        "cold_is_greedy": list(cold[3].token_ids) == greedy,
+        "training_mode_restored": all(m.training for m in session.model.get_model_module_list()),
+        "too_long": refused([Request(0, (3,) * 5000, 1)]),
+        "empty": refused([Request(0, (), 1)]),
+        "twice": refused([requests[0], requests[0]]),
+        "outside": refused([Request(0, (vocab,), 1)]),
+        "no_stop": refused(requests, SamplingSpec(4, ())),
+    }
+
+
+def frequencies(session: Any, hf: Any) -> dict[str, Any]:
+    """First drawn tokens of 4,000 seeds against the distribution they should follow."""
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.megatron import MegatronEngine
+
+    prompt = (5, 6, 7, 8)
+    engine = MegatronEngine(session.model, batch_size=1000)
+    with torch.no_grad():
+        probabilities = torch.softmax(hf(torch.tensor([prompt])).logits[0, -1].float() / 0.25, -1)
+    drawn = engine.generate([Request(i, prompt, i) for i in range(4000)], SamplingSpec(1, (0,), temperature=0.25))
+    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in drawn]), minlength=len(probabilities)).double()
+    top = probabilities.argsort(descending=True)[:20]
+    expected, seen = 4000 * probabilities[top].double(), counts[top]
+    rest_expected, rest_seen = 4000 - expected.sum(), 4000 - seen.sum()
+    chi2 = ((seen - expected) ** 2 / expected).sum() + (rest_seen - rest_expected) ** 2 / rest_expected
+    return {"chi2": float(chi2), "degrees": 20}
+
+
+def update_checks(session: Any, hf: Any) -> dict[str, Any]:
+    """One optimizer step against autograd on the transformers model with the same pure loss functions."""
+    from nemo_ampo.config import AlgorithmConfig
+    from nemo_ampo.loss import AGGREGATES, entropy_from_logits, kl_estimate, policy_loss
+    from nemo_ampo.optimise import optimise
+
+    out: dict[str, Any] = {}
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 500, (8, 40), generator=g)
+    mask = torch.rand((8, 39), generator=g) < 0.5
+    advantages = torch.randn(8, generator=g)
+    with torch.no_grad():
+        now = hf_logprobs(hf, tokens)
+    old = now + 0.3 * torch.randn(now.shape, generator=g)
+    ref = now + 0.5 * torch.randn(now.shape, generator=g)
+    algorithms = {
+        "paper": AlgorithmConfig(),
+        "heavy": AlgorithmConfig(kl_coef=0.5, entropy_coef=0.2, aggregate="sequence_mean", kl_kind="k2", clip_high=0.3),
+    }
+    for name, algorithm in algorithms.items():
+        aggregate = AGGREGATES[algorithm.aggregate]
+        hf.zero_grad()
+        total = 0.0
+        for rows in (slice(0, 4), slice(4, 8)):  # two micro-batches, each with its own mean
+            logits = hf(tokens[rows]).logits[:, :-1].float()
+            logprobs = hf_logprobs(hf, tokens[rows])
+            pg, _ = policy_loss(
+                logprobs, old[rows], advantages[rows], mask[rows], algorithm.clip_low, algorithm.clip_high, algorithm.aggregate
+            )
+            kl = aggregate(kl_estimate(logprobs, ref[rows], algorithm.kl_kind), mask[rows])
+            loss = pg + algorithm.kl_coef * kl - algorithm.entropy_coef * aggregate(entropy_from_logits(logits), mask[rows])
+            (loss / 2).backward()
+            total += float(loss.detach()) / 2
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in hf.parameters() if p.grad is not None]))
+        session.model.algorithm = algorithm
+        session.model.prepare_for_training()
+        for group in session.optimizer.param_groups:
+            group["lr"] = 0.0  # the weights stay, so that the next case starts from the same ones
+        batch = {
+            "tokens_BT": tokens,
+            "mask_BT": mask,
+            "advantages_B": advantages,
+            "old_logprobs_BT": old,
+            "ref_logprobs_BT": ref,
+        }
+        metrics = optimise(session, batch, clip=1.0)
+        session.model.finish_training()
+        out[name] = {"loss": total, "grad_norm": float(norm), "nemo": metrics}
+    return out
+
+
+def reference_checks(session: Any, hf: Any) -> dict[str, Any]:
+    """The reference policy stays what it was while the weights move."""
+    tokens = torch.randint(3, 500, (8, 24), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        oracle = hf_logprobs(hf, tokens)
+        for p in session.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    moved = session.model.get_inference_log_probs(tokens)
+    reference = session.model.get_init_policy_logprobs(tokens)
+    after = session.model.get_inference_log_probs(tokens)
+    return {
+        "moved": float((moved - oracle).abs().max()),
+        "reference_error": float((reference - oracle).abs().max()),
+        "policy_untouched": bool(torch.equal(moved, after)),
+    }
+
+
+def main() -> None:
+    session, hf = open_actor()
+    results = {
+        "engine": engine_checks(session, hf),
+        "frequencies": frequencies(session, hf),
+        "update": update_checks(session, hf),
+        "reference": reference_checks(session, hf),
+    }
+    (FOLDER / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
