@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ import typer
 from nemo_ampo.errors import ConfigError, FormatError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rich.table import Table
 
@@ -67,7 +69,8 @@ def check_config(
         raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}")
     raw = compose(stage, config_name, overrides or [], config_dir)
     config = read_config(raw, STAGES[stage])
-    _check_rules(stage, _with_existing_files(stage, config) if no_files else config, raw, ranks)
+    with _with_existing_files(config) if no_files else nullcontext(config) as checked:
+        _check_rules(stage, checked, raw, ranks)
     try:
         typer.echo(OmegaConf.to_yaml(raw, resolve=True), nl=False)
     except OmegaConfBaseException as error:
@@ -75,31 +78,30 @@ def check_config(
 
 
 def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
-    from nemo_ampo.config import check_ampo, check_bc
+    from nemo_ampo.config import check_ampo, check_bc, check_evaluate
 
     if stage == "bc":
         check_bc(config)
     elif stage == "ampo":
         check_ampo(config, raw, ranks)
+    else:
+        check_evaluate(config)
 
 
-def _with_existing_files(stage: str, config: Any) -> Any:
+@contextmanager
+def _with_existing_files(config: Any) -> Iterator[Any]:
     """The same config with paths that exist, so that all other rules still apply."""
-    here = __file__
-    if stage == "bc":
-        return replace(
-            config,
-            run=replace(config.run, init_from=here),
-            data=replace(config.data, train=here, heldout=here),
-        )
-    if stage == "ampo":
-        data = config.data
-        return replace(
-            config,
-            run=replace(config.run, init_from=here),
-            data=replace(data, train=data.train and here, system_prompt=data.system_prompt and here),
-        )
-    return config
+    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt")
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        file.touch()
+
+        def section(values: Any) -> Any:
+            given = {f.name for f in fields(values) if getattr(values, f.name) is not None}
+            paths = {name: str(file) for name in stand_ins if name in given}
+            return replace(values, **paths, **({"checkpoint": folder} if "checkpoint" in given else {}))
+
+        yield replace(config, run=section(config.run), data=section(config.data))
 
 
 def score(

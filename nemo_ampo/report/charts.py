@@ -212,11 +212,13 @@ def bc_loss(log: MetricsLog) -> Chart | None:
 
 def bc_valid_replies(log: MetricsLog) -> Chart | None:
     """Held-out prompts answered in the grammar."""
-    lines = [
-        Line("all", "text", log.series("bc/valid_replies", "val"), markers=True),
-        *_modes(log, "bc/valid_replies_mode_{}", "val"),
-    ]
-    return _lines("Valid replies", "share of held-out prompts", lines, percent=True, bottom=0)
+    line = Line("all", "text", log.series("bc/valid_replies", "val"), markers=True)
+    return _lines("Valid replies", "share of held-out prompts", [line], percent=True, bottom=0)
+
+
+def bc_modes(log: MetricsLog) -> Chart | None:
+    """Modes of the replies to held-out prompts."""
+    return _mode_share(log, "Modes of these replies", "bc/mode_{}_share", "val")
 
 
 def bc_optimizer(log: MetricsLog) -> Chart | None:
@@ -234,7 +236,7 @@ AMPO_PANELS: dict[str, tuple[Callable[[MetricsLog], Chart | None], ...]] = {
 }
 """Sections of the page below the mode shares, in order."""
 
-BC_PANELS: tuple[Callable[[MetricsLog], Chart | None], ...] = (bc_loss, bc_valid_replies, bc_optimizer)
+BC_PANELS: tuple[Callable[[MetricsLog], Chart | None], ...] = (bc_loss, bc_valid_replies, bc_modes, bc_optimizer)
 
 
 def draw(panels: Sequence[Callable[[MetricsLog], Chart | None]], log: MetricsLog) -> list[Chart]:
@@ -262,9 +264,9 @@ def _modes(log: MetricsLog, pattern: str, kind: str = "train") -> list[Line]:
     return [Line(f"mode {k}", f"mode-{k}", log.series(pattern.format(k), kind), markers=kind == "val") for k in MODES]
 
 
-def _mode_share(log: MetricsLog, title: str, pattern: str) -> Chart | None:
+def _mode_share(log: MetricsLog, title: str, pattern: str, kind: str = "train") -> Chart | None:
     # A label has shares only at steps that had prompts with it, so absent is not zero here.
-    shares = [log.series(pattern.format(k)) for k in MODES]
+    shares = [log.series(pattern.format(k), kind) for k in MODES]
     steps = shares[0].steps
     if not steps:
         return None

@@ -251,7 +251,7 @@ class Summary:
         goal: mean goal component, 0..1, 0.5 means no change.
         valid_format: share of replies that obey the grammar.
         tokens: mean tokens of a reply.
-        judge_failed: share of verdicts that could not be had.
+        judge_failed: number of verdicts that could not be had.
         mode_share: mode to its share among all samples.
     """
 
@@ -260,7 +260,7 @@ class Summary:
     goal: float | None
     valid_format: float | None
     tokens: float | None
-    judge_failed: float | None
+    judge_failed: int
     mode_share: Mapping[int, float]
 
 
@@ -310,8 +310,11 @@ def parse_evaluation(data: Any, where: str) -> Evaluation:
 
 
 def _summary(row: Any, where: str) -> Summary:
-    if not isinstance(row, dict) or not isinstance(row.get("samples"), int):
-        raise DataError(f"{where}: needs an integer 'samples'")
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object")
+    for key in ("samples", "judge_failed"):
+        if not isinstance(row.get(key), int):
+            raise DataError(f"{where}: needs an integer {key!r}, got {row.get(key)!r}")
 
     def number(key: str) -> float | None:
         value = row.get(key)
@@ -328,7 +331,7 @@ def _summary(row: Any, where: str) -> Summary:
         goal=number("goal"),
         valid_format=number("valid_format"),
         tokens=number("tokens"),
-        judge_failed=number("judge_failed"),
+        judge_failed=row["judge_failed"],
         mode_share={mode: float(shares.get(str(mode), 0.0)) for mode in MODES},
     )
 

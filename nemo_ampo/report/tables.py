@@ -60,7 +60,7 @@ def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
             percent(summary.valid_format),
             number(summary.tokens, 1),
             *(percent(summary.mode_share[k]) for k in MODES),
-            percent(summary.judge_failed),
+            str(summary.judge_failed),
         ]
         for tag in tags
         for evaluation in evaluations

@@ -160,6 +160,8 @@ def test_an_override_arrives_with_its_consequences() -> None:
         (["ampo", "--no-files", "rollout.group_size=1"], "rollout.group_size"),
         (["ampo", "--no-files", "rollout.engine=trtllm"], "rollout.engine: trtllm is not available"),
         (["ampo", "--no-files", "--ranks", "3"], "model.global_batch_size"),
+        (["evaluate"], "data.turns: no such file: t.json"),
+        (["evaluate", "--no-files", "data.samples=0"], "data.samples"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_naming_the_key(arguments: list[str], said: str) -> None:

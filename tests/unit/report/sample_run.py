@@ -118,7 +118,7 @@ def write_bc(folder: Path, steps: int) -> None:
         if step % 10 == 9:
             values = {"bc/val_loss": 2.0 / (step + 1), "bc/valid_replies": step / steps}
             values |= {f"bc/val_loss_mode_{k}": k / (step + 1) for k in MODES}
-            values |= {f"bc/valid_replies_mode_{k}": step / steps for k in MODES}
+            values |= {f"bc/mode_{k}_share": 0.25 * step / steps for k in MODES}
             log.metrics(step, values, kind="val")
 
 
@@ -145,7 +145,7 @@ def evaluation(name: str, goal: float | None) -> dict[str, Any]:
         "goal": goal,
         "valid_format": 0.0 if goal is None else 0.96,
         "tokens": 101.25,
-        "judge_failed": 0.0,
+        "judge_failed": 3,
         "mode_share": {"1": 0.25, "2": 0.25, "3": 0.25, "4": 0.2} if goal is not None else {},
     }
     return {

@@ -1,0 +1,150 @@
+"""Every shipped YAML parses, and bad input stops before anything is loaded, naming the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_parallel_layout, read_config
+from nemo_ampo.errors import ConfigError
+from recipes.launch import CONFIGS, compose
+
+MODELS = ("tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b")
+REQUIRED = {
+    "bc": ["run.dir=r", "run.init_from=m", "data.train=t", "data.heldout=h"],
+    "ampo": ["run.dir=r", "run.init_from=m", "data.train=t", "judge.base_url=http://localhost:1/v1"],
+    "evaluate": ["run.dir=r", "run.name=n", "run.checkpoint=c", "data.turns=t", "judge.base_url=http://localhost:1/v1"],
+}
+
+
+def test_nothing_is_shipped_untested() -> None:
+    shipped = {p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")}
+    assert shipped == {f"{s}/{m}.yaml" for s in STAGES for m in (*MODELS, "base")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", MODELS)
+def test_shipped_config_is_complete_and_typed(stage: str, model: str) -> None:
+    cfg = compose(stage, model, REQUIRED[stage])
+    read_config(cfg, STAGES[stage])
+    OmegaConf.resolve(cfg)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("model", MODELS)
+def test_model_files_hold_only_differences(stage: str, model: str) -> None:
+    base = OmegaConf.to_container(compose(stage, "base", []))
+    own = yaml.safe_load((CONFIGS / stage / f"{model}.yaml").read_text())
+    own.pop("defaults")
+
+    def repeated(tree: dict[str, object], under: object, path: str = "") -> list[str]:
+        out = []
+        for key, value in tree.items():
+            below = under.get(key) if isinstance(under, dict) else None
+            if isinstance(value, dict):
+                out += repeated(value, below, f"{path}{key}.")
+            elif below == value and isinstance(under, dict) and key in under:
+                out.append(f"{path}{key}")
+        return out
+
+    assert repeated(own, base) == []
+
+
+@pytest.mark.parametrize("model", ["tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b"])
+def test_batch_arithmetic_of_shipped_configs(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.touch()
+    world = 8 if model.endswith("b") and "smol" not in model and model != "tiny" else 1
+    given = ["run.dir=r", f"run.init_from={file}", f"data.train={file}", "judge.base_url=http://localhost:1/v1"]
+    cfg = compose("ampo", model, given)
+    check_ampo(read_config(cfg, AmpoConfig), cfg, world)
+
+
+def test_paper_hyper_parameters() -> None:
+    for model, lr in (("qwen2.5_7b", 3e-7), ("llama3.1_8b", 2e-7)):
+        cfg = compose("ampo", model, REQUIRED["ampo"])
+        config = read_config(cfg, AmpoConfig)
+        assert cfg.model.optim.lr == lr and "sched" not in cfg.model.optim
+        assert (config.rollout.prompts_per_step, config.rollout.group_size) == (16, 16)
+        assert cfg.model.global_batch_size == 256
+        assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (6144, 2048)
+        algorithm = config.algorithm
+        assert (algorithm.clip_low, algorithm.clip_high, algorithm.kl_coef, algorithm.kl_kind) == (0.2, 0.2, 0.001, "k3")
+        assert (algorithm.entropy_coef, algorithm.aggregate, algorithm.advantage) == (0.001, "token_mean", "ampo")
+        assert cfg.trainer.reinforce.max_steps == 800 and cfg.trainer.reinforce.gradient_clip_val == 1.0
+        bc = compose("bc", model, REQUIRED["bc"])
+        assert bc.model.optim.lr == 2e-6 and bc.model.global_batch_size == 32 and bc.trainer.sft.max_epochs == 3
+        assert bc.model.optim.sched.warmup_ratio == 0.1 and bc.model.optim.sched.name == "CosineAnnealing"
+
+
+def ampo(tmp_path: Path, *overrides: str) -> None:
+    file = tmp_path / "x"
+    file.touch()
+    given = ["run.dir=r", f"run.init_from={file}", f"data.train={file}", "judge.base_url=http://localhost:1/v1"]
+    cfg = compose("ampo", "tiny", [*given, *overrides])
+    check_ampo(read_config(cfg, AmpoConfig), cfg, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+rollout.groupsize=4", "rollout.groupsize"),
+        ("rollout.groupsize=4", "rollout.groupsize"),
+        ("+rolout.group_size=4", "rolout"),
+        ("rollout.group_size=many", "rollout.group_size"),
+        ("rollout.group_size=1", "rollout.group_size"),
+        ("rollout.temperature=0.7", "rollout.temperature"),
+        ("rollout.engine=trtllm", "rollout.engine"),
+        ("algorithm.advantage=ppo", "algorithm.advantage"),
+        ("algorithm.kl_kind=k4", "algorithm.kl_kind"),
+        ("algorithm.aggregate=sum", "algorithm.aggregate"),
+        ("run.init_from=/nowhere.nemo", "run.init_from"),
+        ("data.train=/nowhere.json", "data.train"),
+        ("data.train=null", "data.train"),
+        ("judge.base_url=not-a-url", "judge.base_url"),
+        ("judge.timeout_s=-1", "judge.timeout_s"),
+        ("model.global_batch_size=100", "model.global_batch_size"),
+        ("model.micro_batch_size=12", "model.global_batch_size"),
+        ("model.tensor_model_parallel_size=2", "model.tensor_model_parallel_size"),
+        ("model.reinforce.forward_micro_batch_size=33", "model.reinforce.forward_micro_batch_size"),
+        ("trainer.reinforce.max_step=3", "max_step"),
+    ],
+)
+def test_a_bad_key_is_named(tmp_path: Path, override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        ampo(tmp_path, override)
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"run\.init_from: a value is required"):
+        read_config(compose("bc", "tiny", ["run.dir=r"]), BcConfig)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "words"),
+    [(3, 1, "num_attention_heads=4"), (4, 1, "num_query_groups=2"), (1, 3, "num_layers=4")],
+)
+def test_layouts_that_do_not_divide(tensor: int, pipeline: int, words: str) -> None:
+    model = {"num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96, "num_layers": 4}
+    with pytest.raises(ConfigError, match=words):
+        check_parallel_layout(model, tensor, pipeline)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_line_says_it_in_one_line(stage: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"recipes.{stage}", "--config-name", "tiny", f"run.dir={tmp_path / 'run'}"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert process.returncode == 2
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: run.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_config_name_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="llama3.1_8b, qwen2.5_7b, smollm2_135m, tiny"):
+        compose("ampo", "huge", [])

@@ -1,0 +1,204 @@
+"""One AMPO step over a scripted engine, a scripted judge and a policy that records what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from nemo_ampo.config import AlgorithmConfig, RolloutConfig
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.ranks import OneProcess
+from nemo_ampo.rewards import RewardConfig
+from nemo_ampo.rollout.engine import OnFinish, Request, Response, SamplingSpec
+from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step, expand
+from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+
+GOOD = 'Thinking Level: 1\n<|begin_of_answer|>\n"Deal at {}."\n<|end_of_answer|>'
+BAD = "I will not think."
+EOS = 0
+
+
+class Characters:
+    """A tokenizer with one token per character; id 0 ends a reply."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i) for i in token_ids if i != EOS)
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(text)
+
+
+@dataclass
+class Script:
+    """An engine that answers request i with text i, last one first."""
+
+    texts: list[str]
+    requests: list[Request] = field(default_factory=list)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None
+    ) -> list[Response]:
+        self.requests = list(requests)
+        responses = []
+        for request in requests:
+            ids = (*map(ord, self.texts[request.request_id]), EOS)
+            responses.append(Response(request.request_id, ids, torch.full((len(ids),), -0.5), "eos"))
+        for response in reversed(responses):
+            assert on_finish is not None
+            on_finish(response)
+        return responses
+
+
+@dataclass
+class Scores:
+    """A judge that reads the price out of the dialogue; a negative price makes it fail."""
+
+    asked: list[JudgeRequest] = field(default_factory=list)
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict]:
+        self.asked.append(request)
+        price = float(request.dialogue.rsplit("Deal at ", 1)[1].split('"')[0].rstrip("."))
+        future: Future[Verdict] = Future()
+        if price < 0:
+            future.set_exception(JudgeError("timeout", "no answer"))
+        else:
+            future.set_result(Verdict(price, 3.0))
+        return future
+
+
+@dataclass
+class Recorder:
+    """A policy that keeps its batch."""
+
+    batch: TrainBatch | None = None
+
+    def logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -0.75)
+
+    def reference_logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -1.0)
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.batch = batch
+        return {"policy/loss": 1.0}
+
+
+def turn(name: str) -> DialogueTurn:
+    return DialogueTurn(
+        row_id=name,
+        dialog=(f"Turn 0: {name} said:",),
+        turn=0,
+        instruction="Sell.",
+        agent1_name=name,
+        agent2_name="Bo",
+        agent1_goal="sell",
+        agent2_goal="buy",
+        agent1_state=4.0,
+        agent2_state=3.0,
+        tag="hard",
+    )
+
+
+def run(texts: list[str], ranks: OneProcess = OneProcess()) -> tuple[StepResult, Recorder, Script, Scores]:
+    engine, judge, policy = Script(texts), Scores(), Recorder()
+    parts = Parts(
+        engine=engine,
+        judge=judge,
+        tokenizer=Characters(),
+        ranks=ranks,
+        rollout=RolloutConfig(prompts_per_step=2, group_size=len(texts) // 2),
+        reward=RewardConfig(),
+        algorithm=AlgorithmConfig(),
+        stop_token_ids=(EOS,),
+        pad_id=7,
+        seed=1,
+    )
+    prompts = [Prompt(turn("Ann"), (50, 51)), Prompt(turn("Cy"), (60,))]
+    return ampo_step(3, prompts, policy, parts), policy, engine, judge
+
+
+def test_rewards_and_advantages_by_hand() -> None:
+    """State 4. Judged 10: gain 6 of 6, reward 1. Judged 4: no change, reward 0.5. A broken reply gets -2."""
+    result, policy, _, _ = run([GOOD.format(10), GOOD.format(4), GOOD.format(10), BAD])
+    assert [s.parts.reward for s in result.samples] == [1.0, 0.5, 1.0, -2.0]
+    # Group of two: (r - mean) / std = +-0.7071 whatever the rewards are.
+    assert result.advantages == pytest.approx([0.70710, -0.70710, 0.70710, -0.70710], abs=1e-4)
+    assert policy.batch is not None
+    assert policy.batch.advantages_B.tolist() == pytest.approx(result.advantages)
+
+
+def test_batch_lines_up_tokens_mask_and_log_probs() -> None:
+    _, policy, _, _ = run([GOOD.format(10), GOOD.format(4), GOOD.format(10), BAD])
+    batch = policy.batch
+    assert batch is not None
+    row = batch.tokens_BT[3]
+    assert row[:1].tolist() == [60]
+    reply = [*map(ord, BAD), EOS]
+    assert row[1 : 1 + len(reply)].tolist() == reply
+    assert set(row[1 + len(reply) :].tolist()) == {7}
+    assert batch.tokens_BT[:, 1:][3][batch.mask_BT[3]].tolist() == reply
+    assert set(batch.sampling_logprobs_BT[3][batch.mask_BT[3]].tolist()) == {-0.5}
+    assert set(batch.sampling_logprobs_BT[3][~batch.mask_BT[3]].tolist()) == {0.0}
+    assert batch.tokens_BT.size(1) % 8 == 0
+
+
+def test_engine_gap_is_the_mean_difference() -> None:
+    result, _, _, _ = run([GOOD.format(10)] * 4)
+    assert result.metrics["engine/logprob_gap"] == pytest.approx(0.25)
+
+
+def test_broken_replies_are_not_judged_and_the_judge_reads_the_whole_dialogue() -> None:
+    _, _, _, judge = run([GOOD.format(10), BAD, BAD, BAD])
+    assert [r.dialogue for r in judge.asked] == ['Turn 0: Ann said: "Deal at 10."']
+
+
+def test_a_failed_judge_is_a_missing_value() -> None:
+    """It leaves its group: the two others are compared with each other alone, and it gets advantage 0."""
+    result, policy, _, _ = run([GOOD.format(10), GOOD.format(-1), GOOD.format(4), BAD, BAD, GOOD.format(4)])
+    first = result.advantages[:3]
+    assert first == pytest.approx([0.70710, 0.0, -0.70710], abs=1e-4)
+    assert result.samples[1].parts.valid is False
+    assert result.metrics["judge/failed_timeout"] == 1
+    assert result.metrics["judge/failed_fraction"] == pytest.approx(1 / 4)
+    assert result.metrics["reward/mean"] == pytest.approx((1 + 0.5 - 2 - 2 + 0.5) / 5)
+
+
+def test_mode_and_tag_metrics() -> None:
+    result, _, _, _ = run([GOOD.format(10), BAD, GOOD.format(10), BAD])
+    assert result.metrics["mode/1/share"] == 0.5
+    assert result.metrics["tag/hard/mode/1/share"] == 0.5
+    assert result.metrics["format/failed_level"] == 2
+    assert result.metrics["mode_term/active_fraction"] == 0
+
+
+def test_seeds_follow_the_sample_not_the_rank() -> None:
+    _, _, engine, _ = run([BAD] * 4)
+    whole = engine.requests
+    assert len({r.seed for r in whole}) == 4
+    shares: list[Request] = []
+    for rank in range(2):
+        parts = Parts(
+            engine=engine,
+            judge=Scores(),
+            tokenizer=Characters(),
+            ranks=OneProcess(data_rank=rank, data_size=2),
+            rollout=RolloutConfig(group_size=2),
+            reward=RewardConfig(),
+            algorithm=AlgorithmConfig(),
+            stop_token_ids=(EOS,),
+            pad_id=7,
+            seed=1,
+        )
+        mine, _ = expand(3, [Prompt(turn("Ann"), (50, 51)), Prompt(turn("Cy"), (60,))], parts)
+        assert len(mine) == 2
+        shares += mine
+    assert shares == whole
+
+
+def test_only_the_leader_asks_the_judge() -> None:
+    with pytest.raises(TypeError):  # nobody shared verdicts with this rank: OneProcess.share gives back its own None
+        run([GOOD.format(10)] * 4, OneProcess(is_leader=False))
