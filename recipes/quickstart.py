@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_ampo.errors import UserError
-from recipes.pipeline import Stage, StageError, remember_settings, run_stages
-
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-
+from recipes.pipeline import THREADS, Stage, StageError, remember_settings, run_stages
 
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
     """The pipeline of one run folder.

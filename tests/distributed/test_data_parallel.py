@@ -1,0 +1,43 @@
+"""Two real ranks over gloo: upstream's REINFORCE trains both on everything; ours gives each its own share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).parent / "chunk_jobs.py"
+    process = subprocess.run(
+        [*command, str(script), str(out)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_upstream_trains_every_rank_on_everything(ranks: list[dict[str, Any]]) -> None:
+    """The defect our trainer works around (nemo-aligner 0.7.0, ReinforceRolloutBatch.chunk ignores rank and split)."""
+    assert [r["upstream"] for r in ranks] == [list(range(8))] * 2
+
+
+def test_ours_trains_each_rank_on_its_own(ranks: list[dict[str, Any]]) -> None:
+    assert [r["ours"] for r in ranks] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_collectives(ranks: list[dict[str, Any]]) -> None:
+    assert [r["gathered"] for r in ranks] == [list(range(8))] * 2
+    assert [r["shared"] for r in ranks] == ["from 0", "from 1"]
+    assert [r["any"] for r in ranks] == [[True, False]] * 2
+    assert [r["main"] for r in ranks] == [True, False]
