@@ -191,13 +191,21 @@ def report(
     typer.echo(f"wrote {written}")
 
 
-def demo_judge(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)] = None,
-) -> None:
+PassedOn = Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)]
+
+
+def demo_judge(arguments: PassedOn = None) -> None:
     """Serve the embedded rule-based judge. Options: nemo-ampo demo-judge --help."""
     from nemo_ampo.demo_judge import main as serve
 
     raise typer.Exit(serve(arguments or []))
+
+
+def world(arguments: PassedOn = None) -> None:
+    """Write the embedded world as data files. Options: nemo-ampo world --help."""
+    from nemo_ampo.world.__main__ import main as write
+
+    raise typer.Exit(write(arguments or []))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -206,12 +214,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "report": report,
     "demo-judge": demo_judge,
+    "world": world,
 }
 """Name to function; a function's docstring is its help."""
 
-PASS_THROUGH: dict[str, dict[str, Any]] = {
-    "demo-judge": {"ignore_unknown_options": True, "help_option_names": []},
-}
+_OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
+PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS}
 """Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 

@@ -159,11 +159,7 @@ def read_chat_request(body: bytes) -> str:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list that is not empty", param="messages")
-    texts = [
-        _text_of(message)
-        for message in messages
-        if isinstance(message, dict) and message.get("role") == "user"
-    ]
+    texts = [_text_of(message) for message in messages if isinstance(message, dict) and message.get("role") == "user"]
     if not texts:
         raise ApiError(400, "messages holds no user message", param="messages")
     return texts[-1]
@@ -239,9 +235,7 @@ def run_demo_judge(
 
 
 @contextlib.contextmanager
-def demo_judge_process(
-    options: DemoJudgeOptions | None = None, *, start_timeout_s: float = 60.0
-) -> Iterator[str]:
+def demo_judge_process(options: DemoJudgeOptions | None = None, *, start_timeout_s: float = 60.0) -> Iterator[str]:
     """Run the demo judge as a process of its own and yield its base URL.
 
     The process is stopped on leaving the block, and stops by itself should this process die.
@@ -256,9 +250,12 @@ def demo_judge_process(
         command += ["--ready-file", str(ready_file), "--latency-ms", str(options.latency_ms)]
         command += ["--fail-rate", str(options.fail_rate), "--seed", str(options.seed)]
         with log_file.open("wb") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_child_environment()
-            )
+            process = subprocess.Popen(command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_child_environment(),
+                start_new_session=True,  # Ctrl-C is for the run, which still needs verdicts to end its step)
         try:
             yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s)
         finally:
@@ -271,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
     parser.add_argument("--latency-ms", type=float, default=DemoJudgeOptions.latency_ms)
-    parser.add_argument(
-        "--fail-rate", type=float, default=DemoJudgeOptions.fail_rate, help="share of calls that fail"
-    )
+    parser.add_argument("--fail-rate", type=float, default=DemoJudgeOptions.fail_rate, help="share of calls that fail")
     parser.add_argument("--seed", type=int, default=DemoJudgeOptions.seed, help="which calls fail")
     parser.add_argument("--ready-file", type=Path, help="gets the base URL once the server listens")
     parser.add_argument("--parent-pid", type=int, help="stop when this process is no longer the parent")
@@ -319,9 +314,7 @@ def _text_of(message: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        texts = [
-            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
-        ]
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         if texts and len(texts) == len(content):
             return "".join(texts)
     raise ApiError(400, "content must be a string or a list of text parts", param="messages")
@@ -401,9 +394,7 @@ def _child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])])}
 
 
-def _wait_until_healthy(
-    process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float
-) -> str:
+def _wait_until_healthy(process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float) -> str:
     # A proxy of the environment must not be asked for a server on this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + timeout_s
@@ -415,9 +406,7 @@ def _wait_until_healthy(
                 return base_url
         time.sleep(0.02)
     state = "is not ready" if process.poll() is None else f"exited with status {process.returncode}"
-    raise UserError(
-        f"the demo judge {state}: {log_file.read_text(encoding='utf-8', errors='replace').strip()}"
-    )
+    raise UserError(f"the demo judge {state}: {log_file.read_text(encoding='utf-8', errors='replace').strip()}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ SHARED = ("unit/converters", "pipeline", "nemo")
 """Folders whose tests share a session fixture that takes tens of seconds; each is kept on one worker."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = item.path.as_posix()

@@ -148,9 +148,7 @@ class Judge:
                 )
             )
             completion = read_completion(self._redact(body))
-            self._stats.answered(
-                time.monotonic() - started, completion.prompt_tokens, completion.completion_tokens
-            )
+            self._stats.answered(time.monotonic() - started, completion.prompt_tokens, completion.completion_tokens)
             return completion.text
 
     async def _listed_models(self) -> list[str]:
@@ -173,16 +171,12 @@ class Judge:
                 response = await call()
                 return str(response.text)
         except (TimeoutError, openai.APITimeoutError):
-            failure = CallError(
-                "timeout", f"no answer within {self.config.timeout_s:g} s", cause="timeout", transient=True
-            )
+            failure = CallError("timeout", f"no answer within {self.config.timeout_s:g} s", cause="timeout", transient=True)
         except openai.APIStatusError as error:
             failure = self._status_failure(error)
         except openai.OpenAIError as error:
             reason = self._redact(f"{error.__cause__ or error}")
-            failure = CallError(
-                "connection", f"no connection: {one_line(reason)}", cause="connection", transient=True
-            )
+            failure = CallError("connection", f"no connection: {one_line(reason)}", cause="connection", transient=True)
         # Raised outside the handlers, so that the library's error, whose request carries the key, is not its
         # context.
         raise failure
@@ -199,9 +193,7 @@ class Judge:
         )
 
     def _wait_s(self, state: RetryCallState) -> float:
-        backoff_s = wait_random_exponential(
-            multiplier=self.config.backoff_initial_s, max=self.config.backoff_max_s
-        )(state)
+        backoff_s = wait_random_exponential(multiplier=self.config.backoff_initial_s, max=self.config.backoff_max_s)(state)
         return min(max(backoff_s, _failure(state).retry_after_s), self.config.backoff_max_s)
 
     def _before_sleep(self, state: RetryCallState) -> None:
@@ -238,13 +230,9 @@ def _read_key(variable: str) -> str:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ConfigError(
-            f"judge.api_key_env: environment variable {variable} is not set; export it or clear the key"
-        )
+        raise ConfigError(f"judge.api_key_env: environment variable {variable} is not set; export it or clear the key")
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError(
-            f"judge.api_key_env: environment variable {variable} does not hold an API key (odd characters)"
-        )
+        raise ConfigError(f"judge.api_key_env: environment variable {variable} does not hold an API key (odd characters)")
     return key
 
 

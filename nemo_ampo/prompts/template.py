@@ -45,15 +45,11 @@ class PromptTemplate:
         required_names = frozenset(required)
         missing = required_names - self.placeholders
         if missing:
-            raise ConfigError(
-                f"prompt {self.source}: placeholder {_braced(missing)} is missing; add it to the text"
-            )
+            raise ConfigError(f"prompt {self.source}: placeholder {_braced(missing)} is missing; add it to the text")
         unknown = self.placeholders - required_names - frozenset(optional)
         if unknown:
             known = _braced(required_names | frozenset(optional)) or "none"
-            raise ConfigError(
-                f"prompt {self.source}: unknown placeholder {_braced(unknown)}; the known ones are {known}"
-            )
+            raise ConfigError(f"prompt {self.source}: unknown placeholder {_braced(unknown)}; the known ones are {known}")
 
     def render(self, **values: str) -> str:
         """Fill every placeholder in one pass.
@@ -85,9 +81,7 @@ def load_prompt(name_or_path: str | Path) -> PromptTemplate:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"prompt {name}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
-        ) from None
+        raise ConfigError(f"prompt {name}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     return PromptTemplate(source=name, text=text.removesuffix("\n"))
 
 

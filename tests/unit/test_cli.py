@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from nemo_ampo.cli import COMMANDS, make_app
+from nemo_ampo.cli import COMMANDS, PASS_THROUGH, make_app
 from nemo_ampo.config import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_help_lists_every_command_and_imports_next_to_nothing() -> None:
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo-judge"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in PASS_THROUGH])
 def test_every_command_explains_itself(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
@@ -69,6 +69,13 @@ def test_a_user_error_is_one_line_and_status_2() -> None:
     done = process("report", "no/such/folder")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no/such/folder: no such folder\n"
+
+
+def test_world_writes_its_files(tmp_path: Path) -> None:
+    sizes = ["--num-bc", "8", "--num-rl", "4", "--num-heldout", "4"]
+    result = invoke("world", "--out", str(tmp_path / "world"), *sizes)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "world" / "pack.json").is_file()
 
 
 # --- score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ from nemo_ampo.demo_judge import (
 from nemo_ampo.errors import UserError
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, Verdict, parse_verdict
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
+from nemo_ampo.world.rules import OPEN, RIGHT
+from nemo_ampo.world.scenes import EASY, TOPICS
 
 WAIT_S = 30
 """Only spent when a test fails."""
@@ -143,9 +146,7 @@ def test_models_and_health(serve: Serve) -> None:
         (chat(PROMPT.replace("Hello", "Goodbye")), 400, "messages"),
     ],
 )
-def test_bad_requests_get_an_error_body_of_the_contract(
-    serve: Serve, body: object, status: int, param: str | None
-) -> None:
+def test_bad_requests_get_an_error_body_of_the_contract(serve: Serve, body: object, status: int, param: str | None) -> None:
     answer_status, answer = http(f"{serve()}/chat/completions", body)
     assert answer_status == status
     assert set(answer) == {"error"} and set(answer["error"]) == {"message", "type", "param", "code"}
@@ -262,9 +263,7 @@ def environment() -> dict[str, str]:
 
 def start_demo_judge(*options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nemo_ampo.demo_judge", *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
@@ -286,17 +285,16 @@ def nobody_listens(base_url: str) -> bool:
 def test_a_process_serves_verdicts_by_the_worlds_rules_and_is_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_ampo.world.rules import judge_dialogue
-
+    scene = EASY[0]
+    said = {"me": "Ada", "you": "Ben", "topic": TOPICS[0]}
+    before = JudgeRequest("Turn 0: Ada said:", "Ada", "Ben", scene.goal.format(**said), scene.partner_goal.format(**said))
+    after = dataclasses.replace(before, dialogue=f'{before.dialogue} "{scene.reply.format(**said)}"')
     monkeypatch.chdir(tmp_path)  # the package is found from anywhere
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # and no proxy is asked for this machine
     with demo_judge_process(DemoJudgeOptions(latency_ms=1.5, seed=3)) as base_url:
         monkeypatch.delenv("http_proxy")
-        (verdict,) = ask(base_url, REQUEST)
-    expected = judge_dialogue(
-        REQUEST.dialogue, REQUEST.agent1_name, REQUEST.agent1_goal, REQUEST.agent2_name, REQUEST.agent2_goal
-    )
-    assert (verdict.agent1, verdict.agent2) == expected
+        verdicts = ask(base_url, before, after)
+    assert [(verdict.agent1, verdict.agent2) for verdict in verdicts] == [(OPEN, OPEN), (RIGHT, RIGHT)]
     assert nobody_listens(base_url)
 
 
@@ -321,10 +319,9 @@ with demo_judge_process() as base_url:
 """
 
 
-def test_the_process_ends_when_its_parent_is_killed() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=environment()
-    )
+def test_the_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    surroundings = environment() | {"TMPDIR": str(tmp_path)}  # a killed parent cleans nothing up
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=surroundings)
     with parent:
         try:
             assert parent.stdout is not None
@@ -336,9 +333,7 @@ def test_the_process_ends_when_its_parent_is_killed() -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_ready_file_appears_with_the_server_and_goes_with_it(
-    tmp_path: Path, stop: signal.Signals
-) -> None:
+def test_the_ready_file_appears_with_the_server_and_goes_with_it(tmp_path: Path, stop: signal.Signals) -> None:
     ready = tmp_path / "new" / "url"
     ready.parent.mkdir()
     ready.write_text("http://stale:1/v1\n")

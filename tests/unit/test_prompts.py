@@ -22,9 +22,7 @@ from nemo_ampo.prompts import (
 from nemo_ampo.types import JudgeRequest
 
 JUDGE = load_prompt("judge")
-REQUEST = JudgeRequest(
-    'Turn 0: Ada said: "Hi"\n\nTurn 1: Ben said: "Hello"', "Ada", "Ben", "get 10 {x}", "give {{5}}"
-)
+REQUEST = JudgeRequest('Turn 0: Ada said: "Hi"\n\nTurn 1: Ben said: "Hello"', "Ada", "Ben", "get 10 {x}", "give {{5}}")
 
 
 def template(text: str) -> PromptTemplate:
@@ -148,9 +146,7 @@ def test_hostile_values_are_read_back_exactly(text: str, field: str) -> None:
 
 
 @given(st.text(), st.text(), st.text(), st.text(), st.text())
-def test_any_values_are_read_back_exactly(
-    dialogue: str, name1: str, name2: str, goal1: str, goal2: str
-) -> None:
+def test_any_values_are_read_back_exactly(dialogue: str, name1: str, name2: str, goal1: str, goal2: str) -> None:
     request = JudgeRequest(dialogue, name1, name2, goal1, goal2)
     assert read_judge_prompt(render_judge_prompt(JUDGE, request)) == request
 

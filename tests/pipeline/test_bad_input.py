@@ -1,0 +1,111 @@
+"""What a user can get wrong stops a stage before a model loads, with one line that says what to change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import Finished, Quickstart, run
+
+pytestmark = pytest.mark.slow
+NOWHERE = "judge.base_url=http://127.0.0.1:9/v1"
+
+
+def one_line(finished: Finished) -> str:
+    assert finished.status == 2, finished.err
+    lines = finished.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.err
+    return lines[0]
+
+
+def ampo(quickstart: Quickstart, tmp_path: Path, *overrides: str) -> str:
+    return one_line(quickstart.ampo(tmp_path / "run", "http://127.0.0.1:9/v1", *overrides))
+
+
+def test_judge_unreachable(quickstart: Quickstart, tmp_path: Path) -> None:
+    assert "http://127.0.0.1:9/v1" in ampo(quickstart, tmp_path)
+
+
+def test_missing_key_variable(quickstart: Quickstart, tmp_path: Path) -> None:
+    assert "NO_SUCH_KEY" in ampo(quickstart, tmp_path, "judge.api_key_env=NO_SUCH_KEY")
+
+
+def test_bad_row_names_file_line_and_field(quickstart: Quickstart, tmp_path: Path) -> None:
+    lines = (quickstart.folder / "world" / "rl_train.jsonl").read_text().splitlines()
+    row = json.loads(lines[2])
+    row["state"]["agent1"]["score"] = 11
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]))
+    line = ampo(quickstart, tmp_path, f"data.train={bad}")
+    assert "bad.jsonl" in line and "line 3" in line and "score" in line
+
+
+def test_bad_cloning_row(quickstart: Quickstart, tmp_path: Path) -> None:
+    world = quickstart.folder / "world"
+    row = json.loads((world / "bc_train.jsonl").read_text().splitlines()[0]) | {"output": "no grammar"}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(row))
+    finished = run(
+        [
+            *("recipes.bc", "--config-name", "tiny", f"run.dir={tmp_path / 'bc'}"),
+            *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"data.train={bad}"),
+            f"data.heldout={world / 'bc_heldout.jsonl'}",
+        ]
+    )
+    assert finished.status == 2
+    assert "bad.jsonl" in finished.err and "line 1" in finished.err and "'level'" in finished.err
+
+
+def test_tensor_parallel_that_does_not_divide(quickstart: Quickstart, tmp_path: Path) -> None:
+    finished = quickstart.ampo(
+        tmp_path / "run", "http://127.0.0.1:9/v1", "model.tensor_model_parallel_size=3", ranks=3
+    )
+    assert finished.status != 0
+    assert "error: model.tensor_model_parallel_size: 3 does not divide" in finished.err
+
+
+def test_prompt_longer_than_the_limit(quickstart: Quickstart, tmp_path: Path) -> None:
+    assert "rollout.max_prompt_tokens=8" in ampo(quickstart, tmp_path, "rollout.max_prompt_tokens=8")
+
+
+def test_more_positions_than_the_model_has(quickstart: Quickstart, tmp_path: Path) -> None:
+    assert "positions" in ampo(quickstart, tmp_path, "rollout.max_new_tokens=100000")
+
+
+def repacked(quickstart: Quickstart, tmp_path: Path, edit: object) -> Path:
+    """The cloned policy with edited Hugging Face files."""
+    from nemo_ampo.checkpoint import add_assets, unpack_assets
+
+    source = quickstart.folder / "bc" / "policy.nemo"
+    copy = tmp_path / "policy.nemo"
+    shutil.copy(source, copy)
+    assets = unpack_assets(source, tmp_path / "assets")
+    config = json.loads((assets / "tokenizer_config.json").read_text())
+    edit(config)  # type: ignore[operator]
+    (assets / "tokenizer_config.json").write_text(json.dumps(config))
+    (assets / "chat_template.jinja").unlink(missing_ok=True)
+    add_assets(copy, assets)
+    assert tarfile.is_tarfile(copy)
+    return copy
+
+
+def test_tokenizer_without_chat_template(quickstart: Quickstart, tmp_path: Path) -> None:
+    policy = repacked(quickstart, tmp_path, lambda config: config.pop("chat_template", None))
+    assert "chat_template" in ampo(quickstart, tmp_path, f"run.init_from={policy}")
+
+
+def test_tokenizer_without_eos(quickstart: Quickstart, tmp_path: Path) -> None:
+    policy = repacked(quickstart, tmp_path, lambda config: config.update(eos_token=None))
+    assert "eos_token" in ampo(quickstart, tmp_path, f"run.init_from={policy}")
+
+
+def test_vocabulary_larger_than_the_embedding(quickstart: Quickstart, tmp_path: Path) -> None:
+    def many(config: dict[str, object]) -> None:
+        config["additional_special_tokens"] = [f"<|extra_{i}|>" for i in range(2000)]
+
+    policy = repacked(quickstart, tmp_path, many)
+    line = ampo(quickstart, tmp_path, f"run.init_from={policy}")
+    assert "embedding" in line and "rows" in line
