@@ -38,9 +38,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         self, response_tokens: torch.Tensor, forward_micro_batch_size: int | None = None
     ) -> torch.Tensor:
         """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank."""
-        return token_logprobs(
-            self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size
-        )
+        return token_logprobs(self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size)
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
         """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus."""
@@ -80,10 +78,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
                     "ratio_max": metrics["ratio_max"],
                 }
                 reduced = average_losses_across_data_parallel_group(
-                    [
-                        torch.as_tensor(values[k], dtype=torch.float32, device=loss.device)
-                        for k in LOSS_METRICS
-                    ]
+                    [torch.as_tensor(values[k], dtype=torch.float32, device=loss.device) for k in LOSS_METRICS]
                 )
                 return loss, {"values": reduced}
 
@@ -91,9 +86,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
         return forward_step
 
-    def get_loss_and_metrics(
-        self, batch: dict[str, torch.Tensor], forward_only: bool
-    ) -> tuple[float, dict[str, float]]:
+    def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, float]]:
         """Accumulate gradients over the micro-batches of one optimizer step.
 
         Megatron's schedule divides by the number of micro-batches it really ran and the data-parallel reduction averages

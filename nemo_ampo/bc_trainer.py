@@ -87,9 +87,7 @@ class BcTrainer(SupervisedTrainer):
                 if validate and not ended:
                     shown = self.validate()
                     self._log(shown, "val")
-                progress.step(
-                    self.step, {k: v for k, v in (metrics | shown).items() if k in ("loss", "valid_replies")}
-                )
+                progress.step(self.step, {k: v for k, v in (metrics | shown).items() if k in ("loss", "valid_replies")})
                 if save:
                     self.save()
                 if ended and self.step < self.max_steps:
@@ -127,13 +125,9 @@ class BcTrainer(SupervisedTrainer):
             )
             logprobs_BT = token_logprobs(self.model, _with_next(batch), size).cpu() * batch["loss_mask"]
             tokens_B = batch["loss_mask"].sum(dim=1)
-            sums += zip(
-                batch["modes"].tolist(), logprobs_BT.sum(dim=1).tolist(), tokens_B.int().tolist(), strict=True
-            )
+            sums += zip(batch["modes"].tolist(), logprobs_BT.sum(dim=1).tolist(), tokens_B.int().tolist(), strict=True)
         everyone = self.parts.ranks.gather(sums)
-        return {"val_loss": _nll(everyone)} | {
-            f"val_loss_mode_{k}": _nll([s for s in everyone if s[0] == k]) for k in MODES
-        }
+        return {"val_loss": _nll(everyone)} | {f"val_loss_mode_{k}": _nll([s for s in everyone if s[0] == k]) for k in MODES}
 
     def _heldout_replies(self) -> dict[str, float]:
         """Sampled replies to held-out prompts at temperature 1: share that obeys the grammar, and the modes chosen."""

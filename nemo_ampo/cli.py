@@ -60,10 +60,9 @@ def check_config(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from nemo_ampo.config import STAGES, read_config
-
     # A program over both, like the recipes themselves: it must compose exactly what they compose.
-    from recipes.launch import compose
+    from nemo_ampo.compose import compose
+    from nemo_ampo.config import STAGES, read_config
 
     if stage not in STAGES:
         raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}")

@@ -245,7 +245,9 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
 
 def default_keys(schema: type[Any]) -> dict[str, Any]:
     """Every key of a stage with its default, ``???`` where a value is required; the YAML files build on this."""
-    return {f.name: OmegaConf.to_container(OmegaConf.structured(f.type)) for f in fields(_resolved(schema))}
+    return {
+        f.name: OmegaConf.to_container(OmegaConf.structured(f.type), enum_to_str=True) for f in fields(_resolved(schema))
+    }
 
 
 def _section(name: str, section: Any, given: Any) -> Any:
@@ -373,9 +375,7 @@ def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> 
         if count is not None and int(count) % tensor:
             raise ConfigError(f"model.tensor_model_parallel_size: {tensor} does not divide {key}={count}")
     if int(model["num_layers"]) % pipeline:
-        raise ConfigError(
-            f"model.pipeline_model_parallel_size: {pipeline} does not divide num_layers={model['num_layers']}"
-        )
+        raise ConfigError(f"model.pipeline_model_parallel_size: {pipeline} does not divide num_layers={model['num_layers']}")
 
 
 def to_plain(config: Any) -> Any:

@@ -250,12 +250,14 @@ def demo_judge_process(options: DemoJudgeOptions | None = None, *, start_timeout
         command += ["--ready-file", str(ready_file), "--latency-ms", str(options.latency_ms)]
         command += ["--fail-rate", str(options.fail_rate), "--seed", str(options.seed)]
         with log_file.open("wb") as log:
-            process = subprocess.Popen(command,
+            process = subprocess.Popen(
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=_child_environment(),
-                start_new_session=True,  # Ctrl-C is for the run, which still needs verdicts to end its step)
+                start_new_session=True,  # Ctrl-C is for the run, which still needs verdicts to end its step
+            )
         try:
             yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s)
         finally:

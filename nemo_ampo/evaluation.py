@@ -24,8 +24,6 @@ from nemo_ampo.runlog import write_once
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_ampo.judge import JudgeThread
 
 

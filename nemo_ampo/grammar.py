@@ -142,9 +142,7 @@ def _sections(thinking: str, skeleton: _Skeleton) -> dict[str, str]:
         raise FormatError("sections", "the sections are not in their order")
     headings = list(skeleton.heading.finditer(thinking))
     ends = [heading.start() for heading in headings[1:]] + [len(thinking)]
-    return {
-        heading[1]: thinking[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)
-    }
+    return {heading[1]: thinking[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)}
 
 
 def _check_strict(reply: Reply, text: str) -> None:

@@ -41,9 +41,7 @@ KL_KINDS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _
 """Estimators of KL(policy || reference) from x = ref_logprob - logprob of a token the policy drew."""
 
 
-def kl_estimate(
-    logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: str = "k3", mask_BT: Tensor | None = None
-) -> Tensor:
+def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: str = "k3", mask_BT: Tensor | None = None) -> Tensor:
     """Estimate of KL(policy || reference) at each drawn token (Schulman, "Approximating KL divergence").
 
     With x = ref_logprob - logprob: k1 = -x, k2 = x^2 / 2, k3 = exp(x) - x - 1. k3 clamps x to [-20, 20]

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from nemo_ampo.modes import MODES
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_ampo.advantage import GroupReport
     from nemo_ampo.step import Sample
 
@@ -57,9 +57,7 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-def step_metrics(
-    samples: Sequence[Sample], advantages_B: torch.Tensor, report: GroupReport
-) -> dict[str, float]:
+def step_metrics(samples: Sequence[Sample], advantages_B: torch.Tensor, report: GroupReport) -> dict[str, float]:
     """All metrics that follow from the scored samples of a step.
 
     Args:
@@ -82,9 +80,7 @@ def step_metrics(
         "advantage/mean": mean(a for a, s in zip(values, samples, strict=True) if s.parts.valid),
         "advantage/std": _std([a for a, s in zip(values, samples, strict=True) if s.parts.valid]),
     }
-    out |= {
-        f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k
-    }
+    out |= {f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k}
     out |= _judge_metrics(samples)
     out |= _mode_metrics("mode", samples, values)
     for tag in sorted({s.tag for s in samples if s.tag}):

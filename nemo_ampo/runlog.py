@@ -47,8 +47,8 @@ class RunLog:
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         if not self._active or not rows:
             return
-        with (self.folder / name).open("a") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -68,7 +68,7 @@ def write_once(path: Path, text: str) -> None:
     """Write through a temporary name, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -98,4 +98,4 @@ def _drop_from_step(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_jsonl(path) if row["step"] < first_step]
-    write_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    write_once(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -181,9 +181,7 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
     ]
     everyone = parts.ranks.gather(samples)
     advantages_all, report = advantage(everyone, parts.algorithm.advantage)
-    advantages_B = torch.tensor(
-        slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size)
-    )
+    advantages_B = torch.tensor(slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size))
 
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):

@@ -79,13 +79,9 @@ class AmpoTrainer(ReinforceTrainer):
                 self._log(result)
                 self.step += 1
                 self.consumed_samples += len(result.samples)
-                progress.step(
-                    self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result)
-                )
+                progress.step(self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result))
                 ended = ranks.any(stop.requested) or self.run_timer.is_finished()
-                _, save, _ = check_progress(
-                    self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended
-                )
+                _, save, _ = check_progress(self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended)
                 if save:
                     self.save()
                 if ended and self.step < self.max_steps:
@@ -125,9 +121,7 @@ class AmpoTrainer(ReinforceTrainer):
     def _log(self, result: StepResult) -> None:
         self.run_log.metrics(self.step, result.metrics)
         self.logger.log_metrics(result.metrics, step=self.step)
-        rows = [
-            sample_row(sample, value) for sample, value in zip(result.samples, result.advantages, strict=True)
-        ]
+        rows = [sample_row(sample, value) for sample, value in zip(result.samples, result.advantages, strict=True)]
         self.run_log.rollouts(self.step, rows if self.log_rollouts < 0 else rows[: self.log_rollouts])
 
 

@@ -70,9 +70,7 @@ def run(cfg: DictConfig) -> bool:
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
-    check_parallel_layout(
-        model_config, cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    )
+    check_parallel_layout(model_config, cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > model_config["max_position_embeddings"]:
         raise ConfigError(
@@ -107,9 +105,7 @@ def run(cfg: DictConfig) -> bool:
         from nemo_ampo.trainer import AmpoTrainer
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
-        session = open_session(
-            cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0
-        )
+        session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0)
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
         if ranks.is_main:
@@ -126,9 +122,7 @@ def run(cfg: DictConfig) -> bool:
                 reward=config.reward,
                 algorithm=config.algorithm,
                 stop_token_ids=stop_token_ids(assets, tokenizer),
-                pad_id=tokenizer.pad_token_id
-                if tokenizer.pad_token_id is not None
-                else tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 seed=config.run.seed,
             ),
             run_log=RunLog(run_dir, first_step, ranks.is_main),

@@ -10,37 +10,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import STAGES, default_keys
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.compose import compose
+from nemo_ampo.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A stage that was asked to stop and can be continued by the same command (EX_TEMPFAIL)."""
-
-
-def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
-    """Hydra's composition of ``configs/<stage>/<name>.yaml`` and the command line.
-
-    Raises:
-        ConfigError: unknown file or key.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-
-    ConfigStore.instance().store(f"{stage}_keys", default_keys(STAGES[stage]))
-
-    where = (folder or CONFIGS / stage).resolve()
-    if not (where / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
-        raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
-    try:
-        with initialize_config_dir(str(where), version_base=None):
-            return hydra_compose(name, list(overrides))
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def world_size() -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from nemo_ampo.errors import UserError
 from recipes.pipeline import THREADS, Stage, StageError, remember_settings, run_stages
 
+
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
     """The pipeline of one run folder.
 
@@ -67,7 +68,11 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
             "clone modes (BC)",
             (
                 *("recipes.bc", "--config-name", "tiny", f"run.dir={root / 'bc'}", f"run.init_from={base}"),
-                *(f"run.seed={seed}", f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}"),
+                *(
+                    f"run.seed={seed}",
+                    f"data.train={world / 'bc_train.jsonl'}",
+                    f"data.heldout={world / 'bc_heldout.jsonl'}",
+                ),
                 *bc,
             ),
             root / "bc" / "policy.nemo",

@@ -72,9 +72,7 @@ def _current_device() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
-@TORCH.add(
-    "torch.cuda RNG state", "torch 2.13", "Megatron forks CUDA generators for dropout and initialisation"
-)
+@TORCH.add("torch.cuda RNG state", "torch 2.13", "Megatron forks CUDA generators for dropout and initialisation")
 def _cuda_rng() -> None:
     def manual_seed(seed: int) -> None:
         torch.manual_seed(seed)
@@ -91,9 +89,7 @@ def _cuda_rng() -> None:
         module.set_rng_state = set_rng_state
 
 
-@TORCH.add(
-    "torch.cuda.*Tensor", "torch 2.13", "isinstance checks and constructors of NeMo's clipping and generation"
-)
+@TORCH.add("torch.cuda.*Tensor", "torch 2.13", "isinstance checks and constructors of NeMo's clipping and generation")
 def _cuda_tensor_types() -> None:
     for name in ("Float", "Long", "Half", "BFloat16", "Int", "Byte", "Double", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
@@ -148,21 +144,15 @@ def _trt_llm() -> None:
     _stub_module("nemo_aligner.utils.trt_llm", GPTGenerateTRTLLM=GPTGenerateTRTLLM)
 
 
-@STUBS.add(
-    "nemo.core.optim.distributed_adam", "nemo 2.2.1", "NLPDDPStrategy raises 'Apex was not found' without it"
-)
+@STUBS.add("nemo.core.optim.distributed_adam", "nemo 2.2.1", "NLPDDPStrategy raises 'Apex was not found' without it")
 def _distributed_adam() -> None:
     class MegatronDistributedFusedAdam(torch.optim.AdamW):
         """Only its name is needed: recipes use mcore_distributed_optim."""
 
-    _stub_module(
-        "nemo.core.optim.distributed_adam", MegatronDistributedFusedAdam=MegatronDistributedFusedAdam
-    )
+    _stub_module("nemo.core.optim.distributed_adam", MegatronDistributedFusedAdam=MegatronDistributedFusedAdam)
 
 
-@STUBS.add(
-    "NVIDIA_PYTORCH_VERSION", "nemo 2.2.1", "_enable_nvidia_optimizations matches None against a pattern"
-)
+@STUBS.add("NVIDIA_PYTORCH_VERSION", "nemo 2.2.1", "_enable_nvidia_optimizations matches None against a pattern")
 def _pytorch_version() -> None:
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.01")
 
@@ -170,9 +160,7 @@ def _pytorch_version() -> None:
 # --- patches on the imported frameworks ---------------------------------------------------------------------------
 
 
-@FRAMEWORKS.add(
-    "nlp_model.get_megatron_pretrained_bert_models", "nemo 2.2.1", "NameError while a model is built"
-)
+@FRAMEWORKS.add("nlp_model.get_megatron_pretrained_bert_models", "nemo 2.2.1", "NameError while a model is built")
 def _bert_models() -> None:
     import nemo.collections.nlp.models.nlp_model as nlp_model
 
@@ -257,9 +245,7 @@ def _model_parallel_seed() -> None:
 
     def set_random_seed(seed: int) -> None:
         upstream(seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(
-            seed + 100 * megatron_init.get_pipeline_model_parallel_rank()
-        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * megatron_init.get_pipeline_model_parallel_rank())
 
     megatron_init._set_random_seed = set_random_seed
 
@@ -372,9 +358,7 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-@FACTORIES.add(
-    "torch factory functions", "torch 2.13", "device='cuda' is written out in optimizer and mask code"
-)
+@FACTORIES.add("torch factory functions", "torch 2.13", "device='cuda' is written out in optimizer and mask code")
 def _factories() -> None:
     def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -64,9 +64,7 @@ class RotatedCacheSelfAttention(SelfAttention):
             query = apply_rotary_pos_emb(query, q_angles[begin:end], config=self.config)
             key = apply_rotary_pos_emb(key, k_angles[begin:end], config=self.config)
             rotary_pos_emb = None
-        return super()._adjust_key_value_for_inference(
-            inference_params, query, key, value, rotary_pos_emb, *args, **kwargs
-        )
+        return super()._adjust_key_value_for_inference(inference_params, query, key, value, rotary_pos_emb, *args, **kwargs)
 
 
 def cpu_layer_spec() -> ModuleSpec:

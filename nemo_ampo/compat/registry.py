@@ -29,9 +29,7 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[Substitute] = []
 
-    def add(
-        self, upstream: str, version: str, reason: str
-    ) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def add(self, upstream: str, version: str, reason: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
         """Register the decorated function as the installer of one substitute."""
 
         def register(apply: Callable[[], None]) -> Callable[[], None]:

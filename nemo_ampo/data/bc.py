@@ -205,7 +205,5 @@ def _encode(row: BcRow, tokenizer: PreTrainedTokenizerBase) -> BcExample:
     special = sorted(set(reply) & control)
     if special:
         names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(special))
-        raise DataError(
-            f"{row.row_id}, field 'output': holds the tokenizer's special token {names}; remove it"
-        )
+        raise DataError(f"{row.row_id}, field 'output': holds the tokenizer's special token {names}; remove it")
     return BcExample(row.row_id, (*prompt, *reply, eos_id), len(prompt), row.mode)

@@ -36,9 +36,7 @@ def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: PreTrainedToken
     Returns:
         Token ids, unpadded.
     """
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, date_string=PROMPT_DATE
-    )
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, date_string=PROMPT_DATE)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,13 +49,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {name}: no eos_token, so a reply could never end; set it in tokenizer_config.json"
-        )
+        raise UserError(f"tokenizer {name}: no eos_token, so a reply could never end; set it in tokenizer_config.json")
     if not tokenizer.chat_template:
         raise UserError(
-            f"tokenizer {name}: no chat_template; use an instruction-tuned checkpoint, or add one to "
-            "tokenizer_config.json"
+            f"tokenizer {name}: no chat_template; use an instruction-tuned checkpoint, or add one to tokenizer_config.json"
         )
     probes = {"system": "probe of the system message", "user": "probe of the user message"}
     messages = build_messages(probes["system"], probes["user"])

@@ -106,9 +106,7 @@ def rows_to_parquet(path: str | Path, out: str | Path) -> int:
     if out.suffix != ".parquet":
         raise DataError(f"{out}: the output file must end in .parquet")
     turns = read_turns(path)
-    table = pyarrow.Table.from_pylist(
-        [_parquet_row(i, turn) for i, turn in enumerate(turns)], _parquet_schema()
-    )
+    table = pyarrow.Table.from_pylist([_parquet_row(i, turn) for i, turn in enumerate(turns)], _parquet_schema())
     with published(out) as part:
         pyarrow.parquet.write_table(table, part)
     return len(turns)
@@ -143,13 +141,9 @@ def _parquet_turn(record: Record) -> DialogueTurn:
     extra.only(EXTRA_FIELDS)
     roles = [message.text("role") for message in messages]
     if roles not in (["user"], ["system", "user"]):
-        raise record.error(
-            "prompt", f"expected an optional system message and one user message, got roles {roles}"
-        )
+        raise record.error("prompt", f"expected an optional system message and one user message, got roles {roles}")
     if extra.integer("turn") != reward.integer("turn"):
-        raise extra.error(
-            "turn", f"is {extra.integer('turn')}, but reward_model.turn is {reward.integer('turn')}"
-        )
+        raise extra.error("turn", f"is {extra.integer('turn')}, but reward_model.turn is {reward.integer('turn')}")
     return _turn(
         record,
         dialog_of=reward,
@@ -203,8 +197,7 @@ def _turn(
     if dialog[-1] != open_line:
         raise dialog_of.error(
             f"dialog[{len(dialog) - 1}]",
-            f"expected the open line {open_line!r} ({turn.seat} speaks in turn {turn.turn}), "
-            f"got {dialog[-1]!r}",
+            f"expected the open line {open_line!r} ({turn.seat} speaks in turn {turn.turn}), got {dialog[-1]!r}",
         )
     return turn
 

@@ -69,9 +69,7 @@ class Record:
     def _check_unicode(self, key: str, value: str) -> None:
         """JSON can spell half a character; no tokenizer, request or file could carry it later."""
         if value != utf8_safe(value):
-            raise self.error(
-                key, "holds a lone surrogate (half of a character written as \\ud800 to \\udfff)"
-            )
+            raise self.error(key, "holds a lone surrogate (half of a character written as \\ud800 to \\udfff)")
 
     def optional_text(self, key: str) -> str | None:
         """A string, or None when absent, null or empty."""

@@ -13,6 +13,18 @@ from nemo_ampo.report.inputs import MetricsLog, Series
 from nemo_ampo.report.plots import SERIES_COLOURS, Layer, Line, area_chart, line_chart
 
 BROKEN = "broken format"
+_MODE_TERM_LABELS = {
+    "branch_reward": "active, by reward",
+    "branch_length": "active, by length",
+    "invalid_sample": "off: a broken reply",
+    "mode_absent": "off: a mode unused",
+    "mode_too_small": "off: a mode used once",
+    "group_of_one": "off: group of one",
+    "no_valid_sample": "off: no verdict",
+    "off": "off: not AMPO",
+}
+"""Reasons of :class:`nemo_ampo.advantage.ModeTerm` in a reader's words."""
+
 MAX_TAGS = 6
 """Labels drawn beside the overall line; there are as many colours."""
 
@@ -111,12 +123,11 @@ def mode_term(log: MetricsLog) -> Chart | None:
     groups = [sum(column) for column in zip(counts["active"], *(counts[r] for r in why_not), strict=True)]
     if not active or not all(groups):
         return None
-    labels = {"branch_reward": "active, by reward", "branch_length": "active, by length"}
     colours = {"branch_reward": "series-1", "branch_length": "series-2"}
     neutral = iter(("series-4", "series-5", "series-6", "series-7", "series-3", "muted"))
     layers = [
         Layer(
-            labels.get(reason, reason.replace("_", " ")),
+            _MODE_TERM_LABELS.get(reason, reason.replace("_", " ")),
             colours.get(reason) or next(neutral),
             tuple(count / total for count, total in zip(counts[reason], groups, strict=True)),
         )

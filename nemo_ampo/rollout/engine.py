@@ -97,9 +97,7 @@ def request_seed(run_seed: int, step: int, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def check_requests(
-    requests: Sequence[Request], sampling: SamplingSpec, max_total: int, vocab_size: int
-) -> None:
+def check_requests(requests: Sequence[Request], sampling: SamplingSpec, max_total: int, vocab_size: int) -> None:
     """Refuse a call that could not be answered faithfully.
 
     Args:
@@ -147,9 +145,7 @@ class PackedRollouts:
     sampling_logprobs_BT: torch.Tensor
 
 
-def pack(
-    requests: Sequence[Request], responses: Sequence[Response], pad_id: int, multiple_of: int = 8
-) -> PackedRollouts:
+def pack(requests: Sequence[Request], responses: Sequence[Response], pad_id: int, multiple_of: int = 8) -> PackedRollouts:
     """Pad prompts and responses into one batch.
 
     Args:
@@ -164,9 +160,7 @@ def pack(
         raise EngineError("responses do not line up with requests")
     for r in responses:
         if len(r.logprobs) != len(r.token_ids) or not r.token_ids:
-            raise EngineError(
-                f"response {r.request_id}: {len(r.token_ids)} tokens, {len(r.logprobs)} log-probs"
-            )
+            raise EngineError(f"response {r.request_id}: {len(r.token_ids)} tokens, {len(r.logprobs)} log-probs")
         if not torch.isfinite(r.logprobs).all() or (r.logprobs > 1e-4).any():
             raise EngineError(f"response {r.request_id}: a log-probability is positive or not finite")
     prompt_lengths = [len(r.prompt_ids) for r in requests]

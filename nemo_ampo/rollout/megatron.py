@@ -154,9 +154,7 @@ class MegatronEngine:
         return tokens, logprobs
 
 
-def draw(
-    logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling: the token whose cumulative probability interval holds the uniform draw.
 
     The outcome depends on the row's own logits and draw alone, never on what else is in the batch.
@@ -178,10 +176,7 @@ def draw(
 
 def _uniform_draws(requests: Sequence[Request], count: int) -> torch.Tensor:
     """``count`` uniform numbers per request from its own seed, float64 [B, count]."""
-    rows = [
-        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed))
-        for r in requests
-    ]
+    rows = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
     return torch.stack(rows)
 
 

@@ -86,9 +86,7 @@ def _rows(
         if not (exclude_hard and scenario.hard)
     ]
     if not rows:
-        raise ConfigError(
-            "no rows left: the folder holds no scenario, or only hard ones and exclude_hard is set"
-        )
+        raise ConfigError("no rows left: the folder holds no scenario, or only hard ones and exclude_hard is set")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
     return rows
@@ -164,9 +162,7 @@ def _note(official: bool, num_scenarios: int, exclude_hard: bool) -> str:
             f"These rows come from {num_scenarios} scenarios of the given folder. Do not evaluate a "
             "model trained on them on the same scenarios."
         )
-    left_out = (
-        " The hard scenarios were left out, but they share characters with the rest." if exclude_hard else ""
-    )
+    left_out = " The hard scenarios were left out, but they share characters with the rest." if exclude_hard else ""
     share = f"{num_scenarios} of {OFFICIAL_COUNTS.scenarios} scenarios of the published SOTOPIA test set"
     return (
         f"WARNING: TEST SCENARIOS. These rows are made from {share}. A model trained on them has seen the "
@@ -179,18 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.sotopia.opening", description=main.__doc__)
     parser.add_argument("--sotopia-dir", required=True, help="folder with the four SOTOPIA files")
     parser.add_argument("--output", required=True, help="row file to write, .jsonl or .json")
-    parser.add_argument(
-        "--view", choices=get_args(View), default="sotopia", help="what a speaker sees of the partner"
-    )
-    parser.add_argument(
-        "--seats", nargs="+", choices=SEATS, default=["agent1"], help="whose goals the rows are about"
-    )
+    parser.add_argument("--view", choices=get_args(View), default="sotopia", help="what a speaker sees of the partner")
+    parser.add_argument("--seats", nargs="+", choices=SEATS, default=["agent1"], help="whose goals the rows are about")
     parser.add_argument("--limit", type=int, help="draw at most this many rows")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--exclude-hard", action="store_true", help="leave out the hard scenarios")
-    parser.add_argument(
-        "--start-score", type=float, default=START_SCORE, help="state score before the first word, 0..10"
-    )
+    parser.add_argument("--start-score", type=float, default=START_SCORE, help="state score before the first word, 0..10")
     args = parser.parse_args(argv)
     try:
         meta = write_opening_rows(
@@ -206,9 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(
-        f"{meta['rows']} rows -> {args.output} (view: {meta['view']}; see {meta_path(args.output)})\n"
-    )
+    sys.stdout.write(f"{meta['rows']} rows -> {args.output} (view: {meta['view']}; see {meta_path(args.output)})\n")
     sys.stderr.write(f"{meta['note']}\n")
     return 0
 

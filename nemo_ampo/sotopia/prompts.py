@@ -56,9 +56,7 @@ class PromptTexts:
 
 PLACEHOLDERS: dict[str, frozenset[str]] = {
     "role": frozenset({"name"}),
-    "context": frozenset(
-        {"scenario", *(f"{s}_{part}" for s in SEATS for part in ("name", "background", "goal"))}
-    ),
+    "context": frozenset({"scenario", *(f"{s}_{part}" for s in SEATS for part in ("name", "background", "goal"))}),
     "notice": frozenset({"turn"}),
     "bio_name": frozenset({"name"}),
     "bio_public": frozenset({"name", "age", "gender", "occupation", "pronouns", "public_info"}),
@@ -138,9 +136,7 @@ def background(agent: AgentProfile, relationship: Relationship | None, texts: Pr
     return " ".join(part.render(**{name: values[name] for name in part.placeholders}) for part in parts)
 
 
-def context_block(
-    scenario: Scenario, viewer: Viewer, view: View = "sotopia", texts: PromptTexts | None = None
-) -> str:
+def context_block(scenario: Scenario, viewer: Viewer, view: View = "sotopia", texts: PromptTexts | None = None) -> str:
     """Header, scenario, participants, both backgrounds and both goals, one per line, as ``viewer`` may see
     them.
 

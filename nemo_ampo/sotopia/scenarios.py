@@ -142,9 +142,7 @@ class Scenario:
         """The same situation with the seats exchanged, so that the other character opens the dialogue."""
         first, second = self.environment.goals
         goals = (_swap_viewers(second), _swap_viewers(first))
-        environment = replace(
-            self.environment, scenario=_swap_viewers(self.environment.scenario), goals=goals
-        )
+        environment = replace(self.environment, scenario=_swap_viewers(self.environment.scenario), goals=goals)
         return replace(self, environment=environment, agents=(self.agents[1], self.agents[0]))
 
 
@@ -270,9 +268,7 @@ def _agent(record: Record) -> AgentProfile:
         if record.has(key):
             record.texts(key)
     if record.text("gender") not in GENDER_WORDS:
-        raise record.error(
-            "gender", f"expected one of {', '.join(GENDER_WORDS)}, got {record.text('gender')!r}"
-        )
+        raise record.error("gender", f"expected one of {', '.join(GENDER_WORDS)}, got {record.text('gender')!r}")
     return AgentProfile(
         agent_id=record.text("pk"),
         first_name=record.text("first_name"),
@@ -319,8 +315,7 @@ def _check_tags(record: Record, key: str, text: str) -> None:
         if not (VIEWER.fullmatch(attributes) if name == "p" else not attributes):
             raise record.error(
                 key,
-                f'tag {tag.group()!r}: expected <p viewer="environment|agent_0|agent_1">, '
-                "and no attributes in other tags",
+                f'tag {tag.group()!r}: expected <p viewer="environment|agent_0|agent_1">, and no attributes in other tags',
             )
         open_tags.append(name)
     if open_tags:
@@ -346,9 +341,7 @@ def _scenario(
             raise record.error(f"agent_ids[{i}]", f"{agent_id!r} is not in {AGENTS_FILE}")
     first, second = (agents[agent_id] for agent_id in agent_ids)
     if first.name == second.name:
-        raise record.error(
-            "agent_ids", f"both characters are called {first.name!r}; lines could not be told apart"
-        )
+        raise record.error("agent_ids", f"both characters are called {first.name!r}; lines could not be told apart")
     return Scenario(env_id, record.text("pk"), environment, (first, second), hard)
 
 
@@ -356,10 +349,7 @@ def _hard_ids(path: Path, num_combos: int) -> frozenset[int]:
     ids = _list(path)
     for i, env_id in enumerate(ids):
         if isinstance(env_id, bool) or not isinstance(env_id, int) or not 0 <= env_id < num_combos:
-            raise DataError(
-                f"{path}, index {i}: expected an index of {COMBOS_FILE} (0 to {num_combos - 1}), "
-                f"got {env_id!r}"
-            )
+            raise DataError(f"{path}, index {i}: expected an index of {COMBOS_FILE} (0 to {num_combos - 1}), got {env_id!r}")
     if len(set(ids)) != len(ids):
         raise DataError(f"{path}: an index occurs twice")
     return frozenset(ids)

@@ -23,7 +23,28 @@ Numbers = tuple[int, int, int, int]
 T = TypeVar("T")
 
 NAMES = tuple(
-    "Ada Ben Dan Eva Finn Gia Ines Jon Kim Leo Mia Nick Paul Rosa Sam Tina Uma Vera Will Zoe".split()
+    [
+        "Ada",
+        "Ben",
+        "Dan",
+        "Eva",
+        "Finn",
+        "Gia",
+        "Ines",
+        "Jon",
+        "Kim",
+        "Leo",
+        "Mia",
+        "Nick",
+        "Paul",
+        "Rosa",
+        "Sam",
+        "Tina",
+        "Uma",
+        "Vera",
+        "Will",
+        "Zoe",
+    ]
 )
 _HELDOUT_OF_256 = 32
 """How many of 256 hash values belong to held-out scenes: one content in eight."""
@@ -309,9 +330,8 @@ class Scene:
     @property
     def instruction(self) -> str:
         """The user message of the policy: role, setting, goals as ``me`` knows them, dialogue."""
-        return (
-            f"You are {self.me}. {self.setting}\nGoal: {self.goal}\nGoal of {self.you}: Unknown\n"
-            + "\n".join(self.dialog)
+        return f"You are {self.me}. {self.setting}\nGoal: {self.goal}\nGoal of {self.you}: Unknown\n" + "\n".join(
+            self.dialog
         )
 
 

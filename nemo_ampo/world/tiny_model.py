@@ -67,9 +67,7 @@ class TinyModel:
     init_std: float = 0.05
 
 
-def make_tiny_checkpoint(
-    out_dir: str | Path, pack_dir: str | Path, seed: int, model: TinyModel | None = None
-) -> Path:
+def make_tiny_checkpoint(out_dir: str | Path, pack_dir: str | Path, seed: int, model: TinyModel | None = None) -> Path:
     """Write tokenizer, configuration and random fp32 weights.
 
     Args:

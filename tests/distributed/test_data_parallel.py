@@ -21,7 +21,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).parent / "chunk_jobs.py"
     process = subprocess.run(
-        [*command, str(script), str(out)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [*command, str(script), str(out)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]

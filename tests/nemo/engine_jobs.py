@@ -32,8 +32,8 @@ def open_actor() -> tuple[Any, Any]:
     compat.setup("cpu")
     from nemo_ampo.actor import AmpoActor
     from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.compose import compose
     from nemo_ampo.session import open_session, prepare_config
-    from recipes.launch import compose
 
     overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4"]
     cfg = compose("ampo", "tiny", overrides)
@@ -156,7 +156,13 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
             logits = hf(tokens[rows]).logits[:, :-1].float()
             logprobs = hf_logprobs(hf, tokens[rows])
             pg, _ = policy_loss(
-                logprobs, old[rows], advantages[rows], mask[rows], algorithm.clip_low, algorithm.clip_high, algorithm.aggregate
+                logprobs,
+                old[rows],
+                advantages[rows],
+                mask[rows],
+                algorithm.clip_low,
+                algorithm.clip_high,
+                algorithm.aggregate,
             )
             kl = aggregate(kl_estimate(logprobs, ref[rows], algorithm.kl_kind), mask[rows])
             loss = pg + algorithm.kl_coef * kl - algorithm.entropy_coef * aggregate(entropy_from_logits(logits), mask[rows])

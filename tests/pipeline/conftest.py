@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BC_STEPS, AMPO_STEPS = 240, 4
-BC = [f"trainer.sft.max_steps={BC_STEPS}", f"trainer.sft.val_check_interval={BC_STEPS}", f"trainer.sft.save_interval={BC_STEPS}"]
+BC = [
+    f"trainer.sft.max_steps={BC_STEPS}",
+    f"trainer.sft.val_check_interval={BC_STEPS}",
+    f"trainer.sft.save_interval={BC_STEPS}",
+]
 AMPO = [f"trainer.reinforce.max_steps={AMPO_STEPS}", "trainer.reinforce.save_interval=2"]
 
 
@@ -51,7 +55,10 @@ class Quickstart:
         """One more AMPO stage from the same cloned policy."""
         command = [
             *("recipes.ampo", "--config-name", "tiny", f"run.dir={run_dir}", f"judge.base_url={judge_url}"),
-            *(f"run.init_from={self.folder / 'bc' / 'policy.nemo'}", f"data.train={self.folder / 'world' / 'rl_train.jsonl'}"),
+            *(
+                f"run.init_from={self.folder / 'bc' / 'policy.nemo'}",
+                f"data.train={self.folder / 'world' / 'rl_train.jsonl'}",
+            ),
             *(*AMPO, *overrides),
         ]
         return run(command, ranks)

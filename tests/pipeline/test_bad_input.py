@@ -60,9 +60,7 @@ def test_bad_cloning_row(quickstart: Quickstart, tmp_path: Path) -> None:
 
 
 def test_tensor_parallel_that_does_not_divide(quickstart: Quickstart, tmp_path: Path) -> None:
-    finished = quickstart.ampo(
-        tmp_path / "run", "http://127.0.0.1:9/v1", "model.tensor_model_parallel_size=3", ranks=3
-    )
+    finished = quickstart.ampo(tmp_path / "run", "http://127.0.0.1:9/v1", "model.tensor_model_parallel_size=3", ranks=3)
     assert finished.status != 0
     assert "error: model.tensor_model_parallel_size: 3 does not divide" in finished.err
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from nemo_ampo.compose import CONFIGS, compose
 from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError
-from recipes.launch import CONFIGS, compose
 
 MODELS = ("tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b")
 REQUIRED = {

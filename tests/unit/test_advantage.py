@@ -104,9 +104,7 @@ def test_mode_term_by_hand() -> None:
     inputs = group_of(rewards, [1, 1, 2, 2, 3, 3, 4, 4])
     _, report = ADVANTAGES["ampo"](*inputs, None)
     std = math.sqrt(0.05 / 3) + 1e-6
-    assert report.mode_term_GM[0].tolist() == pytest.approx(
-        [-0.15 / std, -0.05 / std, 0.05 / std, 0.15 / std]
-    )
+    assert report.mode_term_GM[0].tolist() == pytest.approx([-0.15 / std, -0.05 / std, 0.05 / std, 0.15 / std])
     mode_part = ampo_advantage(*inputs) - grpo_advantage(inputs[0], inputs[3])
     assert mode_part[::2].tolist() == pytest.approx(report.mode_term_GM[0].tolist())
     assert mode_part[1::2].tolist() == pytest.approx(report.mode_term_GM[0].tolist())
@@ -229,9 +227,7 @@ Sample = tuple[int, int, int, int, bool]
 @st.composite
 def batches(draw: st.DrawFn) -> list[Sample]:
     """(tenths of reward, mode, length, group, valid); half of them hold every mode twice in a group."""
-    sample = st.tuples(
-        st.integers(-20, 10), st.integers(0, 4), st.integers(1, 2048), st.integers(-3, 3), st.booleans()
-    )
+    sample = st.tuples(st.integers(-20, 10), st.integers(0, 4), st.integers(1, 2048), st.integers(-3, 3), st.booleans())
     samples = draw(st.lists(sample, min_size=1, max_size=20))
     if draw(st.booleans()):
         rewards = st.integers(0, 10) if draw(st.booleans()) else st.just(draw(st.integers(0, 10)))

@@ -114,8 +114,7 @@ REJECTED = {
     "two answers": (LEVEL_2 + "\n" + LEVEL_1.removeprefix("Thinking Level: 1\n"), "tags"),
     "two blocks": (f"{LEVEL_1}\n{LEVEL_1}", "tags"),
     "answer before the thinking": (
-        "Thinking Level: 2\n<|begin_of_thinking|>\nx\n<|begin_of_answer|>\n"
-        '"Fine."\n<|end_of_answer|>\n<|end_of_thinking|>',
+        'Thinking Level: 2\n<|begin_of_thinking|>\nx\n<|begin_of_answer|>\n"Fine."\n<|end_of_answer|>\n<|end_of_thinking|>',
         "order",
     ),
     "lower-case section": (LEVEL_2.replace("Style:", "style:"), "sections"),
@@ -267,9 +266,7 @@ def test_every_difference_names_a_vector() -> None:
     [
         pytest.param(LEVEL_2[: LEVEL_2.index("me.")], '"response text"', id="answer cut, draft complete"),
         pytest.param(LEVEL_1[: LEVEL_1.index("by")], None, id="answer cut, no draft"),
-        pytest.param(
-            LEVEL_2[: LEVEL_2.index("<|end_of_thinking")], '"response text"', id="cut after the draft"
-        ),
+        pytest.param(LEVEL_2[: LEVEL_2.index("<|end_of_thinking")], '"response text"', id="cut after the draft"),
         pytest.param(LEVEL_2[: LEVEL_2.index("response text")], None, id="cut before the draft"),
         pytest.param("Thinking Level: 3", None, id="level line only"),
         pytest.param("Intent:\nwin\n\nStyle:\ncold", None, id="sections without tags"),

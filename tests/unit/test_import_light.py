@@ -26,12 +26,8 @@ HEAVY = FRAMEWORKS | {"torch", "numpy"}
 
 
 def top_level_modules_after(*modules: str) -> set[str]:
-    code = (
-        f"import {', '.join(modules)}, json, sys; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
+    code = f"import {', '.join(modules)}, json, sys; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
@@ -52,9 +48,7 @@ def test_text_and_judge_parts_need_no_torch(module: str) -> None:
 
 
 def test_together_they_leave_openai_to_the_call_that_needs_it() -> None:
-    loaded = top_level_modules_after(
-        "nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types"
-    )
+    loaded = top_level_modules_after("nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types")
     assert loaded & (HEAVY | {"openai"}) == set()
 
 

@@ -137,9 +137,7 @@ def test_aggregates_by_hand(name: str, expected: float, mask_dtype: torch.dtype)
     assert AGGREGATES[name](VALUES, MASK.to(mask_dtype)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("token_mean", [1 / 4, 1 / 4]), ("sequence_mean", [1 / 6, 1 / 2])]
-)
+@pytest.mark.parametrize(("name", "weights"), [("token_mean", [1 / 4, 1 / 4]), ("sequence_mean", [1 / 6, 1 / 2])])
 def test_aggregates_weigh_tokens(name: str, weights: list[float]) -> None:
     values = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
     AGGREGATES[name](values, MASK).backward()
@@ -213,9 +211,7 @@ def test_long_sequences_weigh_more_under_the_token_mean(aggregate: str, expected
     assert loss == pytest.approx(expected)
 
 
-def verl_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
-) -> dict[str, Tensor]:
+def verl_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
     """The reference's loss, clip fraction and KL, as its formulas stand."""
     ratio = (logprobs - old).exp()
     free = -advantages[:, None] * ratio
@@ -240,9 +236,9 @@ def test_agrees_with_the_convention_of_verl() -> None:
     loss, metrics = policy_loss(logprobs, old, advantages, mask, 0.2, 0.2, "token_mean")
     expected = verl_loss(logprobs, old, advantages, mask, 0.2)
     assert 0 < expected["clip_fraction"] < 1
-    assert {"loss": loss.item()} | {
-        k: float(metrics[k]) for k in ("clip_fraction", "approx_kl")
-    } == pytest.approx({k: float(v) for k, v in expected.items()})
+    assert {"loss": loss.item()} | {k: float(metrics[k]) for k in ("clip_fraction", "approx_kl")} == pytest.approx(
+        {k: float(v) for k, v in expected.items()}
+    )
 
 
 @pytest.mark.parametrize("aggregate", sorted(AGGREGATES))
@@ -278,9 +274,7 @@ def test_an_all_masked_batch_is_zero_with_zero_gradient(aggregate: str) -> None:
     assert [float(value) for value in metrics.values()] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("log_ratio", "advantage"), [(500.0, -1.0), (500.0, 1.0), (-500.0, 1.0), (-500.0, -1.0)]
-)
+@pytest.mark.parametrize(("log_ratio", "advantage"), [(500.0, -1.0), (500.0, 1.0), (-500.0, 1.0), (-500.0, -1.0)])
 def test_absurd_ratios_stay_finite(log_ratio: float, advantage: float) -> None:
     loss, metrics, gradient = loss_of([[log_ratio]], [advantage])
     assert loss.isfinite()

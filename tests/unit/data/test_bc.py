@@ -16,9 +16,7 @@ from nemo_ampo.types import DialogueTurn
 
 
 def write(path, rows):
-    path.write_text(
-        json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows)
-    )
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
     return path
 
 
@@ -133,9 +131,7 @@ def test_a_too_long_row_is_an_error_or_dropped_by_name(tmp_path, tiny_tokenizer,
     short, long = (len(encode_bc_row(r, tiny_tokenizer, 2000).tokens) for r in rows)
     assert short < long
     assert len(encode_bc_row(rows[1], tiny_tokenizer, long).tokens) == long  # the limit itself is allowed
-    with pytest.raises(
-        DataError, match=rf"row 2: {long} tokens \(\d+ of them prompt\) exceed the limit of {long - 1}"
-    ):
+    with pytest.raises(DataError, match=rf"row 2: {long} tokens \(\d+ of them prompt\) exceed the limit of {long - 1}"):
         encode_bc_row(rows[1], tiny_tokenizer, long - 1)
     with pytest.raises(DataError, match="row 2"):
         encode_bc_rows(rows, tiny_tokenizer, long - 1)

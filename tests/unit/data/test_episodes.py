@@ -11,9 +11,7 @@ from nemo_ampo.data.episodes import chat_messages, read_turns, rows_to_parquet, 
 from nemo_ampo.errors import DataError
 from nemo_ampo.types import DialogueTurn
 
-SCORES = dict.fromkeys(
-    ("agent1_goal_score", "agent2_goal_score", "agent1_avg_score", "agent2_avg_score"), 6.5
-)
+SCORES = dict.fromkeys(("agent1_goal_score", "agent2_goal_score", "agent1_avg_score", "agent2_avg_score"), 6.5)
 
 
 def published_row(**changes):
@@ -35,9 +33,7 @@ def published_row(**changes):
 
 
 def write(path, rows):
-    path.write_text(
-        json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows)
-    )
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
     return path
 
 
@@ -54,10 +50,7 @@ def published_parquet(path, rows, system="Choose a level."):
             "ability": "reason",
             "reward_model": {
                 "style": "model",
-                **{
-                    k: r[k]
-                    for k in ("turn", "dialog", "agent1_name", "agent2_name", "agent1_goal", "agent2_goal")
-                },
+                **{k: r[k] for k in ("turn", "dialog", "agent1_name", "agent2_name", "agent1_goal", "agent2_goal")},
                 "state_reward": {
                     "agent1": score(r["state"]["agent1"]["score"]),
                     "agent2": score(r["state"]["agent2"]["score"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_ampo.advantage import ModeTerm
 from nemo_ampo.report import charts
 from nemo_ampo.report.inputs import MetricsLog, Series, read_metrics
 from nemo_ampo.report.plots import Layer, Line, area_chart, line_chart, rolling_mean
@@ -113,8 +114,17 @@ def test_the_mode_term_is_split_into_why_and_why_not() -> None:
     assert [(entry.label, entry.change) for entry in chart.legend] == [
         ("active, by reward", "62%"),
         ("active, by length", "12%"),
-        ("mode absent", "25%"),
+        ("off: a mode unused", "25%"),
     ]
+
+
+def test_every_reason_of_the_mode_term_has_words() -> None:
+    for reason in ModeTerm:
+        name = reason.name.lower()
+        if reason is not ModeTerm.ACTIVE:
+            chart = charts.mode_term(log_of({"mode_term/active_fraction": 0.0, f"mode_term/{name}": 2.0}))
+            assert chart is not None
+            assert chart.legend[0].label.startswith("off: ")
 
 
 def test_time_outside_the_phases_is_called_other() -> None:

@@ -45,8 +45,7 @@ CONTENT = {
             "source": "ours",
             "scenario": 'Two people wait on a quay. <p viewer="environment">The ferry is cancelled.</p>',
             "agent_goals": [
-                "Get a seat\n <extra_info> Extra: you pay $9 "
-                "<strategy_hint>Hint: smile {x}</strategy_hint></extra_info>",
+                "Get a seat\n <extra_info> Extra: you pay $9 <strategy_hint>Hint: smile {x}</strategy_hint></extra_info>",
                 "Keep both seats (<clarification_hint>you have two bags</clarification_hint>)",
             ],
             "relationship": relationship,

@@ -50,9 +50,7 @@ def test_the_second_seat_opens_after_a_swap(folder):
     assert second["dialog"] == ["Turn 0: Bo Reed said:"] and second["turn"] == 0
     assert (second["agent1_name"], second["agent2_name"]) == ("Bo Reed", "Ada Quill")
     assert (second["agent1_goal"], second["agent2_goal"]) == (first["agent2_goal"], first["agent1_goal"])
-    assert (
-        "Bo once sank a boat" in second["instruction"] and "Ada once sank a boat" not in second["instruction"]
-    )
+    assert "Bo once sank a boat" in second["instruction"] and "Ada once sank a boat" not in second["instruction"]
     both = opening_rows(folder, seats=("agent1", "agent2"))
     assert [(r["env_id"], r["rollout"]) for r in both[6:8]] == [(3, 0), (3, 1)] and len(both) == 12
 
@@ -60,9 +58,7 @@ def test_the_second_seat_opens_after_a_swap(folder):
 def test_the_view_reaches_the_instruction(folder):
     mine, theirs = opening_rows(folder)[0], opening_rows(folder, view="reference")[0]
     assert "Cy once sank a boat" not in mine["instruction"]
-    assert (
-        "Cy once sank a boat" in theirs["instruction"] and "The ferry is cancelled" in theirs["instruction"]
-    )
+    assert "Cy once sank a boat" in theirs["instruction"] and "The ferry is cancelled" in theirs["instruction"]
 
 
 def test_a_limit_draws_with_the_seed_and_keeps_the_order(folder):
@@ -116,9 +112,7 @@ def test_the_description_says_what_the_rows_are(folder, tmp_path):
         {"sotopia": 2},
     )
     assert meta["env_ids"] == [t.env_id for t in read_turns(tmp_path / "out" / "rows.json")]
-    assert meta["sha256"] == {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES
-    }
+    assert meta["sha256"] == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
     assert meta_path("a/rows.jsonl").name == "rows.meta.json"
 
 
@@ -139,11 +133,7 @@ def test_test_scenarios_cannot_be_missed(real_folder, tmp_path):
     assert next(iter(meta)) == "note" and meta["evaluation_scenarios"] is True
     assert meta["note"].startswith("WARNING: TEST SCENARIOS.") and meta["note"] in done.stderr
     turns = read_turns(out)
-    assert (
-        len(turns) == 380
-        and {t.tag for t in turns} == {"sotopia"}
-        and {t.agent1_state for t in turns} == {5.0}
-    )
+    assert len(turns) == 380 and {t.tag for t in turns} == {"sotopia"} and {t.agent1_state for t in turns} == {5.0}
     assert len({t.row_id for t in turns}) == 380
 
 
@@ -164,8 +154,4 @@ def test_the_command_reports_errors_in_one_line(tmp_path):
     ]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert (
-        failed.stderr.startswith("error: ")
-        and failed.stderr.count("\n") == 1
-        and "agents.json" in failed.stderr
-    )
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1 and "agents.json" in failed.stderr

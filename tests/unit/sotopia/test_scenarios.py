@@ -32,19 +32,13 @@ def test_a_folder_becomes_scenarios_keyed_by_id(folder):
 
 
 def test_swapping_exchanges_people_goals_and_viewer_tags(content, write_folder):
-    content["envs.json"]["E3"]["scenario"] = (
-        'agent_0 here. <p viewer="agent_0">A note.</p><p viewer="environment">!</p>'
-    )
+    content["envs.json"]["E3"]["scenario"] = 'agent_0 here. <p viewer="agent_0">A note.</p><p viewer="environment">!</p>'
     scenario = load_scenarios(write_folder(content)).scenarios[3]
     swapped = scenario.swapped()
     assert swapped.agents == (scenario.agents[1], scenario.agents[0])
-    assert swapped.goal("agent1") == scenario.goal("agent2") and swapped.goal("agent2") == scenario.goal(
-        "agent1"
-    )
+    assert swapped.goal("agent1") == scenario.goal("agent2") and swapped.goal("agent2") == scenario.goal("agent1")
     # the note stays with the same person, who now has the other seat; text outside tags is left alone
-    assert swapped.environment.scenario == (
-        'agent_0 here. <p viewer="agent_1">A note.</p><p viewer="environment">!</p>'
-    )
+    assert swapped.environment.scenario == ('agent_0 here. <p viewer="agent_1">A note.</p><p viewer="environment">!</p>')
     assert swapped.swapped() == scenario
 
 
@@ -226,10 +220,7 @@ def test_missing_files_and_repeated_keys_are_named(folder, tmp_path):
 def test_other_sizes_than_the_published_ones_are_listed(folder):
     with pytest.raises(DataError) as error:
         check_official(load_scenarios(folder))
-    assert (
-        "agents: 3 instead of 40; environments: 6 instead of 90; scenarios: 6 instead of 450; hard: 2"
-        in str(error.value)
-    )
+    assert "agents: 3 instead of 40; environments: 6 instead of 90; scenarios: 6 instead of 450; hard: 2" in str(error.value)
 
 
 def test_the_published_files_pass_every_check(real_folder):

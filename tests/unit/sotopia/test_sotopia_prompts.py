@@ -54,9 +54,7 @@ PUBLIC = "{} years old, {}, works as harbour pilot. Pronouns: {}. {} sings in a 
         (2, "Cy Stone, " + PUBLIC.format(34, "nonbinary", "They/them", "Cy")),
         (
             3,
-            "Bo Reed, "
-            + PUBLIC.format(51, "male", "He/him", "Bo")
-            + " Personality and values: Bo is patient and stubborn.",
+            "Bo Reed, " + PUBLIC.format(51, "male", "He/him", "Bo") + " Personality and values: Bo is patient and stubborn.",
         ),
         (
             4,
@@ -66,9 +64,7 @@ PUBLIC = "{} years old, {}, works as harbour pilot. Pronouns: {}. {} sings in a 
         ),
         (
             5,
-            "Bo Reed, "
-            + PUBLIC.format(51, "male", "He/him", "Bo")
-            + " Personality and values: Bo is patient and stubborn.",
+            "Bo Reed, " + PUBLIC.format(51, "male", "He/him", "Bo") + " Personality and values: Bo is patient and stubborn.",
         ),
     ],
 )
@@ -135,11 +131,7 @@ def test_the_instruction_in_its_order(folder):
     role, rest = text.split("\n\n" + context + "\n")
     assert role.startswith("You are Bo Reed.")
     notice, dialogue = rest.split('\nTurn 0: Ada Quill said: "Is this seat free?"\n')
-    assert (
-        notice.startswith("It is now turn 1,")
-        and '"left the conversation"' in notice
-        and "quotation marks" in notice
-    )
+    assert notice.startswith("It is now turn 1,") and '"left the conversation"' in notice and "quotation marks" in notice
     assert dialogue == "\nTurn 1: Bo Reed said:"
 
 
@@ -208,9 +200,7 @@ def leaks(scenario, viewer, view):
         hidden["personality"] = other.personality_and_values.strip()
     if relationship < Relationship.ACQUAINTANCE:
         hidden["public"] = other.public_info.strip()
-        hidden["occupation"] = (
-            f"works as {other.occupation.lower()}. Pronouns: {other.pronouns}. {other.public_info[:20]}"
-        )
+        hidden["occupation"] = f"works as {other.occupation.lower()}. Pronouns: {other.pronouns}. {other.public_info[:20]}"
     for marked in re.findall(r'<p viewer="environment">(.*?)</p>', scenario.environment.scenario):
         hidden["environment"] = marked
     if scenario.goal(seat) != scenario.goal(viewer):
@@ -271,10 +261,6 @@ def test_everybody_still_sees_what_is_their_own(real_folder):
     for scenario in load_scenarios(real_folder).scenarios.values():
         for viewer in SEATS:
             text, me = context_block(scenario, viewer), scenario.agent(viewer)
-            assert (
-                me.secret in text
-                and me.personality_and_values.strip() in text
-                and me.public_info.strip() in text
-            )
+            assert me.secret in text and me.personality_and_values.strip() in text and me.public_info.strip() in text
             assert visible_text(scenario.goal(viewer), viewer) in text
             assert not re.search(r"</?(?:p|extra_info|strategy_hint|clarification_hint)\b", text)
