@@ -1,4 +1,4 @@
-"""Which rows does step ``s`` train on? A pure function of seed and step: a resume is exact, and no layout of ranks matters."""
+"""Which rows does step ``s`` train on? A pure function of seed and step, whatever was resumed and however many ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation of an exported checkpoint: ``python -m recipes.evaluate --config-name tiny run.name=... run.checkpoint=...``."""
+"""Evaluation of an exported checkpoint: ``python -m recipes.evaluate run.name=... run.checkpoint=... data.turns=...``."""
 
 from __future__ import annotations
 

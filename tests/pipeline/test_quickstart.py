@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_training_moved_the_weights(quickstart: Quickstart) -> None:
     from safetensors.torch import load_file
 
     stages = [load_file(quickstart.folder / "hf" / n / "model.safetensors") for n in ("base", "bc", "ampo")]
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert set(before) == set(after)
         assert max(float((after[k] - before[k]).abs().max()) for k in before) > 1e-5
 

@@ -146,5 +146,5 @@ def test_the_command_line_says_it_in_one_line(stage: str, tmp_path: Path) -> Non
 
 
 def test_unknown_config_name_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="llama3.1_8b, qwen2.5_7b, smollm2_135m, tiny"):
+    with pytest.raises(ConfigError, match=r"llama3\.1_8b, qwen2\.5_7b, smollm2_135m, tiny"):
         compose("ampo", "huge", [])

@@ -20,6 +20,7 @@ from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 GOOD = 'Thinking Level: 1\n<|begin_of_answer|>\n"Deal at {}."\n<|end_of_answer|>'
 BAD = "I will not think."
 EOS = 0
+ALONE = OneProcess()
 
 
 class Characters:
@@ -103,7 +104,7 @@ def turn(name: str) -> DialogueTurn:
     )
 
 
-def run(texts: list[str], ranks: OneProcess = OneProcess()) -> tuple[StepResult, Recorder, Script, Scores]:
+def run(texts: list[str], ranks: OneProcess = ALONE) -> tuple[StepResult, Recorder, Script, Scores]:
     engine, judge, policy = Script(texts), Scores(), Recorder()
     parts = Parts(
         engine=engine,
@@ -158,7 +159,7 @@ def test_broken_replies_are_not_judged_and_the_judge_reads_the_whole_dialogue() 
 
 def test_a_failed_judge_is_a_missing_value() -> None:
     """It leaves its group: the two others are compared with each other alone, and it gets advantage 0."""
-    result, policy, _, _ = run([GOOD.format(10), GOOD.format(-1), GOOD.format(4), BAD, BAD, GOOD.format(4)])
+    result, _, _, _ = run([GOOD.format(10), GOOD.format(-1), GOOD.format(4), BAD, BAD, GOOD.format(4)])
     first = result.advantages[:3]
     assert first == pytest.approx([0.70710, 0.0, -0.70710], abs=1e-4)
     assert result.samples[1].parts.valid is False
