@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.quickstart", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="run folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1, help="data-parallel processes of the AMPO stage")
+    parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes of the AMPO stage")
     parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")
     parser.add_argument("--ampo", nargs="*", default=[], metavar="key=value", help="overrides of the AMPO stage")
     args = parser.parse_args(argv)

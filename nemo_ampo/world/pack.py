@@ -186,11 +186,16 @@ def _scenes(seed: int, purpose: str, count: int, heldout: bool) -> list[Scene]:
     return [draw_scene(rng, heldout) for _ in range(count)]
 
 
+MODE_WEIGHTS: dict[str, tuple[int, ...]] = {"easy": (6, 5, 5, 4), "hard": (4, 5, 5, 6)}
+"""How often the cloning rows show modes 1..4. The teacher leans the right way, as a strong model would, but only a little:
+every mode is shown on every kind of scene, and when to think is left for reinforcement learning to find out."""
+
+
 def _bc_rows(seed: int, purpose: str, count: int, heldout: bool) -> list[dict[str, Any]]:
-    """Cloning rows; the mode is drawn apart from the scenes, so that no mode is tied to a kind of scene."""
+    """Cloning rows; each mode's reply is right, whatever the mode."""
     modes = Random(f"{seed}/{purpose}/modes")
     scenes = _scenes(seed, purpose, count, heldout)
-    return [bc_row(scene, 1 + int(modes.random() * len(MODES))) for scene in scenes]
+    return [bc_row(s, modes.choices(tuple(MODES), MODE_WEIGHTS[s.tag])[0]) for s in scenes]
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -154,9 +154,10 @@ class HardFamily:
         x, y = self.sides[0].limit(first), self.sides[1].limit(second)
         if self.right_answer(first, second) in first + second:
             return False
-        if self.sides[0].accepts == "at least" and self.sides[1].accepts == "at most":
-            return y - x in (2, 4, 6)
-        return x != y and (self.rule != "middle" or (x + y) % 2 == 0)
+        if self.rule != "middle":
+            return abs(y - x) >= 3
+        can_agree = y > x or self.sides[1].accepts != "at most"
+        return can_agree and abs(y - x) in (2, 4, 6)
 
 
 Family = EasyFamily | HardFamily
