@@ -344,7 +344,8 @@ def draw_scene(rng: Random, heldout: bool) -> Scene:
         heldout: draw from the contents kept for held-out rows, or from all others. The content of a hard scene is its
             eight numbers, that of an easy one partner and topic (partner and speaker where there is no topic).
     """
-    family = _pick(rng, _pick(rng, (EASY, HARD)))
+    kinds: tuple[Sequence[Family], ...] = (EASY, HARD)
+    family = _pick(rng, _pick(rng, kinds))
     while True:
         scene, content = _draw_easy(rng, family) if isinstance(family, EasyFamily) else _draw_hard(rng, family)
         if _is_heldout(f"{family.name} {content}") == heldout:

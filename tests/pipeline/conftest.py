@@ -30,18 +30,18 @@ class Finished:
     err: str
 
 
-def run(command: Sequence[str], ranks: int = 1) -> Finished:
+def run(command: Sequence[str], ranks: int = 1, threads: int = 1) -> Finished:
     """``python -m command``, under torchrun for more than one rank."""
     starter = [sys.executable, "-m"]
     if ranks > 1:
         starter += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.run([*starter, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     return Finished(process.returncode, process.stdout, process.stderr)
 
 
 def quickstart_command(folder: Path) -> list[str]:
-    return ["recipes.quickstart", "--dir", str(folder), "--bc", *BC, "--ampo", *AMPO]
+    return ["recipes.quickstart", "--ranks", "1", "--dir", str(folder), "--bc", *BC, "--ampo", *AMPO]
 
 
 @dataclass(frozen=True)
