@@ -76,7 +76,7 @@ def _utterances(dialogue: str, names: tuple[str, str]) -> list[_Utterance]:
             break
         spans.append((match.start(), match.end()))
         position = match.end()
-    ends = [start for start, _ in spans[1:]] + [len(dialogue)]
+    ends = [*(start for start, _ in spans[1:]), len(dialogue)][: len(spans)]
     texts = [dialogue[begin:end].strip() for (_, begin), end in zip(spans, ends, strict=True)]
     return [_Utterance(turn % 2, text) for turn, text in enumerate(texts) if text]
 

@@ -22,30 +22,11 @@ Tag = Literal["easy", "hard"]
 Numbers = tuple[int, int, int, int]
 T = TypeVar("T")
 
-NAMES = tuple(
-    [
-        "Ada",
-        "Ben",
-        "Dan",
-        "Eva",
-        "Finn",
-        "Gia",
-        "Ines",
-        "Jon",
-        "Kim",
-        "Leo",
-        "Mia",
-        "Nick",
-        "Paul",
-        "Rosa",
-        "Sam",
-        "Tina",
-        "Uma",
-        "Vera",
-        "Will",
-        "Zoe",
-    ]
+NAMES = (
+    *("Ada", "Ben", "Dan", "Eva", "Finn", "Gia", "Ines", "Jon", "Kim", "Leo"),
+    *("Mia", "Nick", "Paul", "Rosa", "Sam", "Tina", "Uma", "Vera", "Will", "Zoe"),
 )
+
 _HELDOUT_OF_256 = 32
 """How many of 256 hash values belong to held-out scenes: one content in eight."""
 
@@ -424,4 +405,5 @@ def _draw_hard(rng: Random, family: HardFamily) -> tuple[Scene, str]:
         mine=mine,
         theirs=theirs,
     )
-    return scene, f"{numbers}"
+    # Where both sides are alike, swapping them (and the speaker's side) gives the very same prompt.
+    return scene, f"{sorted(numbers)}"
