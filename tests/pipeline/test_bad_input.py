@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import Finished, Quickstart, run
+from stage_runs import Finished, Quickstart, run
 
 pytestmark = pytest.mark.slow
 NOWHERE = "judge.base_url=http://127.0.0.1:9/v1"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Quickstart
+from stage_runs import Quickstart
 
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
+from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
 from nemo_ampo.checkpoint import read_model_config, unpack_assets
 from nemo_ampo.metrics import DESCRIPTIONS

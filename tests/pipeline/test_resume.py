@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import AMPO, AMPO_STEPS, ROOT, Quickstart
+from stage_runs import AMPO, AMPO_STEPS, ROOT, Quickstart
 
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from stage_runs import ROOT, run
 
 from nemo_ampo.runlog import read_jsonl
 

@@ -1,0 +1,62 @@
+"""Starting the real stages as a user does, with fewer steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BC_STEPS, AMPO_STEPS = 240, 4
+BC = [
+    f"trainer.sft.max_steps={BC_STEPS}",
+    f"trainer.sft.val_check_interval={BC_STEPS}",
+    f"trainer.sft.save_interval={BC_STEPS}",
+]
+AMPO = [f"trainer.reinforce.max_steps={AMPO_STEPS}", "trainer.reinforce.save_interval=2"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(command: Sequence[str], ranks: int = 1, threads: int = 1) -> Finished:
+    """``python -m command``, under torchrun for more than one rank."""
+    starter = [sys.executable, "-m"]
+    if ranks > 1:
+        starter += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.run([*starter, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return Finished(process.returncode, process.stdout, process.stderr)
+
+
+def quickstart_command(folder: Path) -> list[str]:
+    return ["recipes.quickstart", "--ranks", "1", "--dir", str(folder), "--bc", *BC, "--ampo", *AMPO]
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """The finished run folder and what the first run printed."""
+
+    folder: Path
+    finished: Finished
+
+    def ampo(self, run_dir: Path, judge_url: str, *overrides: str, ranks: int = 1) -> Finished:
+        """One more AMPO stage from the same cloned policy."""
+        command = [
+            *("recipes.ampo", "--config-name", "tiny", f"run.dir={run_dir}", f"judge.base_url={judge_url}"),
+            *(
+                f"run.init_from={self.folder / 'bc' / 'policy.nemo'}",
+                f"data.train={self.folder / 'world' / 'rl_train.jsonl'}",
+            ),
+            *(*AMPO, *overrides),
+        ]
+        return run(command, ranks)
