@@ -34,7 +34,7 @@ smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadgroup --durations 15
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadgroup --durations 15 -v --color=no
 
 lint: setup
 	@$(RUN) -m ruff check .

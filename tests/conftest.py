@@ -17,9 +17,11 @@ def group_of(path: str) -> str:
     return next((folder for folder in SHARED if f"tests/{folder}/" in path), path)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Not in ``pytest_collection_modifyitems``: xdist reads the groups there, before any conftest."""
+    item.add_marker(pytest.mark.xdist_group(group_of(item.path.as_posix())))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The two long pipelines first, so that neither is left over at the end on one worker.
-    items.sort(key=lambda item: (("/pipeline/" not in item.path.as_posix()), not item.path.as_posix().endswith(ALONE)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item.path.as_posix())))
+    """The two long pipelines first, so that neither is left over at the end on one worker."""
+    items.sort(key=lambda item: ("/pipeline/" not in item.path.as_posix(), not item.path.as_posix().endswith(ALONE)))
