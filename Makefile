@@ -33,8 +33,10 @@ quickstart: setup
 smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
+# Two parts: many short tests on all processes, then the whole pipelines, which share one run and use both cores themselves.
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadgroup --durations 15 -v --color=no
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/pipeline --durations 15
 
 lint: setup
 	@$(RUN) -m ruff check .
