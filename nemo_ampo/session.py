@@ -84,7 +84,8 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         cfg.trainer.accelerator = device
         cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
-        cfg.exp_manager.explicit_log_dir = str(run_dir)
+        # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
+        cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
         cfg.exp_manager.checkpoint_callback_params.model_parallel_size = (
             cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import queue
 import sys
@@ -314,6 +315,34 @@ def _adam() -> None:
 
     optimizer.Adam = distrib_optimizer.Adam = FusedAdamLayout
     distrib_optimizer.HAVE_APEX_OR_TE = True
+
+
+@FRAMEWORKS.add(
+    "distributed.param_and_grad_buffer._ParamAndGradBuffer",
+    "megatron-core 0.11.0",
+    "a tied embedding on a pipeline gets a bucket of its own whose start is not padded: buckets of odd sizes overlap and the "
+    "distributed optimizer stops with 'each param only belongs to a single bucket'; one replica needs no such bucket",
+)
+def _shared_embedding_bucket() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    upstream = _ParamAndGradBuffer.__init__
+    signature = inspect.signature(upstream)
+
+    @functools.wraps(upstream)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs).arguments
+        alone = torch.distributed.get_world_size(given["data_parallel_group"]) == 1
+        shared = [p for p in given["params"] if alone and getattr(p, "shared_embedding", False)]
+        for p in shared:
+            p.shared_embedding = False
+        try:
+            upstream(self, *args, **kwargs)
+        finally:
+            for p in shared:
+                p.shared_embedding = True
+
+    _ParamAndGradBuffer.__init__ = init
 
 
 @FRAMEWORKS.add(
