@@ -320,7 +320,7 @@ def _adam() -> None:
 @FRAMEWORKS.add(
     "distributed.param_and_grad_buffer._ParamAndGradBuffer",
     "megatron-core 0.11.0",
-    "a tied embedding on a pipeline gets a bucket of its own whose start is not padded: buckets of odd sizes overlap and the "
+    "a tied embedding on a pipeline gets a bucket of its own whose start is not padded: odd sizes overlap and the "
     "distributed optimizer stops with 'each param only belongs to a single bucket'; one replica needs no such bucket",
 )
 def _shared_embedding_bucket() -> None:
