@@ -24,7 +24,7 @@ from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES, NO_MODE
 from nemo_ampo.optimise import optimise
 from nemo_ampo.progress import Progress
-from nemo_ampo.ranks import Ranks
+from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rollout.engine import Engine, Request, SamplingSpec, request_seed
 from nemo_ampo.runlog import RunLog
 from nemo_ampo.sampler import SizedBatches, rows_of_step
@@ -103,8 +103,7 @@ class BcTrainer(SupervisedTrainer):
         """This replica's rows of the step, padded; the order of rows is that of the job, whatever its layout."""
         sizes, ranks = self.train_dataloader, self.parts.ranks
         rows = rows_of_step(len(self._rows), sizes.global_batch_size, self.step, self.parts.seed)
-        share = len(rows) // ranks.data_size
-        mine = rows[ranks.data_rank * share : (ranks.data_rank + 1) * share]
+        mine = slice_for(rows, ranks.data_rank, ranks.data_size)
         batch = collate_bc([self._rows[i] for i in mine], self.parts.pad_id)
         # Right padding and causal attention need no mask; NeMo's splitter would also refuse its batch dimension of 1.
         return {k: v for k, v in batch.items() if k not in ("attention_mask", "modes")}
@@ -115,12 +114,12 @@ class BcTrainer(SupervisedTrainer):
 
     def _heldout_loss(self) -> dict[str, float]:
         """Mean negative log-likelihood per reply token, nats."""
-        mine = [example for _, example in self._my_heldout()]
+        rows = BcDataset([example for _, example in self._my_heldout()])
         sums: list[tuple[int, float, int]] = []
         size = int(self.model.cfg.data.validation_ds.micro_batch_size)
-        for begin in range(0, len(mine), size):
+        for begin in range(0, len(rows), size):
             batch = collate_bc(
-                [BcDataset(mine[begin : begin + size])[i] for i in range(len(mine[begin : begin + size]))],
+                [rows[i] for i in range(begin, min(begin + size, len(rows)))],
                 self.parts.pad_id,
             )
             logprobs_BT = token_logprobs(self.model, _with_next(batch), size).cpu() * batch["loss_mask"]

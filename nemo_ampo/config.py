@@ -7,7 +7,7 @@ Section classes owned by a part (judge, reward) are defined beside that part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -376,13 +376,6 @@ def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> 
             raise ConfigError(f"model.tensor_model_parallel_size: {tensor} does not divide {key}={count}")
     if int(model["num_layers"]) % pipeline:
         raise ConfigError(f"model.pipeline_model_parallel_size: {pipeline} does not divide num_layers={model['num_layers']}")
-
-
-def to_plain(config: Any) -> Any:
-    """Dataclasses to plain containers, for YAML and JSON."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_plain(getattr(config, f.name)) for f in fields(config)}
-    return config
 
 
 def _file(key: str, path: str) -> None:

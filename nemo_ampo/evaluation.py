@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.config import EvaluateConfig
-from nemo_ampo.errors import DataError, FormatError, JudgeError
-from nemo_ampo.grammar import parse_reply
+from nemo_ampo.errors import DataError, JudgeError
+from nemo_ampo.grammar import answer_of
 from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
@@ -152,7 +152,7 @@ def _answers(
         replies = generate(model, prompts[begin : begin + size], stops, config)
         for turn, ids in zip(turns[begin : begin + size], replies, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = _answer(text, config.reward)
+            answer = answer_of(text, strict=config.reward.strict_format)
             future = None if answer is None else judge.submit(JudgeRequest.about(turn, answer))
             drawn.append((turn, text, len(ids), future))
     return [_score(turn, text, tokens, future, tokenizer, config.reward) for turn, text, tokens, future in drawn]
@@ -200,14 +200,7 @@ def _score(
             verdict = future.result()
         except JudgeError as error:
             failure = error.kind
-    answer = _answer(text, reward)
+    answer = answer_of(text, strict=reward.strict_format)
     answer_tokens = len(tokenizer.tokenize(answer)) if answer is not None else 0
     parts = score_reply(turn, text, verdict, answer_tokens, reward)
     return Answered(turn, text, tokens, answer, parts, verdict, failure)
-
-
-def _answer(text: str, reward: RewardConfig) -> str | None:
-    try:
-        return parse_reply(text, strict=reward.strict_format).answer
-    except FormatError:
-        return None

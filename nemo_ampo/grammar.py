@@ -122,6 +122,14 @@ def parse_reply(text: str, *, strict: bool = False) -> Reply:
     return reply
 
 
+def answer_of(text: str, *, strict: bool = False) -> str | None:
+    """The answer of a reply that obeys the grammar, quotes included; None for any other text."""
+    try:
+        return parse_reply(text, strict=strict).answer
+    except FormatError:
+        return None
+
+
 def _positions_of_single(rule: str, needles: tuple[str, ...], text: str) -> list[int]:
     for needle in needles:
         count = text.count(needle)

@@ -44,7 +44,6 @@ class Session:
         ckpt_callback: saves through NeMo's checkpoint format.
         run_timer: ends the run before ``exp_manager.max_time_per_run``.
         resumed: counters of the checkpoint the run continues from, or None.
-        world_size: number of ranks.
     """
 
     model: Any
@@ -54,7 +53,12 @@ class Session:
     ckpt_callback: Any
     run_timer: Timer
     resumed: dict[str, int] | None
-    world_size: int
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What every Aligner trainer takes by these names."""
+        names = ("model", "optimizer", "scheduler", "logger", "ckpt_callback", "run_timer")
+        return {name: getattr(self, name) for name in names}
 
 
 class _SizedRows(torch.utils.data.Dataset[int]):
@@ -135,5 +139,4 @@ def open_session(
         ckpt_callback=add_custom_checkpoint_callback(trainer, model),
         run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
         resumed=resumed,
-        world_size=trainer.world_size,
     )

@@ -17,8 +17,8 @@ import torch
 
 from nemo_ampo.advantage import ADVANTAGES, GroupReport
 from nemo_ampo.config import AlgorithmConfig, RolloutConfig
-from nemo_ampo.errors import FormatError, JudgeError
-from nemo_ampo.grammar import parse_reply
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.grammar import answer_of
 from nemo_ampo.metrics import step_metrics
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
@@ -268,7 +268,7 @@ def roll_out(
 
     def on_finish(response: Response) -> None:
         i = index[response.request_id]
-        answer = _answer(decode(response, parts.tokenizer), parts.reward.strict_format)
+        answer = answer_of(decode(response, parts.tokenizer), strict=parts.reward.strict_format)
         if answer is not None and parts.ranks.is_leader:
             pending[i] = PendingVerdict(parts.judge.submit(JudgeRequest.about(turns[i], answer)))
 
@@ -279,7 +279,7 @@ def roll_out(
 def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
     """Reward of one response, with everything a report needs to explain it."""
     text = decode(response, parts.tokenizer)
-    answer = _answer(text, parts.reward.strict_format)
+    answer = answer_of(text, strict=parts.reward.strict_format)
     answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
     return Sample(
         group=request.request_id // parts.rollout.group_size,
@@ -311,13 +311,6 @@ def advantage(samples: Sequence[Sample], name: str) -> tuple[torch.Tensor, Group
 def decode(response: Response, tokenizer: Tokenizer) -> str:
     """Text of a response without special tokens."""
     return tokenizer.decode(response.token_ids, skip_special_tokens=True)
-
-
-def _answer(text: str, strict: bool) -> str | None:
-    try:
-        return parse_reply(text, strict=strict).answer
-    except FormatError:
-        return None
 
 
 def _logprob_gap(packed: PackedRollouts, logprobs_BT: torch.Tensor) -> float:

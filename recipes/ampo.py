@@ -128,12 +128,7 @@ def run(cfg: DictConfig) -> bool:
             run_log=RunLog(run_dir, first_step, ranks.is_main),
             log_rollouts=config.run.log_rollouts,
             cfg=cfg.trainer.reinforce,
-            model=session.model,
-            optimizer=session.optimizer,
-            scheduler=session.scheduler,
-            logger=session.logger,
-            ckpt_callback=session.ckpt_callback,
-            run_timer=session.run_timer,
+            **session.trainer_arguments,
         )
         if session.resumed:
             trainer.load_state_dict(session.resumed)

@@ -85,12 +85,7 @@ def run(cfg: DictConfig) -> bool:
             seed=config.run.seed,
         ),
         cfg=cfg.trainer.sft,
-        model=session.model,
-        optimizer=session.optimizer,
-        scheduler=session.scheduler,
-        logger=session.logger,
-        ckpt_callback=session.ckpt_callback,
-        run_timer=session.run_timer,
+        **session.trainer_arguments,
     )
     if session.resumed:
         trainer.load_state_dict(session.resumed)
