@@ -1,0 +1,456 @@
+"""Episodes on disk: one append-only JSONL file per episode, readable while it grows, never rewritten.
+
+A folder of results holds ``protocol.json`` (what the numbers were made with) and one file per episode at
+``episodes/seed<seed>/<seat>/<env_id>.jsonl``. Its lines, in order of time::
+
+    {"record": "start", ...}         once: who meets whom, in which view
+    {"record": "turn", ...}          one utterance, with what the model wrote and what it cost
+    {"record": "end", ...}           why it stopped; after ``failed`` a later run goes on with more turns
+    {"record": "scores", ...}        what one judge thinks of it; several judges, several lines
+    {"record": "score_error", ...}   a judge that gave no usable scores
+
+A line is written in one piece before the next call depends on it, so a killed process loses no answered call.
+The last line may be torn by the kill: readers leave it out, the next writer cuts it off. ``end`` and ``scores``
+are also forced to the disk, so that they survive the machine. All readers hold one episode at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from nemo_ampo.errors import ConfigError, DataError, UserError
+from nemo_ampo.runlog import write_once
+from nemo_ampo.sotopia.scenarios import SEATS
+from nemo_ampo.types import Seat
+
+FORMAT = 1
+"""Version of the records."""
+PROTOCOL_FILE = "protocol.json"
+EPISODES_FOLDER = "episodes"
+LEAVING_WORDS = "left the conversation"
+
+
+class Termination(StrEnum):
+    """Why an episode stopped."""
+
+    max_turns = "max_turns"
+    """All utterances of the protocol were spoken."""
+    left = "left"
+    """The last speaker left."""
+    silent = "silent"
+    """The last reply held nothing that may be spoken (cut-off thinking, nothing at all): counts as leaving."""
+    prompt_limit = "prompt_limit"
+    """The next prompt would have been too long; nobody spoke."""
+    failed = "failed"
+    """A speaker's endpoint gave no reply. Not scored; the next run continues from here."""
+
+
+@dataclass(frozen=True, order=True)
+class EpisodeKey:
+    """What tells two episodes apart.
+
+    Attributes:
+        env_id: index of the pairing in ``env_agent_combos.json``.
+        combo_id: its key there.
+        seat: where the evaluated policy sits; ``agent1`` in self-play.
+        seed: of the run; sampling seeds derive from it.
+        model: hash of the evaluated policy, see :func:`nemo_ampo.sotopia.agents.model_hash`.
+    """
+
+    env_id: int
+    combo_id: str
+    seat: Seat
+    seed: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance.
+
+    Attributes:
+        index: 0..19; both speakers together.
+        seat, speaker: who spoke.
+        text: the words, without the quotation marks around them; never any grammar.
+        raw: what the model wrote.
+        reasoning: hidden reasoning that the endpoint sent beside it, None without.
+        mode: 1..4; 0 for a speaker that was told to use the modes and broke the grammar; None for any other.
+        prompt_tokens, completion_tokens: as the endpoint reports them, hidden reasoning included.
+        failed: why ``text`` is not simply the answer of ``raw``: a rule of the grammar (``text`` is then what could
+            be saved) or ``silent``; None when all is well.
+        finish_reason: as the endpoint reports it; ``length`` means cut off.
+        seed: sampling seed of the call.
+        tries: calls it took.
+    """
+
+    index: int
+    seat: Seat
+    speaker: str
+    text: str
+    raw: str
+    reasoning: str | None = None
+    mode: int | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: str | None = None
+    finish_reason: str | None = None
+    seed: int = 0
+    tries: int = 1
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One played dialogue.
+
+    Attributes:
+        key: see :class:`EpisodeKey`.
+        pairing: ``self_play``, ``partner``, ``vs_base`` or ``api``.
+        view: ``sotopia`` or ``reference``: what the characters knew of each other.
+        environment_id, codename: of the situation; several pairings share one (bootstrap over these).
+        relationship: 0 stranger .. 5 family.
+        hard: belongs to SOTOPIA-hard.
+        agent1_id, agent2_id: keys in ``agents.json``.
+        agent1_name, agent2_name: as they stand in the dialogue.
+        agent1_goal, agent2_goal: as the speaker saw them.
+        turns: in order.
+        terminated_by: None while it is not over.
+        error: what went wrong, when ``terminated_by`` is ``failed``.
+    """
+
+    key: EpisodeKey
+    pairing: str
+    view: str
+    environment_id: str
+    codename: str
+    relationship: int
+    hard: bool
+    agent1_id: str
+    agent2_id: str
+    agent1_name: str
+    agent2_name: str
+    agent1_goal: str
+    agent2_goal: str
+    turns: tuple[Turn, ...] = ()
+    terminated_by: Termination | None = None
+    error: str | None = None
+
+    @property
+    def played(self) -> bool:
+        """Over, and fit to be scored."""
+        return self.terminated_by not in (None, Termination.failed)
+
+    @property
+    def partner_seat(self) -> Seat:
+        """The seat the policy does not sit in."""
+        return SEATS[1 - SEATS.index(self.key.seat)]
+
+    def name(self, seat: Seat) -> str:
+        """Of the character in a seat."""
+        return self.agent1_name if seat == "agent1" else self.agent2_name
+
+    def goal(self, seat: Seat) -> str:
+        """Of the character in a seat."""
+        return self.agent1_goal if seat == "agent1" else self.agent2_goal
+
+    def turns_of(self, seat: Seat) -> tuple[Turn, ...]:
+        """Utterances of one seat."""
+        return tuple(turn for turn in self.turns if turn.seat == seat)
+
+    def dialogue(self) -> str:
+        """As the judge reads it: ``Turn k: NAME said: "..."``, a blank line between turns."""
+        return "\n\n".join(f'Turn {turn.index}: {turn.speaker} said: "{turn.text}"' for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one judge thinks of one episode.
+
+    Attributes:
+        judge: name of the scoring, see ``judge.name`` in the configuration.
+        agent1, agent2: dimension to number, all seven of :data:`nemo_ampo.sotopia.dimensions.DIMENSIONS`.
+        agent1_reasoning, agent2_reasoning: dimension to the judge's words.
+        prompt_tokens, completion_tokens: what it cost.
+        tries: replies read until one was usable.
+    """
+
+    judge: str
+    agent1: Mapping[str, float]
+    agent2: Mapping[str, float]
+    agent1_reasoning: Mapping[str, str] = field(default_factory=dict)
+    agent2_reasoning: Mapping[str, str] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tries: int = 1
+
+    def of(self, seat: Seat) -> Mapping[str, float]:
+        """Of one seat."""
+        return self.agent1 if seat == "agent1" else self.agent2
+
+
+@dataclass(frozen=True)
+class ScoreError:
+    """A judge that gave no usable scores: a missing value, asked for again by the next run.
+
+    Attributes:
+        judge: name of the scoring.
+        kind: of the failure, as the chat client names it.
+        message: one line.
+    """
+
+    judge: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """An episode with the latest outcome of one scoring.
+
+    Attributes:
+        episode: as far as it was played.
+        scores: None when not scored (yet), or not played.
+        score_error: why not, when the judge was asked in vain.
+    """
+
+    episode: Episode
+    scores: Scores | None = None
+    score_error: ScoreError | None = None
+
+
+class EpisodeStore:
+    """The episodes of one result folder.
+
+    Args:
+        folder: with or without ``episodes``; nothing is created before the first write.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, key: EpisodeKey) -> Path:
+        """Where an episode lives."""
+        return self.folder / EPISODES_FOLDER / f"seed{key.seed}" / key.seat / f"{key.env_id:04d}.jsonl"
+
+    def episodes(self) -> Iterator[Episode]:
+        """All begun episodes by seed, seat, env_id; one in memory at a time.
+
+        Raises:
+            DataError: a damaged file, naming file and line.
+        """
+        return (result.episode for result in self.results())
+
+    def scores(self) -> Iterator[tuple[EpisodeKey, Scores]]:
+        """Every record of scores, of every judge, in the order of :meth:`episodes`."""
+        for path in self._paths():
+            records = _read(path)
+            episode = _episode(records, path)
+            for record in records:
+                if episode is not None and record["record"] == "scores":
+                    yield episode.key, _scores(record)
+
+    def results(self, judge: str | None = None) -> Iterator[EpisodeResult]:
+        """Episodes with their scores.
+
+        Args:
+            judge: name of the scoring; None takes the latest scores of each episode, whoever gave them.
+
+        Raises:
+            DataError: a damaged file, naming file and line.
+        """
+        for path in self._paths():
+            result = _result(_read(path), path, judge)
+            if result is not None:
+                yield result
+
+    def read(self, key: EpisodeKey, judge: str | None = None) -> EpisodeResult | None:
+        """One episode, None when it was not begun.
+
+        Raises:
+            DataError: a damaged file, or an episode of another model.
+        """
+        path = self.path(key)
+        result = _result(_read(path), path, judge) if path.exists() else None
+        if result is not None and result.episode.key != key:
+            raise DataError(f"{path}: holds {result.episode.key}, expected {key}; evaluate into another folder")
+        return result
+
+    def begin(self, episode: Episode) -> None:
+        """Write the first line, unless the file has it."""
+        path = self.path(episode.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _cut_torn_line(path) == 0:
+            values = asdict(replace(episode, turns=(), terminated_by=None, error=None))
+            for unused in ("turns", "terminated_by", "error"):
+                del values[unused]
+            self._append(episode.key, "start", {"format": FORMAT, **values})
+
+    def add_turn(self, key: EpisodeKey, turn: Turn) -> None:
+        """Append one utterance."""
+        self._append(key, "turn", asdict(turn))
+
+    def end(self, key: EpisodeKey, terminated_by: Termination, error: str | None = None) -> None:
+        """Append why it stopped."""
+        self._append(key, "end", {"terminated_by": terminated_by.value, "error": error}, durable=True)
+
+    def add_scores(self, key: EpisodeKey, scores: Scores | ScoreError) -> None:
+        """Append a judge's outcome."""
+        kind = "scores" if isinstance(scores, Scores) else "score_error"
+        self._append(key, kind, asdict(scores), durable=True)
+
+    def recover(self, key: EpisodeKey) -> None:
+        """Cut off a line that a killed process left unfinished; to be called before appending to an old file."""
+        if self.path(key).exists():
+            _cut_torn_line(self.path(key))
+
+    def protocol(self) -> dict[str, Any] | None:
+        """What the folder's episodes were made with; None for a new folder.
+
+        Raises:
+            DataError: unreadable.
+        """
+        path = self.folder / PROTOCOL_FILE
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
+        if not isinstance(content, dict):
+            raise DataError(f"{path}: expected an object")
+        return content
+
+    def keep_protocol(self, protocol: Mapping[str, Any]) -> None:
+        """Write the protocol of a new folder; hold an old one to it.
+
+        Raises:
+            ConfigError: the folder was made with another protocol; names each key that differs.
+        """
+        old = self.protocol()
+        if old is None:
+            if (self.folder / EPISODES_FOLDER).exists():
+                raise ConfigError(f"run.dir: {self.folder} holds episodes but no {PROTOCOL_FILE}; take another folder")
+            write_once(self.folder / PROTOCOL_FILE, json.dumps(protocol, ensure_ascii=False, indent=1) + "\n")
+            return
+        differing = [key for key in sorted({*old, *protocol}) if old.get(key) != _plain(protocol.get(key))]
+        if differing:
+            shown = "; ".join(f"{key} was {old.get(key)!r}, is now {_plain(protocol.get(key))!r}" for key in differing)
+            raise ConfigError(f"run.dir: {self.folder} was made with another protocol: {shown}. Take another folder")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process may write; the lock ends with the process, however it ends.
+
+        Raises:
+            UserError: another one does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"run.dir: another evaluation is writing to {self.folder}") from None
+            yield
+
+    def _paths(self) -> Iterator[Path]:
+        root = self.folder / EPISODES_FOLDER
+        seeds = sorted(root.glob("seed*"), key=lambda path: (len(path.name), path.name)) if root.is_dir() else []
+        return (path for seed in seeds for seat in SEATS for path in sorted((seed / seat).glob("*.jsonl")))
+
+    def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any], durable: bool = False) -> None:
+        # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
+        line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
+        file = os.open(self.path(key), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(file, line)
+            if written != len(line):
+                raise OSError(f"{self.path(key)}: only {written} of {len(line)} bytes could be written; is the disk full?")
+            if durable:
+                os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Complete records; a torn last line is left out.
+
+    Raises:
+        DataError: any other line that is no record.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line feed is torn, or empty
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            kind = record["record"]
+        except (ValueError, LookupError, TypeError):
+            raise DataError(f"{path}, line {number}: not a record of an episode") from None
+        if kind not in ("start", "turn", "end", "scores", "score_error"):
+            raise DataError(f"{path}, line {number}: unknown kind of record {kind!r}")
+        records.append(record)
+    return records
+
+
+def _cut_torn_line(path: Path) -> int:
+    """Remove what follows the last line feed. Returns the bytes that remain; 0 when there is no file."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return whole
+
+
+def _result(records: list[dict[str, Any]], path: Path, judge: str | None) -> EpisodeResult | None:
+    episode = _episode(records, path)
+    if episode is None:
+        return None
+    result = EpisodeResult(episode)
+    for record in records:
+        if record["record"] == "scores" and judge in (None, record["judge"]):
+            result = EpisodeResult(episode, scores=_scores(record))
+        elif record["record"] == "score_error" and judge in (None, record["judge"]) and result.scores is None:
+            result = EpisodeResult(episode, score_error=_from(ScoreError, record, path))
+    return result
+
+
+def _episode(records: list[dict[str, Any]], path: Path) -> Episode | None:
+    if not records:
+        return None
+    start = dict(records[0])
+    if start["record"] != "start" or start.get("format") != FORMAT:
+        raise DataError(f"{path}, line 1: expected the start of an episode in format {FORMAT}")
+    key = _from(EpisodeKey, start.pop("key", {}), path)
+    del start["format"]
+    turns = tuple(_from(Turn, record, path) for record in records if record["record"] == "turn")
+    if [turn.index for turn in turns] != list(range(len(turns))):
+        raise DataError(f"{path}: turns out of order: {[turn.index for turn in turns]}")
+    episode = _from(Episode, {**start, "key": key, "turns": turns}, path)
+    last = next((r for r in reversed(records) if r["record"] in ("turn", "end")), None)
+    if last is None or last["record"] == "turn":
+        return episode
+    return replace(episode, terminated_by=Termination(last["terminated_by"]), error=last["error"])
+
+
+def _scores(record: dict[str, Any]) -> Scores:
+    return Scores(**{name: value for name, value in record.items() if name != "record"})
+
+
+def _from(kind: type[Any], values: Mapping[str, Any], path: Path) -> Any:
+    try:
+        return kind(**{name: value for name, value in values.items() if name != "record"})
+    except TypeError as error:
+        raise DataError(f"{path}: not a record of format {FORMAT}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))
