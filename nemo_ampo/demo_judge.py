@@ -29,7 +29,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.prompts import read_judge_prompt
 from nemo_ampo.serve.local import run_app, server_process
 
@@ -127,7 +127,9 @@ def create_app(options: DemoJudgeOptions, rules: Rules | None = None) -> FastAPI
 
 
 def read_chat_request(body: bytes) -> str:
-    """The user message of a ``/v1/chat/completions`` request.
+    """The last judge prompt among the user messages of a ``/v1/chat/completions`` request, or else the last message.
+
+    A second try goes on after the judge prompt with the first reply and a complaint about it.
 
     Raises:
         ApiError: if the request is not one that can be answered, naming the field at fault.
@@ -153,7 +155,15 @@ def read_chat_request(body: bytes) -> str:
     texts = [_text_of(message) for message in messages if isinstance(message, dict) and message.get("role") == "user"]
     if not texts:
         raise ApiError(400, "messages holds no user message", param="messages")
-    return texts[-1]
+    return next((text for text in reversed(texts) if _is_judge_prompt(text)), texts[-1])
+
+
+def _is_judge_prompt(text: str) -> bool:
+    try:
+        read_judge_prompt(text)
+    except DataError:
+        return False
+    return True
 
 
 def judge_reply(prompt: str, rules: Rules) -> str:

@@ -105,13 +105,13 @@ PACKAGES: tuple[Package, ...] = (
     *(
         Package(name, module, True, _SETUP)
         for name, module in (
+            ("aiohttp", "aiohttp"),
             ("fastapi", "fastapi"),
             ("hydra-core", "hydra"),
             ("jinja2", "jinja2"),
             ("lightning", "lightning"),
             ("matplotlib", "matplotlib"),
             ("omegaconf", "omegaconf"),
-            ("openai", "openai"),
             ("pyarrow", "pyarrow"),
             ("safetensors", "safetensors"),
             ("tenacity", "tenacity"),

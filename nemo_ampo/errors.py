@@ -33,8 +33,12 @@ class FormatError(ValueError):
         self.rule = rule
 
 
-class JudgeError(RuntimeError):
-    """The judge gave no usable verdict. A missing value, never a score.
+class BudgetError(UserError):
+    """The calls or the money the job may spend on its judge are spent. The message names the limit."""
+
+
+class ChatError(RuntimeError):
+    """A chat endpoint gave no usable answer.
 
     Attributes:
         kind: ``parse``, ``timeout``, ``connection``, ``status`` or ``empty``.
@@ -43,6 +47,10 @@ class JudgeError(RuntimeError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class JudgeError(ChatError):
+    """The judge gave no usable verdict. A missing value, never a score."""
 
 
 class EngineError(RuntimeError):

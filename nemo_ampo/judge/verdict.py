@@ -18,6 +18,21 @@ from nemo_ampo.types import Verdict
 
 MIN_SCORE, MAX_SCORE = 0.0, 10.0
 
+_AGENT_SCHEMA = {
+    "type": "object",
+    # The reasoning comes first: a score written before it would be a guess.
+    "properties": {"reasoning": {"type": "string"}, "score": {"type": "integer", "enum": list(range(11))}},
+    "required": ["reasoning", "score"],
+    "additionalProperties": False,
+}
+VERDICT_SCHEMA = {
+    "type": "object",
+    "properties": {"agent1": _AGENT_SCHEMA, "agent2": _AGENT_SCHEMA},
+    "required": ["agent1", "agent2"],
+    "additionalProperties": False,
+}
+"""What the judge prompt asks for, for endpoints that can hold a model to a JSON schema. Narrower than the parser."""
+
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 

@@ -40,6 +40,7 @@ def top_level_modules_after(*modules: str) -> set[str]:
         "nemo_ampo.modes",
         "nemo_ampo.grammar",
         "nemo_ampo.rewards",
+        "nemo_ampo.chat",
         "nemo_ampo.judge",
     ],
 )
@@ -47,9 +48,9 @@ def test_text_and_judge_parts_need_no_torch(module: str) -> None:
     assert top_level_modules_after(module) & HEAVY == set()
 
 
-def test_together_they_leave_openai_to_the_call_that_needs_it() -> None:
+def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
     loaded = top_level_modules_after("nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types")
-    assert loaded & (HEAVY | {"openai"}) == set()
+    assert loaded & (HEAVY | {"aiohttp", "openai"}) == set()
 
 
 def test_the_mathematics_needs_torch_and_no_framework() -> None:

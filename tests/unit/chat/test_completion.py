@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nemo_ampo.judge.completion import CallError, Completion, one_line, read_completion, read_model_ids
+from nemo_ampo.chat.completion import CallError, Completion, one_line, read_completion, read_model_ids
 
 
 def body(**record: object) -> str:
@@ -14,12 +14,12 @@ def body(**record: object) -> str:
 
 
 def test_text_and_usage_are_read() -> None:
-    assert read_completion(body(usage={"prompt_tokens": 12, "completion_tokens": 3})) == Completion("hi", 12, 3)
+    assert read_completion(body(usage={"prompt_tokens": 12, "completion_tokens": 3})) == Completion("hi", None, 12, 3)
 
 
 @pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": None}, {"prompt_tokens": "many"}, {"prompt_tokens": -1}])
 def test_missing_usage_counts_as_nothing(usage: object) -> None:
-    assert read_completion(body(usage=usage)) == Completion("hi", 0, 0)
+    assert read_completion(body(usage=usage)) == Completion("hi")
 
 
 def test_a_model_that_says_nothing_has_an_empty_text() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from nemo_ampo.judge.stats import LATENCY_WINDOW, StatsRecorder, nearest_rank
+from nemo_ampo.chat.stats import LATENCY_WINDOW, StatsRecorder, nearest_rank
 
 
 def test_nearest_rank() -> None:

@@ -1,0 +1,431 @@
+"""A chat API as an async client: one question, one answer, with two kinds of patience.
+
+A call that brought no reply at all (timeout, broken connection, 429, 5xx) is repeated after a random, exponentially
+growing wait, or at once at another address of the pool: :meth:`ChatClient.complete`. A reply that its reader cannot
+read is asked for again at the next temperature of a schedule, the first time with the reader's complaint:
+:meth:`ChatClient.ask`. Every other status fails at once. When patience ends, :class:`ChatError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from nemo_ampo.chat.completion import CallError, Completion, one_line, read_completion, read_model_ids
+from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.limiter import Limiter, LocalLimiter
+from nemo_ampo.chat.limits import Limits
+from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
+from nemo_ampo.chat.stats import ChatStats, StatsRecorder
+from nemo_ampo.chat.transport import Transport
+from nemo_ampo.errors import ChatError, ConfigError
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Message = dict[str, str]
+"""``{"role": ..., "content": ...}``"""
+
+CHARS_PER_TOKEN = 4
+"""To guess a prompt's tokens before the endpoint has counted them."""
+
+_SCHEMA_REFUSED = (400, 422, 501)
+_PROBE: list[Message] = [{"role": "user", "content": 'Answer with this JSON object: {"answer": "yes"}'}]
+_PROBE_SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+_SHOWN_REPLY_CHARS = 4000
+
+
+@dataclass(frozen=True)
+class Asked(Generic[T]):
+    """A readable answer.
+
+    Attributes:
+        value: what the reader made of it.
+        completion: the reply it was read from.
+        tries: replies it took, this one included.
+    """
+
+    value: T
+    completion: Completion
+    tries: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything a reply depends on; ``attempt`` tells repetitions of the same words apart."""
+
+    model: str
+    messages: tuple[Message, ...]
+    temperature: float
+    max_tokens: int
+    seed: int | None = None
+    schema: Mapping[str, Any] | None = None
+    stop: tuple[str, ...] | None = None
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 0
+
+    def payload(self, model: str, structured: bool) -> dict[str, Any]:
+        """The request's body. A field of ``extra_body`` wins; one that is null is left out."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": list(self.messages),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "stop": list(self.stop) if self.stop else None,
+            "response_format": None,
+        }
+        if structured and self.schema is not None:
+            schema = {"name": "reply", "schema": dict(self.schema), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return {key: value for key, value in (body | dict(self.extra_body)).items() if value is not None}
+
+    @property
+    def prompt_tokens(self) -> int:
+        """A guess."""
+        return math.ceil(sum(len(message["content"]) for message in self.messages) / CHARS_PER_TOKEN)
+
+
+class ChatClient:
+    """Client of one model, at one address or several. One per process.
+
+    Belongs to the event loop that first awaits it; close it there.
+
+    Args:
+        config: where and how.
+        limiter: shared with the other processes of the job; one of its own otherwise.
+        stats: counts; new ones otherwise.
+
+    Raises:
+        ConfigError: on construction, if a key's environment variable is missing.
+    """
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        *,
+        limiter: Limiter | None = None,
+        stats: StatsRecorder | None = None,
+    ) -> None:
+        self.config = config
+        self._pool = Pool(config)
+        self._transport = Transport(config.timeout_s, tuple(endpoint.key for endpoint in self._pool.endpoints))
+        self._limiter: Limiter = limiter or LocalLimiter(Limits.of(config))
+        self._stats = stats or StatsRecorder()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(model={self.config.model!r}, base_url={self.config.base_url!r})"
+
+    async def __aenter__(self) -> ChatClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close connections, limiter and cache."""
+        await self._transport.aclose()
+        await self._limiter.aclose()
+
+    @property
+    def stats(self) -> ChatStats:
+        """Counts since construction; may be read from any thread."""
+        return self._stats.snapshot()
+
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        *,
+        temperature: float,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] | None = None,
+        attempt: int = 0,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """One reply, whatever it says.
+
+        Args:
+            messages: the conversation.
+            temperature: of the sampling.
+            seed: sent if given; endpoints differ in what they make of it.
+            max_tokens: limit of the reply; the config's if None.
+            schema: JSON schema of the reply, for endpoints that can hold a model to one.
+            stop: texts that end the reply.
+            attempt: number of this repetition of the same question; a cache keeps them apart.
+            extra_body: further fields of the request, over the config's.
+
+        Raises:
+            ChatError: no reply; ``kind`` is ``parse`` (not a chat completion), ``timeout``, ``connection`` or ``status``.
+            BudgetError: the job has no call or no money left.
+        """
+        question = Question(
+            model=self.config.model,
+            messages=tuple(messages),
+            temperature=temperature,
+            max_tokens=max_tokens if max_tokens is not None else self.config.max_tokens,
+            seed=seed,
+            schema=schema if self.config.structured != "off" else None,
+            stop=tuple(stop) if stop else None,
+            extra_body={**self.config.extra_body, **(extra_body or {})},
+            attempt=attempt,
+        )
+        return await self._patiently(question)
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        parse: Callable[[str], T],
+        *,
+        temperatures: Sequence[float],
+        schema: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        parse_errors: tuple[type[Exception], ...] = (ValueError,),
+        explain: bool = True,
+    ) -> Asked[T]:
+        """A reply that ``parse`` can read, asked for up to ``len(temperatures)`` times.
+
+        Args:
+            messages: the conversation.
+            parse: reads the reply's text or raises one of ``parse_errors``.
+            temperatures: of each try.
+            schema, max_tokens, stop, extra_body: see :meth:`complete`.
+            seed: of the first try; each further one adds 1.
+            parse_errors: what ``parse`` raises when the reply is at fault.
+            explain: let the second try see the first reply and what is wrong with it.
+
+        Raises:
+            ChatError: no readable reply; ``parse`` or ``empty`` after the last try, or see :meth:`complete`.
+            BudgetError: the job has no call or no money left.
+        """
+        self._stats.asked()
+        try:
+            asked = await self._try_each(
+                list(messages), parse, temperatures, parse_errors, explain,
+                seed=seed, schema=schema, max_tokens=max_tokens, stop=stop, extra_body=extra_body,
+            )  # fmt: skip
+        except ChatError as error:
+            self._stats.failed(error.kind)
+            raise
+        self._stats.solved()
+        return asked
+
+    async def check(self) -> None:
+        """Ask every address once whether it is there, lets us in and serves the model; for the start of a run.
+
+        Raises:
+            ConfigError: one line that names the address and what is wrong.
+        """
+        await asyncio.gather(*map(self._check_endpoint, self._pool.endpoints))
+
+    async def _try_each(
+        self,
+        messages: list[Message],
+        parse: Callable[[str], T],
+        temperatures: Sequence[float],
+        parse_errors: tuple[type[Exception], ...],
+        explain: bool,
+        *,
+        seed: int | None,
+        **how: Any,
+    ) -> Asked[T]:
+        last_try, complaint = len(temperatures), list[Message]()
+        unusable: tuple[type[Exception], ...] = (ChatError, *parse_errors)
+        for number, temperature in enumerate(temperatures, start=1):
+            tried_seed = None if seed is None else seed + number - 1
+            completion = await self.complete(
+                messages + complaint, temperature=temperature, seed=tried_seed, attempt=number - 1, **how
+            )
+            try:
+                if not completion.text.strip():
+                    raise ChatError("empty", "the reply is empty")
+                return Asked(parse(completion.text), completion, number)
+            except unusable as error:
+                failure = ChatError(getattr(error, "kind", "parse"), one_line(str(error)))
+            self._stats.unreadable()
+            if number == last_try:
+                raise ChatError(failure.kind, f"{failure} (try {number} of {last_try})")
+            complaint = _complaint(completion.text, str(failure)) if explain and number == 1 else []
+            self._repeat(failure.kind, str(failure))
+        raise AssertionError("unreachable: there is at least one temperature")
+
+    async def _patiently(self, question: Question) -> Completion:
+        """A reply; repeats the call while it fails in a way that may pass or another address may do better."""
+        avoid: set[Endpoint] = set()
+        # One controller per question: tenacity's keeps the state of the iteration it is in.
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(1 + self.config.connection_retries),
+            wait=lambda state: self._wait_s(state, avoid),
+            retry=retry_if_exception(lambda error: isinstance(error, CallError) and self._may_heal(error, avoid)),
+            before_sleep=self._before_sleep,
+            reraise=True,
+        )
+        return await retrying(self._anywhere, question, avoid)
+
+    async def _anywhere(self, question: Question, avoid: set[Endpoint]) -> Completion:
+        """One call at the best address; on failure that address is added to ``avoid``."""
+        while (endpoint := self._pool.pick(avoid)) is None:
+            await asyncio.sleep(min(self._pool.wait_s(), 1.0))
+        endpoint.in_flight += 1
+        try:
+            completion = await self._call(endpoint, question)
+        except CallError as failure:
+            avoid.add(endpoint)
+            self._pool.failed(endpoint, failure)
+            raise
+        finally:
+            endpoint.in_flight -= 1
+        self._pool.succeeded(endpoint)
+        return completion
+
+    async def _call(self, endpoint: Endpoint, question: Question) -> Completion:
+        """One call, or two where the endpoint is found to refuse the schema."""
+        structured = question.schema is not None and endpoint.structured is not False
+        try:
+            completion = await self._send(endpoint, question, structured)
+        except CallError as failure:
+            undecided = structured and endpoint.structured is None and self.config.structured == "auto"
+            if not undecided or failure.status not in _SCHEMA_REFUSED:
+                raise
+            self._repeat("structured", str(failure))
+            completion = await self._send(endpoint, question, structured=False)
+            endpoint.structured = False
+            return completion
+        if structured:
+            endpoint.structured = True
+        return completion
+
+    async def _send(self, endpoint: Endpoint, question: Question, structured: bool) -> Completion:
+        """One HTTP call, once the limiter lets it go. No lease is held while waiting for a repetition."""
+        price = self.config.price.get(endpoint.model)
+        most = (question.prompt_tokens, question.max_tokens)
+        lease = await self._limiter.acquire(sum(most), price.usd(*most) if price else 0.0)
+        tokens, usd = 0, 0.0
+        try:
+            self._stats.called()
+            started = time.monotonic()
+            payload = question.payload(endpoint.model, structured)
+            body = await self._transport.post(endpoint.url("chat/completions"), endpoint.key, payload)
+            completion = read_completion(body)
+            used = (completion.prompt_tokens, completion.completion_tokens)
+            if used == (0, 0):  # not reported, but not free
+                used = (question.prompt_tokens, math.ceil(len(completion.text) / CHARS_PER_TOKEN))
+            tokens, usd = sum(used), price.usd(*used) if price else 0.0
+            self._stats.answered(time.monotonic() - started, completion.prompt_tokens, completion.completion_tokens, usd)
+            return completion
+        finally:
+            self._limiter.settle(lease, tokens, usd)
+
+    async def _check_endpoint(self, endpoint: Endpoint) -> None:
+        try:
+            if endpoint.model not in await self._listed_models(endpoint) or self.config.structured == "on":
+                # Not every endpoint lists its models, or all of their names. A real call decides.
+                await self._probe(endpoint)
+        except CallError as failure:
+            raise ConfigError(self._explain(endpoint, failure)) from None
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        must = self.config.structured == "on"
+        question = Question(
+            endpoint.model,
+            tuple(_PROBE),
+            0.0,
+            self.config.max_tokens,
+            schema=_PROBE_SCHEMA,
+            extra_body=self.config.extra_body,
+        )
+        lacks = f"{self.config.section}.structured=on: {endpoint.base_url} does not hold {endpoint.model} to a JSON schema"
+        try:
+            completion = await self._send(endpoint, question, structured=must)
+        except CallError as failure:
+            if must and failure.status in _SCHEMA_REFUSED:
+                raise ConfigError(f"{lacks} ({failure}); set it to auto") from None
+            raise
+        if must and not _is_object_with(completion.text, "answer"):
+            raise ConfigError(f"{lacks} (it said: {one_line(completion.text, 60)}); set it to auto")
+
+    async def _listed_models(self, endpoint: Endpoint) -> list[str]:
+        """Ids under ``/models``; empty if the endpoint does not say."""
+        try:
+            body = await self._transport.get(endpoint.url("models"), endpoint.key)
+        except CallError as failure:
+            if failure.status is None or failure.status in (401, 403):
+                raise
+            return []
+        return read_model_ids(body)
+
+    def _may_heal(self, failure: CallError, avoid: set[Endpoint]) -> bool:
+        return failure.transient or (failure.status in REFUSALS and self._pool.has_other(avoid))
+
+    def _wait_s(self, state: RetryCallState, avoid: set[Endpoint]) -> float:
+        if self._pool.has_other(avoid):
+            return 0.0
+        backoff_s = wait_random_exponential(multiplier=self.config.backoff_initial_s, max=self.config.backoff_max_s)(state)
+        return max(backoff_s, min(_failure(state).retry_after_s, self.config.retry_after_max_s))
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        failure = _failure(state)
+        self._repeat(failure.cause, str(failure))
+
+    def _repeat(self, cause: str, reason: str) -> None:
+        self._stats.repeated(cause)
+        _log.info("%s %s: asking again: %s", self.config.section, self.config.model, reason)
+
+    def _explain(self, endpoint: Endpoint, failure: CallError) -> str:
+        section = self.config.section
+        if failure.status in (401, 403):
+            cure = f"check the key in {endpoint.key_env}" if endpoint.key_env else f"set {section}.api_key_env"
+        elif failure.status is not None:
+            cure = f"check {section}.model ({endpoint.model}) and the address, which often ends in /v1"
+        else:
+            cure = f"start the {section} or correct the address"
+        return f"{section}.base_url {endpoint.base_url}: {failure}; {cure}"
+
+
+def _complaint(reply: str, reason: str) -> list[Message]:
+    """What the second try adds to the conversation."""
+    shown = reply[:_SHOWN_REPLY_CHARS].strip() or "(nothing)"
+    request = f"This reply cannot be used: {reason}. Answer the question again, in exactly the form it asks for."
+    return [{"role": "assistant", "content": shown}, {"role": "user", "content": request}]
+
+
+def _is_object_with(text: str, key: str) -> bool:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and key in record
+
+
+def _failure(state: RetryCallState) -> CallError:
+    assert state.outcome is not None
+    failure = state.outcome.exception()
+    assert isinstance(failure, CallError)
+    return failure

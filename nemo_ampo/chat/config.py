@@ -1,0 +1,174 @@
+"""Where a chat endpoint is, how patiently it is asked and what it may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from nemo_ampo.errors import ConfigError
+
+STRUCTURED = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class PoolMember:
+    """One more address that serves the same model.
+
+    Attributes:
+        base_url: as in :class:`EndpointConfig`.
+        model: the model's name there; null takes the section's ``model``.
+        api_key_env: environment variable that holds this endpoint's key; null takes the section's.
+    """
+
+    base_url: str
+    model: str | None = None
+    api_key_env: str | None = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a model's tokens cost.
+
+    Attributes:
+        input_per_million, output_per_million: US dollars per million prompt and completion tokens.
+    """
+
+    input_per_million: float
+    output_per_million: float
+
+    def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Dollars for one call."""
+        return (prompt_tokens * self.input_per_million + completion_tokens * self.output_per_million) / 1e6
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible chat API. Holds the name of a key's environment variable, never a key.
+
+    Attributes:
+        base_url: address of the API, usually ending in ``/v1``.
+        model: model name as the endpoint knows it.
+        api_key_env: environment variable that holds the API key; empty if the endpoint needs none.
+        endpoints: further addresses that serve the same model; calls are spread over all of them.
+        max_tokens: longest reply asked for, tokens.
+        timeout_s: seconds one HTTP call may take from first to last byte.
+        max_concurrency: HTTP calls in flight at a time, whole job.
+        requests_per_minute, tokens_per_minute: most in any 60 seconds, whole job; 0 sets no limit. Prompt tokens are
+            estimated at 4 characters each and the reply at ``max_tokens`` until the endpoint has said what it was.
+        connection_retries: how often one call is repeated after a timeout, a broken connection, status 408, 409, 429
+            or 5xx.
+        backoff_initial_s: upper bound of the random wait before the first such repetition, seconds; it
+            doubles each time.
+        backoff_max_s: upper bound of that bound, seconds.
+        retry_after_max_s: a wait the endpoint asks for (``Retry-After``) is obeyed up to this many seconds, also
+            above ``backoff_max_s``.
+        structured: ``auto`` sends a JSON schema and does without once the endpoint refuses it, ``on`` stops at the
+            start if the endpoint lacks it, ``off`` never sends one.
+        extra_body: fields added to each request's body; one that is null is left out of it.
+        price: model name to what its tokens cost.
+        max_usd: dollars the job may spend, resumed runs included; null sets no limit.
+        max_calls: HTTP calls the job may send, resumed runs included; null sets no limit.
+        cache: file that keeps every reply; a question asked before is answered from it, free of charge.
+        replay: such a file, read instead of asking: no call is sent, and a question it does not hold ends the run.
+    """
+
+    section: ClassVar[str] = "endpoint"
+    """Name of the config section, for error messages."""
+
+    base_url: str
+    model: str
+    api_key_env: str = ""
+    endpoints: list[PoolMember] = field(default_factory=list)
+    max_tokens: int = 2048
+    timeout_s: float = 60.0
+    max_concurrency: int = 64
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    connection_retries: int = 4
+    backoff_initial_s: float = 1.0
+    backoff_max_s: float = 30.0
+    retry_after_max_s: float = 300.0
+    structured: str = "auto"
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    price: dict[str, Price] = field(default_factory=dict)
+    max_usd: float | None = None
+    max_calls: int | None = None
+    cache: str | None = None
+    replay: str | None = None
+
+    def __post_init__(self) -> None:
+        # YAML reads a bare `on` as true.
+        switch = {"True": "on", "False": "off"}.get(str(self.structured), self.structured)
+        object.__setattr__(self, "structured", switch)
+        self._check("structured", switch in STRUCTURED, f"must be one of {', '.join(STRUCTURED)}, not {switch!r}")
+        self._check("model", bool(self.model.strip()), "must not be empty")
+        for key, url in self._addresses():
+            self._check_url(key, url)
+        for key in ("max_tokens", "max_concurrency"):
+            self._check(key, getattr(self, key) >= 1, f"must be at least 1, not {getattr(self, key)}")
+        for key in ("connection_retries", "requests_per_minute", "tokens_per_minute"):
+            self._check(key, getattr(self, key) >= 0, f"must not be negative ({getattr(self, key)})")
+        for key in ("timeout_s", "backoff_initial_s", "backoff_max_s", "retry_after_max_s"):
+            seconds = getattr(self, key)
+            positive = math.isfinite(seconds) and seconds > 0
+            self._check(key, positive, f"must be a positive number of seconds, not {seconds}")
+        self._check(
+            "backoff_max_s",
+            self.backoff_max_s >= self.backoff_initial_s,
+            f"must not be less than {self.section}.backoff_initial_s ({self.backoff_initial_s})",
+        )
+        self._check_budget()
+        self._check(
+            "replay", not (self.cache and self.replay), f"give {self.section}.cache or {self.section}.replay, not both"
+        )
+
+    @property
+    def members(self) -> list[PoolMember]:
+        """All addresses, the first one included, with nothing left to inherit."""
+        first = PoolMember(self.base_url)
+        return [
+            PoolMember(
+                m.base_url,
+                m.model if m.model is not None else self.model,
+                m.api_key_env if m.api_key_env is not None else self.api_key_env,
+            )
+            for m in (first, *self.endpoints)
+        ]
+
+    def _addresses(self) -> list[tuple[str, str]]:
+        pool = [(f"endpoints[{i}].base_url", member.base_url) for i, member in enumerate(self.endpoints)]
+        return [("base_url", self.base_url), *pool]
+
+    def _check_budget(self) -> None:
+        for model, price in self.price.items():
+            for key in ("input_per_million", "output_per_million"):
+                usd = getattr(price, key)
+                sound = math.isfinite(usd) and usd >= 0
+                self._check(f"price.{model}.{key}", sound, f"must be dollars per million tokens, not {usd}")
+        priced = ", ".join(self.price) or "none"
+        for model in dict.fromkeys(str(member.model) for member in self.members):
+            named = not self.price or model in self.price
+            self._check("price", named, f"the table has no entry for model {model}; it has {priced}")
+        if self.max_usd is not None:
+            self._check("max_usd", math.isfinite(self.max_usd) and self.max_usd > 0, f"must be positive, not {self.max_usd}")
+            self._check("max_usd", bool(self.price), f"needs {self.section}.price, or nothing says what a call costs")
+        if self.max_calls is not None:
+            self._check("max_calls", self.max_calls >= 1, f"must be at least 1, not {self.max_calls}")
+
+    def _check_url(self, key: str, base_url: str) -> None:
+        # No message repeats the value: what should not stand in it may be a key.
+        try:
+            url = urlsplit(base_url)
+            is_http = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            is_http, url = False, urlsplit("")
+        self._check(key, is_http, "must be a URL like http://host:8000/v1")
+        no_secret = url.username is None and url.password is None and not url.query
+        rule = f"must not hold a user, password or query; name the key's variable in {self.section}.api_key_env"
+        self._check(key, no_secret, rule)
+
+    def _check(self, key: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"{self.section}.{key}: {rule}")
