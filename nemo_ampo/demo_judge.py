@@ -15,15 +15,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.prompts import read_judge_prompt
+from nemo_ampo.serve.local import run_app, server_process
 
 MODEL = "demo-judge"
 
@@ -45,9 +39,6 @@ Rules = Callable[[str, str, str, str, str], tuple[float, float]]
 """(dialogue, agent1 name, agent1 goal, agent2 name, agent2 goal) -> goal achievement of both, 0..10."""
 
 _log = logging.getLogger(__name__)
-
-_PARENT_POLL_S = 0.5
-_SHUTDOWN_S = 2
 
 
 @dataclass(frozen=True)
@@ -226,22 +217,14 @@ def run_demo_judge(
     Raises:
         UserError: if the address cannot be listened on.
     """
-    app = create_app(options or DemoJudgeOptions())
-    with _listen(host, port) as listener, _announced(ready_file) as announce:
-        base_url = _base_url(host, listener.getsockname()[1])
-
-        def on_ready() -> None:
-            announce(base_url)
-            _log.info("demo judge: base_url=%s model=%s", base_url, MODEL)
-
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S, lifespan="off"
-        )
-        # uvicorn raises the signal that stopped it once more; by default SIGTERM would then end us before we
-        # clean up.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            _Server(config, on_ready, parent_pid).run(sockets=[listener])
+    run_app(
+        create_app(options or DemoJudgeOptions()),
+        host=host,
+        port=port,
+        ready_file=ready_file,
+        parent_pid=parent_pid,
+        on_ready=lambda base_url: _log.info("demo judge: base_url=%s model=%s", base_url, MODEL),
+    )
 
 
 @contextlib.contextmanager
@@ -254,24 +237,10 @@ def demo_judge_process(options: DemoJudgeOptions | None = None, *, start_timeout
         UserError: if it does not come up, with what it printed.
     """
     options = options or DemoJudgeOptions()
-    with tempfile.TemporaryDirectory(prefix="demo-judge-") as folder:
-        ready_file, log_file = Path(folder, "url"), Path(folder, "log")
-        command = [sys.executable, "-m", "nemo_ampo.demo_judge", "--parent-pid", str(os.getpid())]
-        command += ["--ready-file", str(ready_file), "--latency-ms", str(options.latency_ms)]
-        command += ["--fail-rate", str(options.fail_rate), "--seed", str(options.seed)]
-        with log_file.open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_child_environment(),
-                start_new_session=True,  # Ctrl-C is for the run, which still needs verdicts to end its step
-            )
-        try:
-            yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s)
-        finally:
-            _stop(process)
+    command = [sys.executable, "-m", "nemo_ampo.demo_judge", "--latency-ms", str(options.latency_ms)]
+    command += ["--fail-rate", str(options.fail_rate), "--seed", str(options.seed)]
+    with server_process(command, what="the demo judge", start_timeout_s=start_timeout_s) as base_url:
+        yield base_url
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -298,27 +267,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _log.error("error: %s", error)
         return 2
     return 0
-
-
-class _Server(uvicorn.Server):
-    """Says when it listens, and stops when its parent is gone."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], parent_pid: int | None) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-        self._parent_pid = parent_pid
-        self._watch: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-        if self._parent_pid is not None:
-            self._watch = asyncio.create_task(self._watch_parent(self._parent_pid))
-
-    async def _watch_parent(self, parent_pid: int) -> None:
-        while os.getppid() == parent_pid:
-            await asyncio.sleep(_PARENT_POLL_S)
-        self.should_exit = True
 
 
 def _text_of(message: dict[str, Any]) -> str:
@@ -363,71 +311,6 @@ def _completion(prompt: str, reply: str) -> dict[str, Any]:
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on --host {host} --port {port}: {error}") from None
-
-
-def _base_url(host: str, port: int) -> str:
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()  # Listening everywhere is for callers on other machines.
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-
-
-@contextlib.contextmanager
-def _announced(ready_file: Path | None) -> Iterator[Callable[[str], None]]:
-    """Yield the function that writes ``ready_file``; remove the file before and after."""
-    if ready_file is None:
-        yield lambda url: None
-        return
-
-    def announce(url: str) -> None:
-        partial = ready_file.with_name(f"{ready_file.name}.{os.getpid()}.tmp")
-        partial.write_text(url + "\n", encoding="utf-8")
-        partial.replace(ready_file)
-
-    ready_file.parent.mkdir(parents=True, exist_ok=True)
-    ready_file.unlink(missing_ok=True)
-    try:
-        yield announce
-    finally:
-        ready_file.unlink(missing_ok=True)
-
-
-def _child_environment() -> dict[str, str]:
-    """This environment, with the package importable also when it is not installed."""
-    package_root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])])}
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float) -> str:
-    # A proxy of the environment must not be asked for a server on this machine.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        if ready_file.exists():
-            base_url = ready_file.read_text(encoding="utf-8").strip()
-            with contextlib.suppress(OSError):
-                direct.open(base_url.removesuffix("/v1") + "/health", timeout=5).close()
-                return base_url
-        time.sleep(0.02)
-    state = "is not ready" if process.poll() is None else f"exited with status {process.returncode}"
-    raise UserError(f"the demo judge {state}: {log_file.read_text(encoding='utf-8', errors='replace').strip()}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=2 * _SHUTDOWN_S + 1)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

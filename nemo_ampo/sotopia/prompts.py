@@ -7,7 +7,7 @@ authors' view, with which the paper's numbers were made. A number means nothing 
 with. The names stand above the backgrounds and in front of the utterances in either view, also between
 strangers.
 
-The wording lives in ``prompts/*.txt`` beside this file.
+The wording lives in ``nemo_ampo/prompts/sotopia/*.txt``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PLACEHOLDERS: dict[str, frozenset[str]] = {
     "bio_secret": frozenset({"secret"}),
 }
 
-OWN_TEXTS = Path(__file__).with_name("prompts")
+OWN_TEXTS = Path(__file__).parent.with_name("prompts") / "sotopia"
 
 
 @cache
@@ -195,10 +195,19 @@ def agent_instruction(
         texts: the wording; the project's own by default.
     """
     texts = texts or load_texts()
+    return instruction_after(instruction_head(scenario, seat, view, texts), turn, dialog, texts)
+
+
+def instruction_head(scenario: Scenario, seat: Seat, view: View = "sotopia", texts: PromptTexts | None = None) -> str:
+    """The part of :func:`agent_instruction` that stays the same for a whole episode: role and context."""
+    texts = texts or load_texts()
     role = texts.role.render(name=scenario.agent(seat).name)
-    context = context_block(scenario, seat, view, texts)
-    notice = texts.notice.render(turn=str(turn))
-    return f"{role}\n\n{context}\n{notice}\n" + "\n".join(dialog)
+    return f"{role}\n\n{context_block(scenario, seat, view, texts)}"
+
+
+def instruction_after(head: str, turn: int, dialog: Sequence[str], texts: PromptTexts) -> str:
+    """The whole user message, from its first part."""
+    return f"{head}\n{texts.notice.render(turn=str(turn))}\n" + "\n".join(dialog)
 
 
 def _sentence(text: str) -> str:

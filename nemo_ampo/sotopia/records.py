@@ -88,7 +88,6 @@ class Turn:
             be saved) or ``silent``; None when all is well.
         finish_reason: as the endpoint reports it; ``length`` means cut off.
         seed: sampling seed of the call.
-        tries: calls it took.
     """
 
     index: int
@@ -103,7 +102,6 @@ class Turn:
     failed: str | None = None
     finish_reason: str | None = None
     seed: int = 0
-    tries: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""How a checkpoint is served."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from nemo_ampo.errors import ConfigError
+
+
+class ServeEngine(StrEnum):
+    """Which server."""
+
+    auto = "auto"
+    """vllm, else trtllm, else embedded: the first one that is installed and can do what is asked."""
+    vllm = "vllm"
+    trtllm = "trtllm"
+    embedded = "embedded"
+
+
+PROGRAMS: Mapping[ServeEngine, str] = {ServeEngine.vllm: "vllm", ServeEngine.trtllm: "trtllm-serve"}
+"""The command each foreign server is started with."""
+
+
+@dataclass
+class ServeConfig:
+    """How local checkpoints are served.
+
+    Attributes:
+        engine: auto, vllm, trtllm or embedded.
+        host: address to listen on.
+        device: auto, cpu or gpu; of the embedded server.
+        dtype: auto (as stored), float32, bfloat16 or float16; of the embedded server.
+        max_batch: requests decoded together; of the embedded server.
+        start_timeout_s: seconds until a server must answer; loading a large model takes minutes.
+        extra_args: further words for the command line of vllm or trtllm-serve.
+    """
+
+    engine: ServeEngine = ServeEngine.auto
+    host: str = "127.0.0.1"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_batch: int = 32
+    start_timeout_s: float = 1200.0
+    extra_args: list[str] = field(default_factory=list)
+
+
+def check_serve(config: ServeConfig) -> None:
+    """Rules between keys.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, allowed in (("device", ("auto", "cpu", "gpu")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
+        if getattr(config, key) not in allowed:
+            raise ConfigError(f"serve.{key}: expected one of {', '.join(allowed)}, got {getattr(config, key)!r}")
+    if config.max_batch < 1:
+        raise ConfigError(f"serve.max_batch: at least 1, got {config.max_batch}")
+    if config.start_timeout_s <= 0:
+        raise ConfigError(f"serve.start_timeout_s: must be positive, got {config.start_timeout_s}")
+    if config.extra_args and config.engine is ServeEngine.embedded:
+        raise ConfigError("serve.extra_args: the embedded server takes none")
+
+
+def choose_engine(config: ServeConfig, mode_dial: bool = False) -> ServeEngine:
+    """The server to start.
+
+    Args:
+        config: what was asked for.
+        mode_dial: the run biases the choice of the mode, which only the embedded server can do.
+
+    Raises:
+        ConfigError: the one asked for is not installed or cannot do it.
+    """
+    if config.engine is ServeEngine.auto:
+        if mode_dial:
+            return ServeEngine.embedded
+        return next((engine for engine, program in PROGRAMS.items() if shutil.which(program)), ServeEngine.embedded)
+    if mode_dial and config.engine is not ServeEngine.embedded:
+        raise ConfigError(f"policy.mode_bias: serve.engine={config.engine.value} cannot bias the mode; take embedded")
+    program = PROGRAMS.get(config.engine)
+    if program is not None and shutil.which(program) is None:
+        raise ConfigError(f"serve.engine: {config.engine.value} needs the command {program}, which is not on the PATH")
+    return config.engine

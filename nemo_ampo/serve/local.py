@@ -1,0 +1,202 @@
+"""Small servers on this machine: listen, say where, stop with the parent; and the other side, start one and wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from nemo_ampo.errors import UserError
+
+_PARENT_POLL_S = 0.5
+SHUTDOWN_S = 2
+"""Seconds a server gives its open requests when it is told to stop."""
+
+
+def run_app(
+    app: Any,
+    *,
+    host: str,
+    port: int,
+    ready_file: Path | None,
+    parent_pid: int | None,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve an ASGI application until SIGINT or SIGTERM.
+
+    Args:
+        app: the application.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        ready_file: gets the base URL once the server listens, complete or not at all; removed when it stops.
+        parent_pid: stop as soon as this process is no longer the parent.
+        on_ready: called with the base URL once the server listens.
+
+    Raises:
+        UserError: if the address cannot be listened on.
+    """
+    with _listen(host, port) as listener, _announced(ready_file) as announce:
+        base_url = base_url_of(host, listener.getsockname()[1])
+
+        def ready() -> None:
+            announce(base_url)
+            on_ready(base_url)
+
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, lifespan="off"
+        )
+        # uvicorn raises the signal that stopped it once more; by default SIGTERM would then end us before we
+        # clean up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            _Server(config, ready, parent_pid).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and stops when its parent is gone."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None], parent_pid: int | None) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+        self._parent_pid = parent_pid
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+        if self._parent_pid is not None:
+            self._watch = asyncio.create_task(self._watch_parent(self._parent_pid))
+
+    async def _watch_parent(self, parent_pid: int) -> None:
+        while os.getppid() == parent_pid:
+            await asyncio.sleep(_PARENT_POLL_S)
+        self.should_exit = True
+
+
+@contextlib.contextmanager
+def server_process(
+    command: Sequence[str],
+    *,
+    what: str,
+    start_timeout_s: float,
+    base_url: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Run a server as a process of its own and yield its base URL once its ``/health`` answers.
+
+    The process is stopped on leaving the block.
+
+    Args:
+        command: program and arguments. Without ``base_url`` it must understand ``--ready-file FILE`` and
+            ``--parent-pid PID`` as :func:`run_app` does.
+        what: the server's name in messages.
+        start_timeout_s: seconds until it must be healthy.
+        base_url: where it will listen, for a server that cannot say so itself.
+        environment: of the process; this process's one, with the package importable, by default.
+
+    Raises:
+        UserError: if it does not come up, with the last line it printed.
+    """
+    with tempfile.TemporaryDirectory(prefix="server-") as folder:
+        ready_file, log_file = Path(folder, "url"), Path(folder, "log")
+        if base_url is None:
+            command = [*command, "--parent-pid", str(os.getpid()), "--ready-file", str(ready_file)]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environment) if environment is not None else child_environment(),
+                start_new_session=True,  # Ctrl-C is for the run, which still needs the server to end its step
+            )
+        try:
+            yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s, what, base_url)
+        finally:
+            _stop(process)
+
+
+def free_port(host: str) -> int:
+    """A port that was free a moment ago."""
+    with _listen(host, 0) as listener:
+        return int(listener.getsockname()[1])
+
+
+def base_url_of(host: str, port: int) -> str:
+    """Where callers find a server."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()  # Listening everywhere is for callers on other machines.
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def child_environment() -> dict[str, str]:
+    """This environment, with the package importable also when it is not installed."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])])}
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on --host {host} --port {port}: {error}") from None
+
+
+@contextlib.contextmanager
+def _announced(ready_file: Path | None) -> Iterator[Callable[[str], None]]:
+    """Yield the function that writes ``ready_file``; remove the file before and after."""
+    if ready_file is None:
+        yield lambda url: None
+        return
+
+    def announce(url: str) -> None:
+        partial = ready_file.with_name(f"{ready_file.name}.{os.getpid()}.tmp")
+        partial.write_text(url + "\n", encoding="utf-8")
+        partial.replace(ready_file)
+
+    ready_file.parent.mkdir(parents=True, exist_ok=True)
+    ready_file.unlink(missing_ok=True)
+    try:
+        yield announce
+    finally:
+        ready_file.unlink(missing_ok=True)
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float, what: str, base_url: str | None
+) -> str:
+    # A proxy of the environment must not be asked for a server on this machine.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        url = base_url or (ready_file.read_text(encoding="utf-8").strip() if ready_file.exists() else None)
+        if url is not None:
+            with contextlib.suppress(OSError):
+                direct.open(url.removesuffix("/v1") + "/health", timeout=5).close()
+                return url
+        time.sleep(0.02)
+    state = "is not ready" if process.poll() is None else f"exited with status {process.returncode}"
+    printed = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
+    raise UserError(f"{what} {state}: {printed[-1].removeprefix('error: ')}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=2 * SHUTDOWN_S + 1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,255 @@
+"""Who speaks: a chat endpoint behind one character, and what of its reply may be heard.
+
+An agent is any OpenAI-compatible endpoint: a remote API, a reasoning model, or a local checkpoint that
+:mod:`nemo_ampo.serve` serves. Told to use the thinking modes it gets the modes' system prompt and its replies are
+read by their grammar; otherwise its replies are plain speech. Hidden reasoning (``reasoning_content``, ``<think>``) is
+recorded and never spoken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from nemo_ampo.chat import Completion, EndpointConfig
+from nemo_ampo.data.chat import build_messages, encode_prompt
+from nemo_ampo.errors import ConfigError, FormatError
+from nemo_ampo.grammar import QUOTE, parse_reply, spoken_text
+from nemo_ampo.modes import MODES, NO_MODE
+from nemo_ampo.policy_files import system_prompt
+from nemo_ampo.runlog import sha256_of
+
+SILENT = "silent"
+"""Why a reply could not be heard: nothing in it may be spoken."""
+CHARACTERS_PER_TOKEN = 4
+"""For an endpoint whose tokenizer is not at hand."""
+
+_TRACE_OF_GRAMMAR = re.compile(r"<\|(?:begin|end)(?:_|$)|Thinking Level:")
+_LINE_BREAK = re.compile(r"\s*\n\s*")
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
+
+
+@dataclass(frozen=True)
+class AgentConfig(EndpointConfig):
+    """One agent: a checkpoint to be served here, or an endpoint that is there already.
+
+    Attributes:
+        base_url, model: of an endpoint; empty for a checkpoint.
+        timeout_s: as in EndpointConfig; generous, since a local server may have a queue.
+        checkpoint: Hugging Face folder, served for the run as ``serve.engine`` says; empty for an endpoint.
+        modes: told to use the thinking modes (system prompt), and read by their grammar.
+        system_prompt: text file that replaces the modes' system prompt, or gives one to an agent without modes.
+        tokenizer: Hugging Face folder that counts an endpoint's prompt tokens; empty estimates them at 4 characters
+            each. A checkpoint counts with its own.
+        temperature: 0 takes the most likely token.
+        top_p: nucleus of the sampling distribution; 1 samples from all of it.
+        mode_bias: mode to a number added to the logit of its digit where the mode is chosen: the mode dial. Only the
+            embedded server can do that.
+    """
+
+    section: ClassVar[str] = "agent"
+
+    base_url: str = ""
+    model: str = ""
+    timeout_s: float = 600.0
+    checkpoint: str = ""
+    modes: bool = False
+    system_prompt: str | None = None
+    tokenizer: str = ""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    mode_bias: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.base_url:
+            super().__post_init__()
+        self._check("temperature", 0 <= self.temperature <= 2, f"must lie in 0..2, not {self.temperature}")
+        self._check("top_p", 0 < self.top_p <= 1, f"must lie in 0..1 and not be 0, not {self.top_p}")
+        unknown = [str(mode) for mode in self.mode_bias if mode not in MODES]
+        self._check("mode_bias", not unknown, f"there is no mode {', '.join(unknown)}; the modes are 1..{max(MODES)}")
+        finite = all(math.isfinite(bias) for bias in self.mode_bias.values())
+        self._check("mode_bias", finite, "must hold finite numbers")
+        self._check("mode_bias", self.modes or not self.mode_bias, f"needs {self.section}.modes=true")
+
+    @property
+    def given(self) -> bool:
+        """The section names an agent."""
+        return bool(self.base_url or self.checkpoint)
+
+
+@dataclass(frozen=True)
+class PolicyConfig(AgentConfig):
+    """The agent under evaluation."""
+
+    section: ClassVar[str] = "policy"
+
+    modes: bool = True
+
+
+@dataclass(frozen=True)
+class PartnerConfig(AgentConfig):
+    """The agent on the other seat, where there is another one."""
+
+    section: ClassVar[str] = "partner"
+
+
+def check_agent(config: AgentConfig) -> None:
+    """An agent that can be reached, once its files are there.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    section = config.section
+    if bool(config.base_url) == bool(config.checkpoint):
+        given = "both" if config.base_url else "neither"
+        raise ConfigError(f"{section}.checkpoint, {section}.base_url: give exactly one of the two, not {given}")
+    if config.checkpoint and not (Path(config.checkpoint) / "config.json").is_file():
+        raise ConfigError(f"{section}.checkpoint: no Hugging Face folder at {config.checkpoint}")
+    if config.tokenizer and not Path(config.tokenizer).is_dir():
+        raise ConfigError(f"{section}.tokenizer: no folder at {config.tokenizer}")
+    if config.system_prompt is not None and not Path(config.system_prompt).is_file():
+        raise ConfigError(f"{section}.system_prompt: no such file: {config.system_prompt}")
+
+
+def system_text(config: AgentConfig) -> str | None:
+    """The agent's system prompt; None without one."""
+    if config.modes:
+        return system_prompt(Path(config.checkpoint or "."), config.system_prompt)
+    return Path(config.system_prompt).read_text(encoding="utf-8") if config.system_prompt else None
+
+
+def model_hash(config: AgentConfig) -> str:
+    """12 hex digits that tell models apart: of a checkpoint's files, or of an endpoint's model name."""
+    if not config.checkpoint:
+        return hashlib.sha256(config.model.encode()).hexdigest()[:12]
+    files = sorted({path for pattern in _WEIGHTS for path in Path(config.checkpoint).glob(pattern)})
+    digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    return hashlib.sha256(digests.encode()).hexdigest()[:12]
+
+
+class Chat(Protocol):
+    """The part of :class:`nemo_ampo.chat.ChatClient` that an agent needs."""
+
+    async def complete(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> Completion:
+        """One reply; raises ChatError when there is none after bounded retries."""
+        ...
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What came of one reply.
+
+    Attributes:
+        text: the words without the quotation marks around them, on one line; None when nothing may be spoken.
+        mode: as in :class:`nemo_ampo.sotopia.records.Turn`.
+        failed: as there.
+    """
+
+    text: str | None
+    mode: int | None
+    failed: str | None
+
+
+def hear(reply: str, modes: bool) -> Heard:
+    """Read a reply: the answer of a valid one, what can be saved of a broken one, never any grammar.
+
+    Line breaks inside the words become blanks, so that nobody can forge another speaker's line.
+    """
+    mode, failed = None, None
+    if modes:
+        try:
+            mode = parse_reply(reply).mode
+        except FormatError as error:
+            mode, failed = NO_MODE, error.rule
+    quoted = spoken_text(reply, thinking=modes)
+    words = _LINE_BREAK.sub(" ", quoted.strip(QUOTE).strip()) if quoted is not None else ""
+    if not words or _TRACE_OF_GRAMMAR.search(words):
+        return Heard(None, mode, SILENT)
+    return Heard(words, mode, failed)
+
+
+@dataclass(frozen=True)
+class Said:
+    """One reply of an agent.
+
+    Attributes:
+        heard: what of it may be spoken.
+        completion: as the endpoint sent it.
+        seed: of the call.
+    """
+
+    heard: Heard
+    completion: Completion
+    seed: int
+
+
+class Agent:
+    """One endpoint in one role.
+
+    Args:
+        config: how it is asked.
+        chat: the client of its endpoint; shared where two agents share an endpoint.
+        count_tokens: prompt tokens of messages.
+    """
+
+    def __init__(self, config: AgentConfig, chat: Chat, count_tokens: Callable[[list[dict[str, str]]], int]) -> None:
+        self.config = config
+        self._chat = chat
+        self._count = count_tokens
+        self._system = system_text(config)
+        self._extra: dict[str, Any] = {}
+        if config.top_p < 1:
+            self._extra["top_p"] = config.top_p
+        if config.mode_bias:
+            self._extra["mode_bias"] = {str(mode): bias for mode, bias in config.mode_bias.items()}
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Of the whole chat-templated prompt, system prompt included."""
+        return self._count(build_messages(self._system, prompt))
+
+    async def speak(self, prompt: str, seed: int) -> Said:
+        """One reply to ``prompt``.
+
+        Raises:
+            ChatError: the endpoint gave none, after its bounded retries.
+        """
+        completion = await self._chat.complete(
+            build_messages(self._system, prompt),
+            temperature=self.config.temperature,
+            seed=seed,
+            max_tokens=self.config.max_tokens,
+            extra_body=self._extra or None,
+        )
+        return Said(hear(completion.text, self.config.modes), completion, seed)
+
+
+def token_counter(config: AgentConfig) -> Callable[[list[dict[str, str]]], int]:
+    """How an agent's prompts are measured: by its tokenizer, or estimated for an endpoint without one.
+
+    Raises:
+        UserError: the folder's tokenizer has no usable chat template.
+    """
+    folder = config.checkpoint or config.tokenizer
+    if not folder:
+        return lambda messages: math.ceil(sum(len(m["content"]) for m in messages) / CHARACTERS_PER_TOKEN)
+
+    from transformers import AutoTokenizer
+
+    from nemo_ampo.data.chat import check_tokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    check_tokenizer(tokenizer)
+    return lambda messages: len(encode_prompt(messages, tokenizer))

@@ -1,0 +1,130 @@
+"""The engine against transformers' own ``generate`` on the same weights, many requests at once."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.policy_files import stop_token_ids
+from nemo_ampo.serve.engine import Engine, GenerateRequest, sample
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path):
+    engine = Engine(tiny_checkpoint, max_batch=4)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path):
+    """Greedy tokens by ``generate``, one prompt at a time, the stop token included."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, torch_dtype="auto").eval()
+    stops = list(stop_token_ids(tiny_checkpoint, AutoTokenizer.from_pretrained(tiny_checkpoint)))
+
+    def generate(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+        return out[0, len(prompt) :].tolist()
+
+    return generate
+
+
+def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
+    draw = random.Random(seed)
+    return [tuple(draw.randrange(3, 600) for _ in range(draw.randrange(1, 90))) for _ in range(count)]
+
+
+def test_many_requests_at_once_get_the_tokens_each_would_get_alone(engine: Engine, reference) -> None:
+    asked = [GenerateRequest(p, max_tokens=5 + 7 * (i % 5), temperature=0) for i, p in enumerate(prompts(23, seed=1))]
+    futures = [engine.submit(request) for request in asked]
+    for request, future in zip(asked, futures, strict=True):
+        assert list(future.result(timeout=60).ids) == reference(request.prompt, request.max_tokens)
+    lengths = {len(request.prompt) for request in asked}
+    assert len(lengths) > 10 and len({f.result().ids for f in futures}) > 10
+
+
+def test_a_seed_means_the_same_alone_and_in_company(engine: Engine) -> None:
+    (prompt, *others) = prompts(9, seed=2)
+    request = GenerateRequest(prompt, max_tokens=30, temperature=1.0, top_p=0.95, seed=5)
+    alone = engine.submit(request).result(timeout=60)
+    crowd = [engine.submit(GenerateRequest(p, max_tokens=40, temperature=1.0)) for p in others]
+    assert engine.submit(request).result(timeout=60) == alone
+    assert [f.result(timeout=60) for f in crowd]
+    other_seed = GenerateRequest(prompt, max_tokens=30, temperature=1.0, top_p=0.95, seed=6)
+    assert engine.submit(other_seed).result(timeout=60) != alone
+
+
+def test_a_stop_text_ends_the_reply_and_is_not_part_of_it(engine: Engine) -> None:
+    prompt = prompts(1, seed=3)[0]
+    whole = engine.submit(GenerateRequest(prompt, max_tokens=40, temperature=0)).result(timeout=60)
+    stop = whole.text[20:26]
+    cut = engine.submit(GenerateRequest(prompt, max_tokens=40, temperature=0, stop=(stop,))).result(timeout=60)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert (cut.finish_reason, len(cut.ids) < len(whole.ids)) == ("stop", True)
+
+
+def test_a_cancelled_request_leaves_and_the_others_go_on(engine: Engine, reference) -> None:
+    first, second, third = prompts(3, seed=4)
+    kept = engine.submit(GenerateRequest(first, max_tokens=60, temperature=0))
+    given_up = engine.submit(GenerateRequest(second, max_tokens=100_000, temperature=1.0))
+    given_up.cancel()
+    after = engine.submit(GenerateRequest(third, max_tokens=9, temperature=0))
+    assert list(kept.result(timeout=60).ids) == reference(first, 60)
+    assert list(after.result(timeout=60).ids) == reference(third, 9)
+    with pytest.raises(CancelledError):
+        given_up.result()
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_a_reply_ends_with_it(engine: Engine) -> None:
+    with pytest.raises(UserError, match="context_length_exceeded: 2048 prompt tokens, the context is 2048"):
+        engine.submit(GenerateRequest((5,) * 2048, max_tokens=1))
+    reply = engine.submit(GenerateRequest((5,) * 2040, max_tokens=100, temperature=0)).result(timeout=60)
+    assert len(reply.ids) <= 8
+
+
+def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: Engine, tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    prompt = engine.encode([{"role": "user", "content": "Hello"}])
+    opening = tuple(tokenizer.encode("Thinking Level:", add_special_tokens=False))
+    dial = engine._mode_dial()
+    assert tokenizer.decode([dial.choices[3]]).strip() == "3"
+    # A random model does not write the level line by itself; at the point where it stands the bias must decide.
+    assert dial.chooses_next(opening) and not dial.chooses_next((*opening, 5)) and not dial.chooses_next(())
+    biased = GenerateRequest(prompt, max_tokens=12, temperature=0, mode_bias={3: 1e4})
+    plain = GenerateRequest(prompt, max_tokens=12, temperature=0)
+    assert engine.submit(biased).result(timeout=60).ids == engine.submit(plain).result(timeout=60).ids
+
+
+def test_a_broken_step_fails_its_callers_and_the_engine_lives_on(engine: Engine, reference) -> None:
+    outside = GenerateRequest((10**6,), max_tokens=3, temperature=0)
+    with pytest.raises(EngineError, match="generation failed"):
+        engine.submit(outside).result(timeout=60)
+    prompt = prompts(1, seed=5)[0]
+    assert list(engine.submit(GenerateRequest(prompt, 6, temperature=0)).result(timeout=60).ids) == reference(prompt, 6)
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2, 1e-9]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [sample(logits, 1.0, 1.0, generator) for _ in range(4000)]
+    assert [drawn.count(i) / 4000 for i in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+    nucleus = [sample(logits, 1.0, 0.75, generator) for _ in range(4000)]
+    assert nucleus.count(0) / 4000 == pytest.approx(0.625, abs=0.03) and set(nucleus) == {0, 1}
+    cold = [sample(logits, 0.5, 1.0, generator) for _ in range(4000)]
+    assert cold.count(0) / 4000 == pytest.approx(25 / 38, abs=0.03)
