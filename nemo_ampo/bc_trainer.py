@@ -84,12 +84,13 @@ class BcTrainer(SupervisedTrainer):
                 validate, save, _ = check_progress(
                     self.step, self.max_steps, self.val_check_interval, self.cfg.save_interval, 1.0, ended
                 )
+                scores: dict[str, float] = {}
                 if validate and not ended:
-                    shown = self.validate()
+                    shown = scores = self.validate()
                     self._log(shown, "val")
                 progress.step(self.step, {k: v for k, v in (metrics | shown).items() if k in ("loss", "valid_replies")})
                 if save:
-                    self.save()
+                    self.save({f"bc/{name}": value for name, value in (metrics | scores).items()})
                 if ended and self.step < self.max_steps:
                     return False
         self.logger.finalize()
@@ -145,7 +146,7 @@ class BcTrainer(SupervisedTrainer):
         }
 
     def _log(self, metrics: dict[str, float], kind: str) -> None:
-        named = {f"bc/{name}": value for name, value in metrics.items()}
+        named = {f"bc/{name}": value for name, value in metrics.items()} | self.ckpt_callback.take_metrics()
         self.parts.run_log.metrics(self.step, named, kind)
         self.logger.log_metrics(named, step=self.step)
 

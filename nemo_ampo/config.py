@@ -7,7 +7,7 @@ Section classes owned by a part (judge, reward) are defined beside that part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -15,6 +15,8 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_ampo.checkpoint_config import CheckpointConfig
+from nemo_ampo.checkpoint_store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.rewards import RewardConfig
@@ -33,6 +35,8 @@ class RunConfig:
         verbose: show the frameworks' own log lines.
         init_from: the ``.nemo`` the stage starts from.
         log_rollouts: samples written to ``rollouts.jsonl`` per step; -1 writes all of them.
+        allow_changed: keys or sections in which a resumed run may differ from its checkpoint, such as
+            ``[algorithm.kl_coef]``; see docs/checkpoints.md.
     """
 
     dir: str = MISSING
@@ -41,6 +45,7 @@ class RunConfig:
     verbose: bool = False
     init_from: str = MISSING
     log_rollouts: int = -1
+    allow_changed: list[str] = field(default_factory=list)
 
 
 class OnTooLong(StrEnum):
@@ -188,6 +193,7 @@ class BcConfig:
 
     run: RunConfig
     data: BcDataConfig
+    checkpoint: CheckpointConfig
 
 
 @dataclass
@@ -200,6 +206,7 @@ class AmpoConfig:
     reward: RewardConfig
     algorithm: AlgorithmConfig
     judge: JudgeConfig
+    checkpoint: CheckpointConfig
 
 
 @dataclass
@@ -275,6 +282,7 @@ def check_bc(config: BcConfig) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    check_checkpoint(config.checkpoint)
     _file("run.init_from", config.run.init_from)
     _file("data.train", config.data.train)
     _file("data.heldout", config.data.heldout)
@@ -296,6 +304,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     from nemo_ampo.rollout import check_engine_name
 
     check_engine_name(config.rollout.engine)
+    check_checkpoint(config.checkpoint)
     _file("run.init_from", config.run.init_from)
     if (config.data.train is None) == (config.data.sotopia_dir is None):
         raise ConfigError("data.train, data.sotopia_dir: give exactly one of the two")

@@ -1,7 +1,7 @@
 """The run folder's own record: JSONL files are the source of truth, TensorBoard and friends are copies.
 
-A resumed run continues the same files; lines of steps that will be done again are dropped first, so that there is one
-line per step whatever happened in between.
+A resumed run continues the same files: they are first cut back to where they were when the checkpoint was written, so
+that there is one line per step whatever happened in between.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ from typing import Any
 
 import yaml
 
+from nemo_ampo.errors import UserError
+
+LOG_FILES = ("metrics.jsonl", "rollouts.jsonl")
+
 
 class RunLog:
     """Appends to ``metrics.jsonl`` and ``rollouts.jsonl``.
 
     Args:
         folder: run folder, created if absent.
-        first_step: lines at or after this step are dropped from existing files.
         active: False on ranks that must not write.
+        positions: bytes of each file to keep, as :func:`log_positions` gave them; a file without one starts anew. A new
+            run has none.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, active: bool = True, positions: Mapping[str, int] | None = None) -> None:
         self.folder = folder
         self._active = active
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            _drop_from_step(folder / name, first_step)
+        for name in LOG_FILES:
+            _cut(folder / name, (positions or {}).get(name, 0))
 
     def metrics(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """One line of numbers. NaN (nothing to average) is left out."""
@@ -94,8 +99,20 @@ def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) 
     write_once(folder / "provenance.json", json.dumps(record, indent=2))
 
 
-def _drop_from_step(path: Path, first_step: int) -> None:
-    if not path.exists():
-        return
-    kept = [row for row in read_jsonl(path) if row["step"] < first_step]
-    write_once(path, "".join(json.dumps(row) + "\n" for row in kept))
+def log_positions(folder: Path) -> dict[str, int]:
+    """Bytes of each log file, flushed to the disk: a checkpoint must not outlive the lines that lead up to it."""
+    positions = {}
+    for path in (folder / name for name in LOG_FILES):
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            positions[path.name] = path.stat().st_size
+    return positions
+
+
+def _cut(path: Path, position: int) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size < position:
+        raise UserError(f"{path}: has {size} bytes, the checkpoint was written after {position}; was the log replaced?")
+    if size > position:
+        os.truncate(path, position)

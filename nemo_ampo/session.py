@@ -1,4 +1,4 @@
-"""Opening the NeMo side of a stage: trainer, model from a ``.nemo``, optimizer, checkpoint callback, resume. [nemo]
+"""Opening the NeMo side of a stage: trainer, model from a ``.nemo``, optimizer, checkpoints, resume. [nemo]
 
 The order of calls is NeMo-Aligner's own (its example scripts); each recipe differs only in model class and data.
 """
@@ -6,6 +6,7 @@ The order of calls is NeMo-Aligner's own (its example scripts); each recipe diff
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,10 @@ from nemo.utils.exp_manager import exp_manager
 from nemo_aligner.utils.distributed import Timer
 from nemo_aligner.utils.train_script_utils import (
     CustomLoggerWrapper,
-    add_custom_checkpoint_callback,
     extract_optimizer_scheduler_from_ptl_model,
     init_distributed,
     init_using_ptl,
     resolve_and_create_trainer,
-    retrieve_custom_trainer_state_dict,
 )
 from nemo_aligner.utils.utils import (
     load_and_override_model_config,
@@ -30,7 +29,25 @@ from nemo_aligner.utils.utils import (
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ampo.checkpoint import load_overrides
+from nemo_ampo.checkpoint_config import CheckpointConfig
+from nemo_ampo.checkpoint_store import Store
 from nemo_ampo.padding import mask_padded_vocab
+from nemo_ampo.saving import Resumed, Saver
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a run's state is kept and what it may be continued by.
+
+    Attributes:
+        run_dir: run folder.
+        config: where training checkpoints go and which stay.
+        settings: what must not change over a resume, see :func:`nemo_ampo.run_identity.identity`.
+    """
+
+    run_dir: Path
+    config: CheckpointConfig
+    settings: Mapping[str, Any]
 
 
 @dataclass
@@ -41,18 +58,18 @@ class Session:
         model: built, restored, distributed.
         optimizer, scheduler: of the model.
         logger: NeMo's experiment loggers behind one call.
-        ckpt_callback: saves through NeMo's checkpoint format.
+        ckpt_callback: saves in Megatron's distributed format; None for a session that only looks.
         run_timer: ends the run before ``exp_manager.max_time_per_run``.
-        resumed: counters of the checkpoint the run continues from, or None.
+        resumed: counters and log positions of the checkpoint the run continues from, or None.
     """
 
     model: Any
     optimizer: Any
     scheduler: Any
     logger: CustomLoggerWrapper
-    ckpt_callback: Any
+    ckpt_callback: Saver | None
     run_timer: Timer
-    resumed: dict[str, int] | None
+    resumed: Resumed | None
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -90,9 +107,6 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
         # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
         cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
-        cfg.exp_manager.checkpoint_callback_params.model_parallel_size = (
-            cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
-        )
         cfg.model = OmegaConf.merge(
             load_and_override_model_config(nemo_file, cfg.model), load_overrides(nemo_file, assets, device)
         )
@@ -105,8 +119,9 @@ def open_session(
     nemo_file: str,
     num_rows: int,
     keep_reference: bool,
+    keep: Keep | None = None,
 ) -> Session:
-    """Build the model from its checkpoint and restore the run folder's last state, if it has one.
+    """Build the model from its checkpoint and restore the run's last state, if it has one.
 
     Args:
         cfg: prepared by :func:`prepare_config`.
@@ -115,6 +130,7 @@ def open_session(
         nemo_file: checkpoint the stage starts from.
         num_rows: of the training data.
         keep_reference: keep a copy of the starting weights as the reference policy.
+        keep: None neither restores nor saves.
     """
     trainer = resolve_and_create_trainer(cfg, algorithm)
     exp_manager(trainer, cfg.exp_manager)
@@ -125,18 +141,22 @@ def open_session(
         model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
             model, megatron_amp_O2=cfg.model.get("megatron_amp_O2", False)
         )
-    resumed = retrieve_custom_trainer_state_dict(trainer) if trainer.ckpt_path is not None else None
     init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
     rows = _SizedRows(num_rows)
     loader: Any = torch.utils.data.DataLoader(rows, batch_size=cfg.model.global_batch_size)
     init_using_ptl(trainer, model, loader, rows)
     optimizer, scheduler = extract_optimizer_scheduler_from_ptl_model(model)
+    saver = None
+    if keep is not None:
+        store = Store.of_run(keep.run_dir, keep.config)
+        parts = (trainer.strategy, model, optimizer, scheduler)
+        saver = Saver(store, keep.config, cfg.exp_manager.name, *parts, keep.settings, keep.run_dir)
     return Session(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         logger=CustomLoggerWrapper(trainer.loggers),
-        ckpt_callback=add_custom_checkpoint_callback(trainer, model),
+        ckpt_callback=saver,
         run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
-        resumed=resumed,
+        resumed=saver.restore() if saver else None,
     )

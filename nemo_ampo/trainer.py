@@ -83,7 +83,7 @@ class AmpoTrainer(ReinforceTrainer):
                 ended = ranks.any(stop.requested) or self.run_timer.is_finished()
                 _, save, _ = check_progress(self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended)
                 if save:
-                    self.save()
+                    self.save(result.metrics)
                 if ended and self.step < self.max_steps:
                     return False
         self.logger.finalize()
@@ -119,8 +119,9 @@ class AmpoTrainer(ReinforceTrainer):
         return [self.prompts[i] for i in rows_of_step(len(self.prompts), size, self.step, self.parts.seed)]
 
     def _log(self, result: StepResult) -> None:
-        self.run_log.metrics(self.step, result.metrics)
-        self.logger.log_metrics(result.metrics, step=self.step)
+        metrics = result.metrics | self.ckpt_callback.take_metrics()
+        self.run_log.metrics(self.step, metrics)
+        self.logger.log_metrics(metrics, step=self.step)
         rows = [sample_row(sample, value) for sample, value in zip(result.samples, result.advantages, strict=True)]
         self.run_log.rollouts(self.step, rows if self.log_rollouts < 0 else rows[: self.log_rollouts])
 

@@ -67,6 +67,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.judge import Judge, JudgeThread
     from nemo_ampo.policy_files import check_vocabulary, stop_token_ids, system_prompt
+    from nemo_ampo.run_identity import check_resume, identity, inputs
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
@@ -84,6 +85,8 @@ def run(cfg: DictConfig) -> bool:
     system = system_prompt(assets, config.data.system_prompt)
     turns, data_hashes = read_training_turns(config)
     prompts = encode_turns(turns, tokenizer, system, config)
+    settings = identity(cfg, inputs(data_hashes, config.run.init_from))
+    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"
@@ -101,16 +104,18 @@ def run(cfg: DictConfig) -> bool:
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import ENGINES
         from nemo_ampo.runlog import RunLog, write_provenance
-        from nemo_ampo.session import open_session, prepare_config
+        from nemo_ampo.session import Keep, open_session, prepare_config
         from nemo_ampo.trainer import AmpoTrainer
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
-        session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0)
+        session = open_session(
+            *(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0),
+            Keep(run_dir, config.checkpoint, settings),
+        )
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
         if ranks.is_main:
             write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), data_hashes)
-        first_step = session.resumed["step"] if session.resumed else 0
         trainer = AmpoTrainer(
             prompts=prompts,
             parts=Parts(
@@ -125,13 +130,13 @@ def run(cfg: DictConfig) -> bool:
                 pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 seed=config.run.seed,
             ),
-            run_log=RunLog(run_dir, first_step, ranks.is_main),
+            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None),
             log_rollouts=config.run.log_rollouts,
             cfg=cfg.trainer.reinforce,
             **session.trainer_arguments,
         )
         if session.resumed:
-            trainer.load_state_dict(session.resumed)
+            trainer.load_state_dict(session.resumed.counters)
         if not trainer.fit():
             return False
         save_nemo(session.model, run_dir / "policy.nemo", assets)

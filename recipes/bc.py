@@ -26,6 +26,8 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
     from nemo_ampo.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
+    from nemo_ampo.run_identity import check_resume, identity, inputs
+    from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
     check_parallel_layout(
@@ -46,6 +48,10 @@ def run(cfg: DictConfig) -> bool:
             f"model.global_batch_size: {cfg.model.global_batch_size} exceeds the {len(train.examples)} rows of data.train"
         )
 
+    hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
+    settings = identity(cfg, inputs(hashes, config.run.init_from))
+    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
+
     from nemo_ampo import compat
 
     device = compat.setup(config.run.device, config.run.verbose)
@@ -56,21 +62,21 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.checkpoint import save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout import ENGINES
-    from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.session import Keep, open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
-    session = open_session(cfg, "sft", GPTSFTModel, config.run.init_from, len(train.examples), False)
+    session = open_session(
+        *(cfg, "sft", GPTSFTModel, config.run.init_from, len(train.examples), False),
+        Keep(run_dir, config.checkpoint, settings),
+    )
     ranks = MegatronRanks()
     if ranks.is_main:
-        hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
         write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), hashes)
         if train.dropped:
             print(
                 f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}",
                 file=sys.stderr,
             )
-    first_step = session.resumed["step"] if session.resumed else 0
     trainer = BcTrainer(
         parts=BcParts(
             train=train.examples,
@@ -78,7 +84,7 @@ def run(cfg: DictConfig) -> bool:
             tokenizer=tokenizer,
             engine=ENGINES["megatron"](session.model, int(cfg.model.data.validation_ds.global_batch_size)),
             ranks=ranks,
-            run_log=RunLog(run_dir, first_step, ranks.is_main),
+            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None),
             data=data,
             stop_token_ids=stop_token_ids(assets, tokenizer),
             pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -88,7 +94,7 @@ def run(cfg: DictConfig) -> bool:
         **session.trainer_arguments,
     )
     if session.resumed:
-        trainer.load_state_dict(session.resumed)
+        trainer.load_state_dict(session.resumed.counters)
     if not trainer.fit():
         return False
     if system_prompt is not None and ranks.is_main:

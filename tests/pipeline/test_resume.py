@@ -1,57 +1,151 @@
-"""Stopped by Ctrl-C and continued equals never stopped."""
+"""A run that was stopped, killed and continued equals one that never was."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_runs import AMPO, AMPO_STEPS, ROOT, Quickstart
+from stage_runs import ROOT, Quickstart
 
+from nemo_ampo.checkpoint_store import Store
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl
 
 pytestmark = pytest.mark.slow
+STEPS, SAVE_EVERY, KILLED_AFTER = 10, 5, 7
+LAYOUTS = {
+    "one process": (1, []),
+    "data parallel": (2, []),
+    "tensor parallel": (2, ["model.tensor_model_parallel_size=2"]),
+}
+SMALL = [
+    *("rollout.prompts_per_step=2", "rollout.group_size=8", "rollout.max_new_tokens=96", "model.global_batch_size=16"),
+    *("model.micro_batch_size=4", "model.reinforce.forward_micro_batch_size=8"),
+    *(f"trainer.reinforce.max_steps={STEPS}", f"trainer.reinforce.save_interval={SAVE_EVERY}"),
+]
 
 
-def wait_for_steps(process: subprocess.Popen[bytes], path: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(read_jsonl(path)) < steps:
-        assert process.poll() is None, "the stage ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+class Job:
+    """One AMPO stage in a process group of its own."""
 
-
-def test_ctrl_c_leaves_a_folder_that_continues_exactly(quickstart: Quickstart, tmp_path: Path) -> None:
-    folder = tmp_path / "ampo"
-    with demo_judge_process() as url:
-        command = [
-            *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}", f"judge.base_url={url}"),
-            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
-            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
-            *AMPO,
+    def __init__(self, quickstart: Quickstart, folder: Path, judge_url: str, ranks: int, overrides: list[str]) -> None:
+        self.folder = folder
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+        self._command = [
+            *(sys.executable, "-m", *torchrun, "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}"),
+            *(f"judge.base_url={judge_url}", f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}"),
+            *(f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}", *SMALL, *overrides),
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
-        wait_for_steps(process, folder / "metrics.jsonl", 1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-        done = len(read_jsonl(folder / "metrics.jsonl"))
-        assert process.returncode == 75, errors.decode()
-        assert b"the same command continues" in errors
-        assert 1 <= done < AMPO_STEPS
-        assert not (folder / "policy.nemo").exists()
-        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    resumed = read_jsonl(folder / "metrics.jsonl")
-    straight = read_jsonl(quickstart.folder / "ampo" / "metrics.jsonl")
-    assert [r["step"] for r in resumed] == list(range(AMPO_STEPS))
-    for mine, other in zip(resumed, straight, strict=True):
-        for name in ("reward/mean", "tokens/response", "mode/1/share", "policy/loss", "policy/kl", "policy/grad_norm"):
-            assert mine[name] == pytest.approx(other[name], abs=1e-5), (mine["step"], name)
-    texts = [[r["text"] for r in read_jsonl(f / "rollouts.jsonl")] for f in (folder, quickstart.folder / "ampo")]
-    assert texts[0] == texts[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *overrides: str) -> Job:
+        self._errors = self.folder.with_name(f"{self.folder.name}.err")
+        with self._errors.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [*self._command, *overrides],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+                stdout=errors,
+                stderr=errors,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def said(self) -> str:
+        return self._errors.read_text()
+
+    @property
+    def steps(self) -> list[int]:
+        return [r["step"] for r in read_jsonl(self.folder / "metrics.jsonl")]
+
+    def wait_for_steps(self, count: int) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + 300
+        while len(self.steps) < count:
+            assert self._process.poll() is None, self.said[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To every process of the job at once, torchrun included."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def wait(self) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout=300)
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def judge_url() -> Iterator[str]:
+    with demo_judge_process() as url:
+        yield url
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url: str, tmp_path: Path, name: str) -> None:
+    ranks, overrides = LAYOUTS[name]
+    straight = Job(quickstart, tmp_path / "straight", judge_url, ranks, overrides).start()
+    broken = Job(quickstart, tmp_path / "broken", judge_url, ranks, overrides).start()
+    try:
+        broken.wait_for_steps(KILLED_AFTER)
+        broken.signal(signal.SIGKILL)
+        broken.wait()
+        assert KILLED_AFTER <= len(broken.steps) < STEPS
+        assert not (broken.folder / "policy.nemo").exists()
+        assert broken.start().wait() == 0, broken.said[-4000:]
+        assert straight.wait() == 0, straight.said[-4000:]
+    finally:
+        straight.stop()
+        broken.stop()
+    assert f"continuing from {broken.folder}/checkpoints/step-00000{SAVE_EVERY}" in broken.said
+    gap = largest_gap(broken.folder, straight.folder)
+    print(f"{name}: largest differences {gap}")
+    assert max(gap.values()) <= 1e-5
+
+
+def largest_gap(ours: Path, theirs: Path) -> dict[str, float]:
+    """Largest differences of a metric over all steps; prompts, replies and verdicts must be the very same."""
+    logs = [read_jsonl(f / "rollouts.jsonl") for f in (ours, theirs)]
+    for field in ("step", "row_id", "text", "agent1_score", "agent2_score", "reward"):
+        assert [r[field] for r in logs[0]] == [r[field] for r in logs[1]], field
+    metrics = [read_jsonl(f / "metrics.jsonl") for f in (ours, theirs)]
+    assert [[r["step"] for r in rows] for rows in metrics] == [list(range(STEPS))] * 2
+    names = [k for k in metrics[0][0] if k.startswith(("policy/", "reward/", "mode/", "engine/"))]
+    assert "policy/loss" in names and "policy/lr" in names
+    gaps = {k: max(abs(a.get(k, 0) - b.get(k, 0)) for a, b in zip(*metrics, strict=True)) for k in names}
+    gaps["advantage"] = max(abs(a["advantage"] - b["advantage"]) for a, b in zip(*logs, strict=True))
+    return gaps
+
+
+def test_ctrl_c_then_another_layout_and_a_changed_config(quickstart: Quickstart, judge_url: str, tmp_path: Path) -> None:
+    job = Job(quickstart, tmp_path / "run", judge_url, 1, ["trainer.reinforce.max_steps=3"]).start()
+    try:
+        job.wait_for_steps(1)
+        job.signal(signal.SIGINT)
+        assert job.wait() == 75, job.said[-4000:]
+        assert "the same command continues" in job.said
+        done = len(job.steps)
+        assert 1 <= done < 3
+        assert [c.step for c in Store(job.folder / "checkpoints").resumable()] == [done]
+        assert job.start("algorithm.kl_coef=0.5", "run.seed=9").wait() == 2
+        assert "algorithm.kl_coef: 0.001 -> 0.5; run.seed: 1 -> 9:" in job.said
+        assert len(job.steps) == done
+        assert job.start("algorithm.kl_coef=0.5", "run.allow_changed=[algorithm]").wait() == 0, job.said[-4000:]
+        assert job.steps == [0, 1, 2]
+    finally:
+        job.stop()

@@ -3,15 +3,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_ampo.runlog import RunLog, read_jsonl, sha256_of, write_provenance
+import pytest
+
+from nemo_ampo.errors import UserError
+from nemo_ampo.runlog import RunLog, log_positions, read_jsonl, sha256_of, write_provenance
 
 
 def test_one_line_per_step_after_a_resume(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     for step in range(5):
+        if step == 3:
+            positions = log_positions(tmp_path)
         log.metrics(step, {"reward/mean": float(step)})
         log.rollouts(step, [{"text": "a"}, {"text": "b"}])
-    again = RunLog(tmp_path, first_step=3)
+    again = RunLog(tmp_path, positions=positions)
     again.metrics(3, {"reward/mean": 30.0})
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["reward/mean"]) for r in rows] == [(0, 0), (1, 1), (2, 2), (3, 30)]
@@ -27,8 +32,18 @@ def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"st')
     assert [r["step"] for r in read_jsonl(path)] == [0, 1]
-    RunLog(tmp_path, first_step=2)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_log_that_ends_before_the_checkpoint_is_an_error(tmp_path: Path) -> None:
+    RunLog(tmp_path).metrics(0, {"a": 1.0})
+    with pytest.raises(UserError, match=r"metrics\.jsonl: has 35 bytes, the checkpoint was written after 36"):
+        RunLog(tmp_path, positions={"metrics.jsonl": 36})
+
+
+def test_a_new_run_in_an_old_folder_starts_its_logs_anew(tmp_path: Path) -> None:
+    RunLog(tmp_path).metrics(0, {"a": 1.0})
+    RunLog(tmp_path).metrics(0, {"a": 2.0})
+    assert [r["a"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [2.0]
 
 
 def test_silent_ranks_write_nothing(tmp_path: Path) -> None:

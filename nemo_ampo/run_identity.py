@@ -1,0 +1,114 @@
+"""Which settings make a run the run it is? A resume under others would be a different run that looks like one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.checkpoint_config import CheckpointConfig
+from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.runlog import sha256_of
+
+WATCHED = (
+    "run.seed",
+    "algorithm",
+    "reward",
+    "rollout",
+    "judge.model",
+    "judge.prompt",
+    "judge.temperatures",
+    "model.optim",
+    "model.global_batch_size",
+    "model.micro_batch_size",
+    "trainer.precision",
+    "trainer.gradient_clip_val",
+)
+"""Keys and sections that decide a run's numbers."""
+HARMLESS = ("rollout.batch_size",)
+"""Below a watched section, yet without influence on results."""
+FREE_FORM = ("model.optim",)
+"""Sections without a fixed set of keys: a key that appears is a change, not a newer version's default."""
+
+
+def identity(cfg: DictConfig, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The watched settings, flat, with the hashes of what the run reads.
+
+    Args:
+        cfg: composed config, before NeMo changes it.
+        hashes: of :func:`inputs`; a moved file is the same file.
+    """
+    flat = _flatten(OmegaConf.to_container(cfg, resolve=True), "")
+    watched = {key: value for key, value in flat.items() if _below(key, WATCHED) and not _below(key, HARMLESS)}
+    if cfg.model.optim.get("sched") is not None:
+        # The schedule is laid over these many steps; without one they only say when to stop.
+        watched |= {key: value for key, value in flat.items() if key == "trainer.max_steps"}
+    return watched | dict(hashes)
+
+
+def inputs(data_hashes: Mapping[str, str], init_from: str) -> dict[str, str]:
+    """The files a run reads, as :func:`identity` takes them. The starting policy is also the reference of the KL term."""
+    return {
+        "data": " ".join(data_hashes.values()),
+        "run.init_from": sha256_of(init_from),
+    }
+
+
+def check_resume(run_dir: Path, config: CheckpointConfig, settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Before anything heavy is loaded: would this start continue its run folder as the same run?
+
+    Raises:
+        ConfigError: as :func:`check_unchanged`.
+    """
+    checkpoints = Store.of_run(run_dir, config).resumable()
+    if checkpoints:
+        check_unchanged(checkpoints[0].manifest.config, settings, allowed, str(checkpoints[0].path))
+
+
+def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], where: str) -> list[str]:
+    """May a run with the ``new`` identity continue one with the ``old``?
+
+    Args:
+        old: of the checkpoint. A key it does not know cannot be compared (an older version wrote it).
+        new: of this start.
+        allowed: keys or sections that may differ (``run.allow_changed``).
+        where: the checkpoint, for the message.
+
+    Returns:
+        the keys that differ and may.
+
+    Raises:
+        ConfigError: naming each key that differs and may not.
+    """
+    changed = sorted(key for key in old if key in new and old[key] != new[key])
+    changed += sorted(key for key in old if key not in new)
+    changed += sorted(key for key in new if key not in old and _below(key, FREE_FORM))
+    refused = [key for key in changed if not _below(key, allowed)]
+    if refused:
+        told = "; ".join(f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}" for key in refused)
+        raise ConfigError(
+            f"{told}: {where} was written under other settings; continuing would silently change the run. Choose another "
+            f"run.dir, or allow it with 'run.allow_changed=[{','.join(refused)}]'"
+        )
+    return changed
+
+
+def _below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _flatten(value: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}…"

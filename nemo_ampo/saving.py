@@ -1,0 +1,311 @@
+"""Writing and restoring a run's whole state: weights, optimizer, schedule, counters, random numbers, log positions. [nemo]
+
+What is not here follows from the step number alone: the rows of a step, the seed of each response. See
+docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
+from omegaconf import OmegaConf
+
+from nemo_ampo.checkpoint_config import CheckpointConfig
+from nemo_ampo.checkpoint_store import (
+    OPTIMIZER,
+    WEIGHTS,
+    Checkpoint,
+    Layout,
+    Manifest,
+    Store,
+    damaged,
+    free_bytes,
+    list_files,
+    measure,
+)
+from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.runlog import log_positions
+from nemo_ampo.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
+
+RANDOM_STATES = "random"
+SPACE_MARGIN = 1.05
+"""Free space asked for, as a multiple of the expected size."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a restored run continues.
+
+    Attributes:
+        counters: of the trainer.
+        logs: bytes of each log file at that moment.
+    """
+
+    counters: dict[str, int]
+    logs: dict[str, int]
+
+
+class Saver:
+    """Stands where NeMo-Aligner's trainers expect a checkpoint callback; every rank calls it.
+
+    Args:
+        store: where checkpoints lie.
+        config: retention and failures.
+        stage: ``bc`` or ``ampo``.
+        strategy: Lightning's, which owns the optimizer.
+        model, optimizer, scheduler: as the trainer holds them.
+        settings: see :func:`nemo_ampo.run_identity.identity`.
+        run_dir: where the logs are.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: CheckpointConfig,
+        stage: str,
+        strategy: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        settings: Mapping[str, Any],
+        run_dir: Path,
+    ) -> None:
+        if not isinstance(optimizer, McoreDistributedOptimizer):
+            raise ConfigError("model.optim.name: checkpoints need mcore_distributed_optim")
+        self.store = store
+        self._config = config
+        self._stage = stage
+        self._strategy = strategy
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._settings = dict(settings)
+        self._run_dir = run_dir
+        self._rank = torch.distributed.get_rank()
+        self._last_bytes: int | None = None
+        self._last_step: int | None = None
+        self._failures = 0
+        self._news: dict[str, float] = {}
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def custom_save(self, monitor_candidates: Mapping[str, Any], is_train_end: bool = False) -> None:
+        """Write a checkpoint and apply the retention rules.
+
+        A failure keeps the older checkpoints and lets training go on; see ``checkpoint.max_failed_saves``.
+
+        Args:
+            monitor_candidates: the trainer's counters as tensors and the step's metrics as numbers.
+            is_train_end: Aligner passes it; a last checkpoint is like any other.
+
+        Raises:
+            UserError: too many saves failed in a row.
+        """
+        counters = {k: int(v) for k, v in monitor_candidates.items() if isinstance(v, torch.Tensor)}
+        metrics = {k: float(v) for k, v in monitor_candidates.items() if not isinstance(v, torch.Tensor)}
+        begin = time.monotonic()
+        try:
+            self._check_space()
+            checkpoint = self._write(counters, metrics)
+        except SaveFailedError as error:
+            self._alarm(counters["step"], str(error))
+        else:
+            self._failures = 0
+            self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+            self._news = {
+                "checkpoint/save_s": time.monotonic() - begin,
+                "checkpoint/bytes": float(checkpoint.manifest.bytes),
+                "checkpoint/failed_saves": 0.0,
+            }
+
+    def take_metrics(self) -> dict[str, float]:
+        """``checkpoint/`` metrics of the save since the last call; empty if there was none."""
+        news, self._news = self._news, {}
+        return news
+
+    def _write(self, counters: dict[str, int], metrics: dict[str, float]) -> Checkpoint:
+        main, folder = self._rank == 0, [""]
+        folder[0] = str(together(lambda: self.store.begin(counters["step"]) if main else Path()))
+        torch.distributed.broadcast_object_list(folder)
+        path = Path(folder[0])
+        write_shards(self._model.sharded_state_dict(), path / WEIGHTS)
+        write_shards(self._optimizer_state(is_loading=False), path / OPTIMIZER)
+        together(lambda: _save_random_states(path / RANDOM_STATES / f"rank-{self._rank:05d}.pt"))
+        together(lambda: OmegaConf.save(self._model.cfg, path / "model_config.yaml") if main else None)
+        files = self._measure(path)
+        published: list[Any] = [together(lambda: self._publish(path, counters, metrics, files) if main else None)]
+        torch.distributed.broadcast_object_list(published)
+        return published[0]
+
+    def _measure(self, path: Path) -> dict[str, dict[str, Any]]:
+        """Hashes are shared out over the ranks: one process would read a large checkpoint for minutes."""
+        size = torch.distributed.get_world_size()
+        mine = together(lambda: measure(path, list_files(path)[self._rank :: size]))
+        parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(size)]
+        torch.distributed.all_gather_object(parts, mine)
+        return dict(sorted((name, record) for part in parts for name, record in part.items()))
+
+    def _publish(
+        self, path: Path, counters: dict[str, int], metrics: dict[str, float], files: dict[str, dict[str, Any]]
+    ) -> Checkpoint:
+        score = metrics.get(self._config.best_metric)
+        if score is None and self._config.keep_best:
+            print(f"checkpoint.best_metric: step {counters['step']} has no {self._config.best_metric}", file=sys.stderr)
+        manifest = Manifest(
+            stage=self._stage,
+            step=counters["step"],
+            counters=counters,
+            layout=layout(),
+            config=self._settings,
+            score=score,
+            logs=log_positions(self._run_dir),
+            files=files,
+        )
+        checkpoint = self.store.publish(path, manifest)
+        self.store.prune(self._config)
+        return checkpoint
+
+    def _check_space(self) -> None:
+        needed = int(SPACE_MARGIN * (self._last_bytes or expected_bytes(self._model)))
+
+        def look() -> None:
+            free = free_bytes(self.store.folder)
+            if free < needed:
+                raise OSError(f"{self.store.folder}: {free / 1e9:.3g} GB free, a checkpoint needs {needed / 1e9:.3g} GB")
+
+        together(look)
+
+    def _alarm(self, step: int, reason: str) -> None:
+        self._failures += 1
+        self._news = {"checkpoint/failed_saves": float(self._failures)}
+        stays = "there is none yet" if self._last_step is None else f"the one of step {self._last_step} stays"
+        limit = self._config.max_failed_saves
+        if self._rank == 0:
+            self.store.sweep()
+            print(
+                f"ALARM: checkpoint of step {step} not written ({reason}); {stays}; failed saves in a row: "
+                f"{self._failures} of {limit}",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._failures >= limit:
+            raise UserError(
+                f"checkpoint.max_failed_saves: {self._failures} saves in a row failed ({reason}); stopped at step {step}, "
+                f"{stays}. Make room, then the same command continues"
+            )
+
+    # --- restoring --------------------------------------------------------------------------------------------------
+
+    def restore(self) -> Resumed | None:
+        """Put the newest intact checkpoint in place.
+
+        Returns:
+            where the run continues, or None without a checkpoint.
+
+        Raises:
+            UserError: it cannot be loaded under this layout.
+        """
+        checkpoint = self._choose()
+        if checkpoint is None:
+            return None
+        written, here = checkpoint.manifest.layout, layout()
+        try:
+            weights = read_shards(self._model.sharded_state_dict(), checkpoint.path / WEIGHTS)
+            state = read_shards(self._optimizer_state(is_loading=True), checkpoint.path / OPTIMIZER)
+        except CheckpointingException as error:
+            raise UserError(
+                f"{checkpoint.path}: written by {written}, cannot be loaded by {here}: {str(error).splitlines()[0]}"
+            ) from None
+        self._model.on_load_checkpoint({"state_dict": weights})
+        self._strategy.load_optimizer_state_dict({"optimizer_states": [state["optimizer"]]})
+        if state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if written == here:
+            _load_random_states(checkpoint.path / RANDOM_STATES / f"rank-{self._rank:05d}.pt")
+        elif self._rank == 0:
+            print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
+        self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+        return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
+
+    def _choose(self) -> Checkpoint | None:
+        """The newest one whose files have their hashes; what was passed over is said."""
+        main = self._rank == 0
+        found: list[list[Checkpoint]] = [[]]
+        if main:
+            self.store.sweep()
+            for bad in self.store.scan()[1]:
+                print(f"resume: {bad.path.name} is incomplete and ignored ({bad.reason})", file=sys.stderr)
+            found = [self.store.resumable()]
+        torch.distributed.broadcast_object_list(found)
+        size = torch.distributed.get_world_size()
+        for checkpoint in found[0]:
+            names = sorted(checkpoint.manifest.files)
+            try:
+                bad_files = together(lambda c=checkpoint, n=names: damaged(c.path, c.manifest, n[self._rank :: size]))  # type: ignore[misc]
+                agree(f"content of {bad_files[0]} differs from its hash" if bad_files else None)
+            except SaveFailedError as error:
+                if main:
+                    print(f"resume: {checkpoint.path.name} is damaged and ignored ({error})", file=sys.stderr)
+                continue
+            if main:
+                print(f"resume: continuing from {checkpoint.path}", file=sys.stderr)
+            return checkpoint
+        return None
+
+    def _optimizer_state(self, is_loading: bool) -> dict[str, Any]:
+        weights = {k: v for k, v in self._model.sharded_state_dict().items() if not k.endswith("_extra_state")}
+        # The one kind of sharding that can be read under another tensor-, pipeline- or data-parallel size.
+        optimizer = self._optimizer.sharded_state_dict(weights, is_loading=is_loading, dist_ckpt_parallel_save=True)
+        has_schedule = hasattr(self._scheduler, "state_dict")
+        return {"optimizer": optimizer, "scheduler": self._scheduler.state_dict() if has_schedule else None}
+
+
+def layout() -> Layout:
+    """Of this job."""
+    return Layout(
+        world=torch.distributed.get_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
+        data=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def expected_bytes(model: Any) -> int:
+    """Size of a first checkpoint, bytes: weights as they are, plus fp32 master weights and two Adam moments."""
+    parameters = [p for m in model.get_model_module_list() for p in m.parameters()]
+    mine = sum(p.numel() * (p.element_size() + 12) for p in parameters)
+    total = torch.tensor([mine], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(total)
+    return int(total.item()) // parallel_state.get_data_parallel_world_size()
+
+
+def _save_random_states(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "model_parallel": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    torch.save(states, path)
+
+
+def _load_random_states(path: Path) -> None:
+    states = torch.load(path, weights_only=False)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["model_parallel"])

@@ -1,0 +1,109 @@
+"""Megatron's distributed checkpoint format, written so that a full disk on one rank is an error on all of them. [nemo]
+
+``megatron.core.dist_checkpointing.save`` raises on the rank whose write failed while the others wait for it in a
+collective, for ever. The steps here are the same, in the same order, with the ranks agreeing after each one that
+touches the disk. The files are the same too: ``dist_checkpointing.load`` and NeMo read them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+T = TypeVar("T")
+WRITERS_PER_RANK = 2
+
+
+class SaveFailedError(RuntimeError):
+    """A checkpoint could not be written; every rank raises it with the same message."""
+
+
+def agree(error: str | None) -> None:
+    """Every rank reports how its part went.
+
+    Raises:
+        SaveFailedError: on all ranks if there was an error on one.
+    """
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    failed = [(rank, e) for rank, e in enumerate(errors) if e is not None]
+    if failed:
+        raise SaveFailedError(f"rank {failed[0][0]}: {failed[0][1]}")
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run ``work``, which touches files but no other rank, and agree on how it went.
+
+    Raises:
+        SaveFailedError: on all ranks if it failed on one.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, RuntimeError) as problem:  # torch's writers turn a full disk into a RuntimeError
+        error = f"{type(problem).__name__}: {problem}"
+    agree(error)
+    return result  # type: ignore[return-value]
+
+
+def write_shards(state: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state dict, every rank its part; replicas share the work.
+
+    Args:
+        state: with Megatron's sharded tensors; what is not sharded must be equal on all ranks and goes to one file.
+        folder: absent or empty, seen by all ranks.
+
+    Raises:
+        SaveFailedError: on all ranks.
+    """
+    main = torch.distributed.get_rank() == 0
+    sharded, common = save_preprocess(state)
+    together(lambda: _write_common(common, folder) if main else None)
+    strategy = FullyParallelSaveStrategyWrapper(
+        _AgreeingWriter("torch_dist", 1, thread_count=WRITERS_PER_RANK),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    request = strategy.async_save(sharded, folder)
+    together(lambda: request.async_fn(*request.async_fn_args) if request.async_fn is not None else None)
+    for finish in request.finalize_fns:
+        finish()
+    together(lambda: save_config(CheckpointingConfig("torch_dist", 1), folder) if main else None)
+
+
+def read_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill a sharded state dict from a folder written under any parallel layout."""
+    return dist_checkpointing.load(state, str(folder))
+
+
+def _write_common(common: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with (folder / COMMON_STATE_FNAME).open("wb") as file:
+        torch.save(common, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _AgreeingWriter(TorchDistSaveShardedStrategy):
+    """Upstream's planning and writing; only the end of a save differs."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
+        _, metadata, ranks = plan
+
+        def finish() -> None:
+            results = together(writer.retrieve_write_results)
+            everyone = ranks.gather_object(results)
+            together(lambda: writer.finish(metadata, everyone) if ranks.is_coordinator else None)
+
+        function, arguments = writer.get_save_function_and_args()
+        return AsyncRequest(function, arguments, [finish])
