@@ -105,7 +105,7 @@ def run(cfg: DictConfig) -> bool:
         from nemo_ampo.trainer import AmpoTrainer
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
-        session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0)
+        session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.uses_reference)
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
         if ranks.is_main:
