@@ -10,23 +10,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo.collections.nlp.modules.common.megatron.utils import (
-    average_losses_across_data_parallel_group,
-    get_iterator_k_split,
-)
+from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
 from nemo.collections.nlp.parts.utils_funcs import get_last_rank
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
-from nemo_ampo.config import AlgorithmConfig
+from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig, Kl
 from nemo_ampo.forward import token_logprobs
-from nemo_ampo.loss import AGGREGATES, entropy_from_logits, kl_estimate, policy_loss
+from nemo_ampo.loss import Totals, entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
 
-LOSS_METRICS = ("loss", "pg_loss", "kl", "entropy", "clip_fraction", "ratio_max")
+LOSS_TERMS = ("loss", "pg_loss")
+"""Sum over the micro-batches of a job, each token with its weight in the loss."""
+
+TOKEN_MEANS = ("kl", "entropy", "clip_fraction", "capped_fraction")
+"""Means over all tokens of the job in the mask, each counting the same."""
 
 
 class AmpoActor(MegatronGPTReinforceActorModel):
@@ -41,9 +42,11 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         return token_logprobs(self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size)
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
-        """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus."""
+        """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus, token by token.
+
+        Each token's part is multiplied by ``batch["weights_BT"]`` and summed, so all means are in those weights.
+        """
         algorithm = self.algorithm
-        aggregate = AGGREGATES[algorithm.aggregate]
 
         def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
             batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
@@ -52,35 +55,32 @@ class AmpoActor(MegatronGPTReinforceActorModel):
             logits_BTV = model(tokens_BT, positions_BT, None, labels=None)
 
             def loss_func(logits_BTV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                mask_BT = batch["mask_BT"]
+                mask_BT, weights_BT = batch["mask_BT"], batch["weights_BT"]
                 logprobs_BT = from_parallel_logits_to_logprobs(
                     vocab_parallel_logits=logits_BTV, target=tokens_BT, higher_stability=True
                 )
-                pg_loss, metrics = policy_loss(
+                policy = surrogate(
                     logprobs_BT,
                     batch["old_logprobs_BT"],
-                    batch["advantages_B"],
+                    batch["advantages_BT"],
                     mask_BT,
                     algorithm.clip_low,
                     algorithm.clip_high,
-                    algorithm.aggregate,
+                    algorithm.dual_clip,
+                    algorithm.ratio,
                 )
-                kl = aggregate(kl_estimate(logprobs_BT, batch["ref_logprobs_BT"], algorithm.kl_kind), mask_BT)
+                kl_BT = kl_estimate(logprobs_BT, batch["ref_logprobs_BT"], algorithm.kl_kind, mask_BT)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and algorithm.entropy_coef != 0):
-                    entropy = aggregate(_entropy(logits_BTV), mask_BT)
-                loss = pg_loss + algorithm.kl_coef * kl - algorithm.entropy_coef * entropy
-                values = {
-                    "loss": loss,
-                    "pg_loss": pg_loss,
-                    "kl": kl,
-                    "entropy": entropy,
-                    "clip_fraction": metrics["clip_fraction"],
-                    "ratio_max": metrics["ratio_max"],
-                }
-                reduced = average_losses_across_data_parallel_group(
-                    [torch.as_tensor(values[k], dtype=torch.float32, device=loss.device) for k in LOSS_METRICS]
-                )
-                return loss, {"values": reduced}
+                    entropy_BT = _entropy(logits_BTV)
+                pg_loss = weighted_sum(policy.loss_BT, weights_BT)
+                loss = pg_loss - algorithm.entropy_coef * weighted_sum(entropy_BT, weights_BT)
+                if algorithm.kl == Kl.in_loss:
+                    loss = loss + algorithm.kl_coef * weighted_sum(kl_BT, weights_BT)
+                terms = torch.stack([loss, pg_loss]).detach().double()
+                per_token = (kl_BT, entropy_BT, policy.clipped_BT, policy.capped_BT)
+                sums = torch.stack([v.detach().double()[mask_BT].sum() for v in per_token] + [mask_BT.sum().double()])
+                ratio_max = torch.where(mask_BT, policy.ratio_BT, 0.0).max().double()
+                return loss, {"terms": terms, "sums": sums, "ratio_max": ratio_max}
 
             return logits_BTV, loss_func
 
@@ -90,17 +90,20 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         """Accumulate gradients over the micro-batches of one optimizer step.
 
         Megatron's schedule divides by the number of micro-batches it really ran and the data-parallel reduction averages
-        over replicas, so the gradient is that of the mean over all micro-batches of the job.
+        over replicas. With ``aggregate_over=micro_batch`` the gradient is therefore that of the mean over all micro-batches
+        of the job; with ``batch`` the weights undo both divisions, and no split of the batch changes the result.
 
         Args:
             batch: fields of :class:`nemo_ampo.step.TrainBatch`, this replica's rows.
             forward_only: no gradients.
 
         Returns:
-            mean loss and the means of :data:`LOSS_METRICS`.
+            the loss, and the metrics of the whole job: :data:`LOSS_TERMS`, :data:`TOKEN_MEANS` and ``ratio_max``; no
+            ``kl`` without a reference policy.
         """
         set_sync_funcs(self, forward_only)
         micro_batches = get_num_microbatches()
+        batch = batch | {"weights_BT": self._weights(batch["mask_BT"], micro_batches)}
         outputs = get_forward_backward_func()(
             forward_step_func=self.get_actor_forward_output_and_loss_func(),
             data_iterator=self._make_data_iterator_list(get_iterator_k_split(batch, micro_batches)),
@@ -110,13 +113,42 @@ class AmpoActor(MegatronGPTReinforceActorModel):
             seq_length=batch["tokens_BT"].size(1),
             micro_batch_size=self.cfg.micro_batch_size,
         )
-        if outputs:
-            means = torch.stack([o["values"] for o in outputs]).mean(dim=0)
-        else:
-            means = torch.zeros(len(LOSS_METRICS), device=torch.cuda.current_device())
-        torch.distributed.broadcast(means, get_last_rank())
-        values = dict(zip(LOSS_METRICS, means.tolist(), strict=True))
+        values = _metrics_of_job(outputs)
+        if not self.algorithm.uses_reference:
+            del values["kl"]  # there was nothing to measure it against
         return values["loss"], values
+
+    def _weights(self, mask_BT: torch.Tensor, micro_batches: int) -> torch.Tensor:
+        """Weight of each token in the loss of its micro-batch, float32 [B, T-1]."""
+        algorithm = self.algorithm
+        if algorithm.aggregate_over == AggregateOver.micro_batch:
+            parts = mask_BT.chunk(micro_batches)
+            weights = [token_weights(m, algorithm.aggregate, constant_tokens=algorithm.constant_tokens) for m in parts]
+            return torch.cat(weights).float()
+        own = Totals.of(mask_BT)
+        counts = torch.tensor([own.tokens, own.sequences], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        replicas = parallel_state.get_data_parallel_world_size()
+        weights_BT = token_weights(mask_BT, algorithm.aggregate, Totals(*counts.tolist()), algorithm.constant_tokens)
+        return (weights_BT * micro_batches * replicas).float()
+
+
+def _metrics_of_job(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Join the micro-batches of all replicas; ``outputs`` is empty on all but the last pipeline stage."""
+    device = torch.cuda.current_device()
+    means = torch.zeros(len(LOSS_TERMS) + len(TOKEN_MEANS) + 1, dtype=torch.float64, device=device)
+    if outputs:
+        group = parallel_state.get_data_parallel_group()
+        terms = torch.stack([o["terms"] for o in outputs]).mean(0)
+        sums = torch.stack([o["sums"] for o in outputs]).sum(0)
+        ratio_max = torch.stack([o["ratio_max"] for o in outputs]).max()
+        joined = torch.cat([terms / parallel_state.get_data_parallel_world_size(), sums])
+        torch.distributed.all_reduce(joined, group=group)
+        torch.distributed.all_reduce(ratio_max, torch.distributed.ReduceOp.MAX, group=group)
+        terms, sums, tokens = joined.split([len(LOSS_TERMS), len(TOKEN_MEANS), 1])
+        means = torch.cat([terms, sums / tokens.clamp(min=1), ratio_max[None]])
+    torch.distributed.broadcast(means, get_last_rank())
+    return dict(zip((*LOSS_TERMS, *TOKEN_MEANS, "ratio_max"), means.tolist(), strict=True))
 
 
 def _entropy(logits_BTV: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 A *group* is all responses to one prompt. The sample level asks whether a response was better than the others
 of its group; the mode level asks whether its thinking mode was, and where no mode earned more than another it
-prefers the mode that got there in fewer tokens. Both levels are plain standard scores, so the file is three
-of them on segments.
+prefers the mode that got there in fewer tokens. Both levels are plain standard scores on segments.
+:func:`group_levels` gives them apart, under the knobs of :class:`~nemo_ampo.algorithm.AlgorithmConfig`.
 
 Samples without a reward (a judge that failed) are ``valid_B = False``: their advantage is 0 and they enter no
 statistic. A reply that breaks the grammar has mode 0 and a real, bad reward.
@@ -13,13 +13,13 @@ Legend: B samples, G groups, M modes. Inputs are [B] in any order; a group is kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, Baseline, ModeLevel, Scale
 from nemo_ampo.modes import NO_MODE, NUM_MODES
 
 EPSILON = 1e-6
@@ -42,6 +42,8 @@ class ModeTerm(IntEnum):
     MODE_ABSENT = 5
     MODE_TOO_SMALL = 6
     """A mode was used by a single sample."""
+    ONE_MODE = 7
+    """Robust term: the valid replies share one mode, so there is nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,6 @@ def ampo_advantage(
     return _advantage(_Batch.of(rewards_B, modes_B, lengths_B, groups_B, valid_B))[0]
 
 
-AdvantageFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, GroupReport]]
-"""(rewards_B, modes_B, lengths_B, groups_B, valid_B) -> (advantages_B, report)."""
-
-
 def ampo_with_report(
     rewards_B: Tensor, modes_B: Tensor, lengths_B: Tensor, groups_B: Tensor, valid_B: Tensor | None = None
 ) -> tuple[Tensor, GroupReport]:
@@ -142,15 +140,84 @@ def ampo_with_report(
     return _advantage(_Batch.of(rewards_B, modes_B, lengths_B, groups_B, valid_B))
 
 
-def grpo_with_report(
-    rewards_B: Tensor, modes_B: Tensor, lengths_B: Tensor, groups_B: Tensor, valid_B: Tensor | None = None
-) -> tuple[Tensor, GroupReport]:
-    """:func:`grpo_advantage` under the common signature; every group reports ``off``."""
-    return _advantage(_Batch.of(rewards_B, None, None, groups_B, valid_B))
+@dataclass(frozen=True)
+class Levels:
+    """Both levels of the advantage, [B] each, 0 at samples without a reward; their sum is the advantage.
+
+    Attributes:
+        sample_B: the sample level.
+        mode_B: the term of the sample's mode.
+        report: what happened in each group.
+    """
+
+    sample_B: Tensor
+    mode_B: Tensor
+    report: GroupReport
 
 
-ADVANTAGES: dict[str, AdvantageFn] = {"ampo": ampo_with_report, "grpo": grpo_with_report}
-"""The algorithms a configuration can name."""
+def group_levels(
+    rewards_B: Tensor,
+    modes_B: Tensor,
+    lengths_B: Tensor,
+    groups_B: Tensor,
+    valid_B: Tensor | None = None,
+    rules: AlgorithmConfig = PRESETS["ampo"],
+) -> Levels:
+    """Sample level and mode level under the knobs of an algorithm.
+
+    Sample level, with n the valid samples of the group and d the difference of a reward to its baseline::
+
+        baseline=group_mean      d = r - mean(r)
+        baseline=leave_one_out   d = r - mean of the n - 1 others = n / (n - 1) * (r - mean(r))
+        scale=group_std          A = d / (std(r) + 1e-6)
+        scale=batch_std          A = d / (std(d of all valid samples of the step) + 1e-6)
+        scale=none               A = d
+
+    A group of one has baseline 0 and group standard deviation 1. The mode level is ``rules.advantage``:
+    :func:`ampo_advantage`'s, the same as the reference's float32 arithmetic has it, :func:`robust_term`, or none.
+
+    Args:
+        rewards_B, modes_B, lengths_B, groups_B, valid_B: as for :func:`ampo_advantage`.
+        rules: ``advantage``, ``tie_tolerance``, ``baseline`` and ``scale`` are read.
+
+    Raises:
+        ValueError: shapes differ, a mode is outside 0..4, or a valid reward or length is not finite.
+    """
+    batch = _Batch.of(rewards_B, modes_B, lengths_B, groups_B, valid_B)
+    sizes_G = _sizes(batch)
+    sample_B = _sample_level(batch, sizes_G, rules.baseline, rules.scale)
+    if rules.advantage == ModeLevel.grpo:
+        mode_B, report = torch.zeros_like(sample_B), _no_mode_level(batch, sizes_G)
+    elif rules.advantage == ModeLevel.ampo_robust:
+        mode_B, report = _add_modes(batch, sizes_G, *robust_term(_per_mode(batch, sizes_G), rules.tie_tolerance))
+    else:
+        state_G, by_length_G, term_GM = _paper_term(_per_mode(batch, sizes_G))
+        if rules.advantage == ModeLevel.ampo_paper:
+            sample_B, by_length_G, term_GM = _reference_arithmetic(batch, state_G)
+        mode_B, report = _add_modes(batch, sizes_G, state_G, by_length_G, term_GM)
+    return Levels(sample_B.to(batch.dtype), mode_B.to(batch.dtype), report)
+
+
+def decided_groups(goals_B: Tensor, groups_B: Tensor, valid_B: Tensor) -> Tensor:
+    """Samples of groups in which every outcome is the same, so that reward differences say nothing about the goal.
+
+    The outcome of a sample is its goal component; a reply that breaks the grammar is an outcome of its own, below all
+    others. A group without a valid sample counts as decided (DAPO's dynamic sampling; here nothing is drawn anew).
+
+    Args:
+        goals_B: goal component, NaN for a reply that breaks the grammar.
+        groups_B: integer group ids.
+        valid_B: False for samples without a reward; they have no outcome.
+
+    Returns:
+        bool [B], True for every sample of such a group.
+    """
+    outcomes_B = goals_B.double().nan_to_num(nan=-1.0)
+    ids_G, segments_B = torch.unique(groups_B, return_inverse=True)
+    low_G = torch.full((len(ids_G),), torch.inf, dtype=torch.float64)
+    low_G = low_G.scatter_reduce(0, segments_B[valid_B], outcomes_B[valid_B], "amin")
+    high_G = torch.full_like(low_G, -torch.inf).scatter_reduce(0, segments_B[valid_B], outcomes_B[valid_B], "amax")
+    return (high_G - low_G <= EQUAL_MEANS)[segments_B]
 
 
 @dataclass(frozen=True)
@@ -200,24 +267,22 @@ class _Batch:
 
 
 def _advantage(batch: _Batch) -> tuple[Tensor, GroupReport]:
-    sizes_G = _segment_sum(batch.valid_B.double(), batch.segments_B, len(batch.group_ids_G))
-    advantages_B = _sample_level(batch, sizes_G)
+    """The paper's two levels, or its first one alone where modes play no part."""
+    sizes_G = _sizes(batch)
+    sample_B = _sample_level(batch, sizes_G, Baseline.group_mean, Scale.group_std)
     if batch.modes_B is None:
-        state_G = torch.full_like(sizes_G, ModeTerm.OFF, dtype=torch.long)
-        by_length_G = torch.zeros_like(sizes_G, dtype=torch.bool)
-        term_GM = sizes_G.new_zeros(len(sizes_G), NUM_MODES)
-    else:
-        state_G, by_length_G, term_GM = _mode_level(batch, batch.modes_B, sizes_G)
-        # A valid sample of mode 0 reads the column of mode 1: its group has no term, so that column is 0.
-        columns_B = (batch.modes_B - 1).clamp(min=0)
-        advantages_B = advantages_B + torch.where(batch.valid_B, term_GM[batch.segments_B, columns_B], 0.0)
-    term_GM = term_GM.to(batch.dtype)
-    report = GroupReport(batch.group_ids_G, sizes_G.long(), state_G, by_length_G, term_GM)
-    return advantages_B.to(batch.dtype), report
+        return sample_B.to(batch.dtype), _no_mode_level(batch, sizes_G)
+    mode_B, report = _add_modes(batch, sizes_G, *_paper_term(_per_mode(batch, sizes_G)))
+    return (sample_B + mode_B).to(batch.dtype), report
 
 
-def _sample_level(batch: _Batch, sizes_G: Tensor) -> Tensor:
-    """Standard score of each reward within its group, [B] float64."""
+def _sizes(batch: _Batch) -> Tensor:
+    """Valid samples of each group, [G] float64."""
+    return _segment_sum(batch.valid_B.double(), batch.segments_B, len(batch.group_ids_G))
+
+
+def _sample_level(batch: _Batch, sizes_G: Tensor, baseline: Baseline, scale: Scale) -> Tensor:
+    """Each reward against its group, [B] float64."""
     segments_B = batch.segments_B
     mean_G = _segment_sum(batch.rewards_B, segments_B, len(sizes_G)) / sizes_G.clamp(min=1)
     single_G = sizes_G <= 1
@@ -227,36 +292,187 @@ def _sample_level(batch: _Batch, sizes_G: Tensor) -> Tensor:
     deviation_B = torch.where(batch.valid_B, batch.rewards_B - mean_G[segments_B], 0.0)
     variance_G = _segment_sum(deviation_B.square(), segments_B, len(sizes_G)) / (sizes_G - 1).clamp(min=1)
     std_G = torch.where(single_G, 1.0, variance_G.sqrt())
-    return deviation_B / (std_G[segments_B] + EPSILON)
+    if baseline == Baseline.leave_one_out:
+        deviation_B = deviation_B * torch.where(single_G, 1.0, sizes_G / (sizes_G - 1).clamp(min=1))[segments_B]
+    if scale == Scale.group_std:
+        return deviation_B / (std_G[segments_B] + EPSILON)
+    if scale == Scale.batch_std:
+        return deviation_B / (deviation_B[batch.valid_B].std() + EPSILON) if sizes_G.sum() > 1 else deviation_B
+    return deviation_B
 
 
-def _mode_level(batch: _Batch, modes_B: Tensor, sizes_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """State [G], whether length decides [G], and the term of each mode [G, M] float64."""
+@dataclass(frozen=True)
+class ModeTable:
+    """What the modes of each group earned and took.
+
+    Attributes:
+        sizes_G: valid samples.
+        unformed_G: valid samples that break the grammar.
+        counts_GM: valid samples of each mode.
+        rewards_GM, lengths_GM: their mean reward and mean length; 0 for an absent mode.
+    """
+
+    sizes_G: Tensor
+    unformed_G: Tensor
+    counts_GM: Tensor
+    rewards_GM: Tensor
+    lengths_GM: Tensor
+
+
+def _per_mode(batch: _Batch, sizes_G: Tensor) -> ModeTable:
+    assert batch.modes_B is not None
     columns = NUM_MODES + 1  # column 0 collects the samples without a mode
-    cells_B = batch.segments_B * columns + modes_B
+    cells_B = batch.segments_B * columns + batch.modes_B
 
     def per_mode(values_B: Tensor) -> Tensor:
         return _segment_sum(values_B, cells_B, len(sizes_G) * columns).view(len(sizes_G), columns)
 
     counts = per_mode(batch.valid_B.double())
-    counts_GM = counts[:, 1:]
-    reasons = (
-        (ModeTerm.NO_VALID_SAMPLE, sizes_G == 0),
-        (ModeTerm.GROUP_OF_ONE, sizes_G == 1),
-        (ModeTerm.INVALID_SAMPLE, counts[:, NO_MODE] > 0),
-        (ModeTerm.MODE_ABSENT, (counts_GM == 0).any(1)),
-        (ModeTerm.MODE_TOO_SMALL, (counts_GM == 1).any(1)),
+    at_least_one_GM = counts[:, 1:].clamp(min=1)
+    return ModeTable(
+        sizes_G=sizes_G,
+        unformed_G=counts[:, NO_MODE],
+        counts_GM=counts[:, 1:],
+        rewards_GM=per_mode(batch.rewards_B)[:, 1:] / at_least_one_GM,
+        lengths_GM=per_mode(batch.lengths_B)[:, 1:] / at_least_one_GM,
     )
-    state_G = torch.full_like(sizes_G, ModeTerm.ACTIVE, dtype=torch.long)
+
+
+def _paper_term(table: ModeTable) -> tuple[Tensor, Tensor, Tensor]:
+    """State [G], whether length decides [G], and the term of each mode [G, M] float64; see :func:`ampo_advantage`."""
+    state_G = _first_reason(
+        (ModeTerm.NO_VALID_SAMPLE, table.sizes_G == 0),
+        (ModeTerm.GROUP_OF_ONE, table.sizes_G == 1),
+        (ModeTerm.INVALID_SAMPLE, table.unformed_G > 0),
+        (ModeTerm.MODE_ABSENT, (table.counts_GM == 0).any(1)),
+        (ModeTerm.MODE_TOO_SMALL, (table.counts_GM == 1).any(1)),
+    )
+    rewards_GM = table.rewards_GM
+    by_length_G = ((rewards_GM - rewards_GM.mean(1, keepdim=True)).abs() <= EQUAL_MEANS).all(1)
+    term_GM = torch.where(by_length_G[:, None], torch.tanh(-_scores(table.lengths_GM)), _scores(rewards_GM))
+    return state_G, by_length_G, term_GM
+
+
+PRIOR_SAMPLES = 1.0
+"""Robust term: the mean of a mode counts as if this many more of its samples had been average."""
+
+
+def robust_term(table: ModeTable, tie_tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A mode level that any two modes are enough for, and that has no jump where modes tie.
+
+    Over the K modes that the valid replies of the group use (K of at least 2), n_k of them in mode k::
+
+        m_k    = c + n_k / (n_k + 1) * (mean reward of mode k - c)      c: mean of the K mean rewards
+        l_k    = the same of the mean lengths
+        s      = std(m)
+        w      = s^2 / (s^2 + tie_tolerance^2)
+        term_k = w * (m_k - mean(m)) / s + (1 - w) * tanh(-(l_k - mean(l)) / (std(l) + 1e-6))
+
+    Shrinking towards the mean keeps a mode with a single sample from speaking as loudly as one with many; with equal
+    counts it cancels out of both standard scores. Far above the tolerance this is the paper's reward term, at equal
+    rewards its length term. Where s = 0 the first summand is 0.
+
+    Args:
+        table: what the modes of each group earned and took.
+        tie_tolerance: the spread s at which both summands weigh the same, in units of reward.
+
+    Returns:
+        State [G], whether length weighs more than reward [G], and the term of each mode [G, M], 0 for absent modes.
+    """
+    present_GM = table.counts_GM > 0
+    modes_G1 = present_GM.sum(1, keepdim=True).clamp(min=1)
+
+    def shrunk(values_GM: Tensor) -> tuple[Tensor, Tensor]:
+        """Deviations of the shrunk means from their mean [G, M], and their standard deviation [G, 1]."""
+        mean_G1 = torch.where(present_GM, values_GM, 0.0).sum(1, keepdim=True) / modes_G1
+        shrunk_GM = (values_GM - mean_G1) * table.counts_GM / (table.counts_GM + PRIOR_SAMPLES)
+        mean_G1 = torch.where(present_GM, shrunk_GM, 0.0).sum(1, keepdim=True) / modes_G1
+        deviation_GM = torch.where(present_GM, shrunk_GM - mean_G1, 0.0)
+        return deviation_GM, (deviation_GM.square().sum(1, keepdim=True) / (modes_G1 - 1).clamp(min=1)).sqrt()
+
+    rewards_GM, spread_G1 = shrunk(table.rewards_GM)
+    lengths_GM, length_spread_G1 = shrunk(table.lengths_GM)
+    squared_G1 = spread_G1.square() + tie_tolerance**2
+    weight_G1 = spread_G1.square() / squared_G1
+    # w / s written as s / (s^2 + tolerance^2): nothing to divide by zero where the rewards are equal.
+    by_reward_GM = rewards_GM * spread_G1 / squared_G1
+    by_length_GM = torch.tanh(-lengths_GM / (length_spread_G1 + EPSILON))
+    term_GM = torch.where(present_GM, by_reward_GM + (1 - weight_G1) * by_length_GM, 0.0)
+    state_G = _first_reason(
+        (ModeTerm.NO_VALID_SAMPLE, table.sizes_G == 0),
+        (ModeTerm.GROUP_OF_ONE, table.sizes_G == 1),
+        (ModeTerm.ONE_MODE, present_GM.sum(1) < 2),
+    )
+    return state_G, weight_G1[:, 0] < 0.5, term_GM
+
+
+def _reference_arithmetic(batch: _Batch, state_G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both levels as the authors' code computes them: in float32, one group after another.
+
+    Only the last bit differs from :func:`ampo_advantage`, but that bit decides there whether modes tie: the means must be
+    equal as float32 numbers. In constant groups rounding often makes them differ, and the term is then rounding noise
+    divided by 1e-6 (up to about 0.06) instead of the preference for short modes.
+
+    Args:
+        batch: checked inputs.
+        state_G: where the mode level is active.
+
+    Returns:
+        Sample level [B], whether length decides [G], and the term of each mode [G, M].
+    """
+    assert batch.modes_B is not None
+    rewards_B, lengths_B = batch.rewards_B.float(), batch.lengths_B.float()
+    sample_B = torch.zeros_like(batch.rewards_B)
+    by_length_G = torch.zeros_like(state_G, dtype=torch.bool)
+    term_GM = batch.rewards_B.new_zeros(len(state_G), NUM_MODES)
+    for group, state in enumerate(state_G.tolist()):
+        own = torch.nonzero((batch.segments_B == group) & batch.valid_B).flatten()
+        rewards, modes = rewards_B[own], batch.modes_B[own]
+        mean, std = (rewards.mean(), rewards.std()) if len(own) > 1 else (0.0, 1.0)
+        sample_B[own] = ((rewards - mean) / (std + EPSILON)).double()
+        if state != ModeTerm.ACTIVE:
+            continue
+        m, length = (
+            torch.stack([values_B[own][modes == mode].mean() for mode in range(1, NUM_MODES + 1)])
+            for values_B in (rewards_B, lengths_B)
+        )
+        by_length_G[group] = (m == m.mean()).all()
+        by_reward = (m - m.mean()) / (m.std() + EPSILON)
+        by_length = torch.tanh(-(length - length.mean()) / (length.std() + EPSILON))
+        term_GM[group] = (by_length if by_length_G[group] else by_reward).double()
+    return sample_B, by_length_G, term_GM
+
+
+def _add_modes(
+    batch: _Batch, sizes_G: Tensor, state_G: Tensor, by_length_G: Tensor, term_GM: Tensor
+) -> tuple[Tensor, GroupReport]:
+    """The term of each sample's mode [B], 0 where the group has none, and the report."""
+    assert batch.modes_B is not None
+    active_G = state_G == ModeTerm.ACTIVE
+    term_GM = torch.where(active_G[:, None], term_GM, 0.0)
+    columns_B = (batch.modes_B - 1).clamp(min=0)
+    has_term_B = batch.valid_B & (batch.modes_B != NO_MODE)
+    mode_B = torch.where(has_term_B, term_GM[batch.segments_B, columns_B], 0.0)
+    report = GroupReport(batch.group_ids_G, sizes_G.long(), state_G, by_length_G & active_G, term_GM.to(batch.dtype))
+    return mode_B, report
+
+
+def _no_mode_level(batch: _Batch, sizes_G: Tensor) -> GroupReport:
+    return GroupReport(
+        batch.group_ids_G,
+        sizes_G.long(),
+        torch.full_like(sizes_G, ModeTerm.OFF, dtype=torch.long),
+        torch.zeros_like(sizes_G, dtype=torch.bool),
+        torch.zeros(len(sizes_G), NUM_MODES, dtype=batch.dtype),
+    )
+
+
+def _first_reason(*reasons: tuple[ModeTerm, Tensor]) -> Tensor:
+    """The first reason that holds in each group, ACTIVE where none does, [G]."""
+    state_G = torch.full_like(reasons[0][1], ModeTerm.ACTIVE, dtype=torch.long)
     for reason, holds_G in reversed(reasons):
         state_G = torch.where(holds_G, int(reason), state_G)
-
-    rewards_GM = per_mode(batch.rewards_B)[:, 1:] / counts_GM.clamp(min=1)
-    lengths_GM = per_mode(batch.lengths_B)[:, 1:] / counts_GM.clamp(min=1)
-    by_length_G = ((rewards_GM - rewards_GM.mean(1, keepdim=True)).abs() <= EQUAL_MEANS).all(1)
-    term_GM = torch.where(by_length_G[:, None], torch.tanh(-_scores(lengths_GM)), _scores(rewards_GM))
-    active_G = state_G == ModeTerm.ACTIVE
-    return state_G, by_length_G & active_G, torch.where(active_G[:, None], term_GM, 0.0)
+    return state_G
 
 
 def _scores(values_GM: Tensor) -> Tensor:

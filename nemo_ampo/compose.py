@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from nemo_ampo.config import STAGES, default_keys
+from nemo_ampo.config import STAGES, default_keys, fill_preset
 from nemo_ampo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,6 +32,8 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
         raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
     try:
         with initialize_config_dir(str(where), version_base=None):
-            return hydra_compose(name, list(overrides))
+            cfg = hydra_compose(name, list(overrides))
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    fill_preset(cfg)
+    return cfg

@@ -2,7 +2,7 @@
 
 A recipe's YAML has our sections beside NeMo's. :func:`read_config` merges ours into the dataclasses below, where each
 default stands once with its unit, so that a misspelt key or a wrong type stops the run before anything is loaded.
-Section classes owned by a part (judge, reward) are defined beside that part.
+Section classes owned by a part (algorithm, judge, reward) are defined beside that part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, check_algorithm, preset_named
 from nemo_ampo.checkpoint_config import CheckpointConfig
 from nemo_ampo.checkpoint_store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
@@ -112,28 +113,6 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     temperature: float = 1.0
     batch_size: int = 128
-
-
-@dataclass
-class AlgorithmConfig:
-    """What the policy is optimised for.
-
-    Attributes:
-        advantage: ``ampo`` (sample level plus mode level) or ``grpo`` (sample level only).
-        clip_low, clip_high: the probability ratio is clipped to [1 - clip_low, 1 + clip_high].
-        aggregate: ``token_mean`` or ``sequence_mean``, over one micro-batch.
-        kl_coef: weight of the KL term in the loss; 0 switches the reference policy off.
-        kl_kind: ``k1``, ``k2`` or ``k3``.
-        entropy_coef: weight of the entropy bonus.
-    """
-
-    advantage: str = "ampo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    aggregate: str = "token_mean"
-    kl_coef: float = 0.001
-    kl_kind: str = "k3"
-    entropy_coef: float = 0.001
 
 
 @dataclass
@@ -252,16 +231,45 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
 
 def default_keys(schema: type[Any]) -> dict[str, Any]:
     """Every key of a stage with its default, ``???`` where a value is required; the YAML files build on this."""
-    return {
+    keys: dict[str, Any] = {
         f.name: OmegaConf.to_container(OmegaConf.structured(f.type), enum_to_str=True) for f in fields(_resolved(schema))
     }
+    if "algorithm" in keys:
+        # Whatever is written over these wins over the preset, wherever the preset is named.
+        keys["algorithm"] |= {knob: f"${{algorithm_preset:{knob}}}" for knob in KNOBS}
+    return keys
+
+
+def _knob_of_preset(knob: str, *, _root_: DictConfig) -> Any:
+    value = getattr(preset_named(_root_.algorithm.preset), knob)
+    return value.value if isinstance(value, StrEnum) else value
+
+
+OmegaConf.register_new_resolver("algorithm_preset", _knob_of_preset, replace=True)
+
+
+def fill_preset(cfg: DictConfig) -> None:
+    """Put the preset's values where a composed config names none, in place, so that whoever prints it sees numbers.
+
+    Raises:
+        ConfigError: unknown preset.
+    """
+    if "algorithm" in cfg:
+        preset_named(cfg.algorithm.preset)
+        OmegaConf.resolve(cfg.algorithm)
 
 
 def _section(name: str, section: Any, given: Any) -> Any:
+    given = given if given is not None else {}
+    if section is AlgorithmConfig:
+        given = dict(given)
+        section = preset_named(given.get("preset", section.preset))
+        # YAML reads a bare `off` as false.
+        given |= {key: "off" for key in ("kl", "mismatch") if given.get(key) is False}
     typed = OmegaConf.create({name: OmegaConf.structured(section)})
     # Frozen classes come out read-only; they are frozen again once they are objects.
     OmegaConf.set_readonly(typed[name], False)
-    merged = OmegaConf.merge(typed, {name: given if given is not None else {}})
+    merged = OmegaConf.merge(typed, {name: given})
     missing = OmegaConf.missing_keys(merged)
     if missing:
         raise ConfigError(f"{sorted(missing)[0]}: a value is required")
@@ -299,10 +307,9 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    from nemo_ampo.advantage import ADVANTAGES
-    from nemo_ampo.loss import AGGREGATES, KL_KINDS
     from nemo_ampo.rollout import check_engine_name
 
+    check_algorithm(config.algorithm)
     check_engine_name(config.rollout.engine)
     check_checkpoint(config.checkpoint)
     _file("run.init_from", config.run.init_from)
@@ -312,9 +319,6 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
         _file("data.train", config.data.train)
     if config.data.system_prompt is not None:
         _file("data.system_prompt", config.data.system_prompt)
-    _one_of("algorithm.advantage", config.algorithm.advantage, tuple(ADVANTAGES))
-    _one_of("algorithm.aggregate", config.algorithm.aggregate, tuple(AGGREGATES))
-    _one_of("algorithm.kl_kind", config.algorithm.kl_kind, tuple(KL_KINDS))
     rollout = config.rollout
     if rollout.group_size < 2:
         raise ConfigError(
@@ -390,8 +394,3 @@ def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> 
 def _file(key: str, path: str) -> None:
     if not Path(path).is_file():
         raise ConfigError(f"{key}: no such file: {path}")
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -122,6 +122,16 @@ def parse_reply(text: str, *, strict: bool = False) -> Reply:
     return reply
 
 
+def mode_line(text: str, mode: int) -> tuple[int, int]:
+    """Where a reply of this mode says so: begin and end of ``Thinking Level: K``, in characters.
+
+    Raises:
+        ValueError: the text is no reply of this mode.
+    """
+    begin = text.index(_SKELETONS[mode].opening)
+    return begin, begin + len(f"Thinking Level: {mode}")
+
+
 def answer_of(text: str, *, strict: bool = False) -> str | None:
     """The answer of a reply that obeys the grammar, quotes included; None for any other text."""
     try:

@@ -1,6 +1,7 @@
 """The clipped policy loss, the KL estimators and the entropy, on tensors of log-probabilities [B, T].
 
-Every quantity is one value per token; how tokens become one number is a separate choice (:data:`AGGREGATES`).
+Every quantity is one value per token; how tokens become one number is a separate choice: a weight for each token
+(:func:`token_weights`), so that a mean over a batch can be summed up micro-batch by micro-batch.
 A token outside the mask contributes nothing, neither value nor gradient, even where its log-probability is
 infinite or NaN.
 
@@ -10,6 +11,8 @@ Legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -68,23 +71,175 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: str = "k3", 
     return estimate(log_ratio_BT)
 
 
-def token_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over all tokens in the mask, each counting the same; 0 when there is none."""
-    return _masked(values_BT, mask_BT).sum() / mask_BT.bool().sum().clamp(min=1)
+@dataclass(frozen=True)
+class Totals:
+    """What a mean is over.
+
+    Attributes:
+        tokens: in the mask.
+        sequences: with at least one token in the mask.
+    """
+
+    tokens: float
+    sequences: float
+
+    @classmethod
+    def of(cls, mask_BT: Tensor) -> Totals:
+        """The totals of one tensor."""
+        tokens_B = mask_BT.bool().sum(-1)
+        return cls(float(tokens_B.sum()), float((tokens_B > 0).sum()))
 
 
-def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the sequences that have tokens of their token means; 0 when none has any."""
-    tokens_B = mask_BT.bool().sum(-1)
-    means_B = _masked(values_BT, mask_BT).sum(-1) / tokens_B.clamp(min=1)
-    return means_B.sum() / (tokens_B > 0).sum().clamp(min=1)
+def _each_token_alike(tokens_B1: Tensor, totals: Totals, constant_tokens: float) -> Tensor:
+    return torch.full_like(tokens_B1, 1 / max(totals.tokens, 1))
 
 
-AGGREGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "token_mean": token_mean,
-    "sequence_mean": sequence_mean,
+def _each_sequence_alike(tokens_B1: Tensor, totals: Totals, constant_tokens: float) -> Tensor:
+    return 1 / (tokens_B1.clamp(min=1) * max(totals.sequences, 1))
+
+
+def _by_constant(tokens_B1: Tensor, totals: Totals, constant_tokens: float) -> Tensor:
+    return torch.full_like(tokens_B1, 1 / (constant_tokens * max(totals.sequences, 1)))
+
+
+_WEIGHTS: dict[str, Callable[[Tensor, Totals, float], Tensor]] = {
+    "token_mean": _each_token_alike,
+    "sequence_mean": _each_sequence_alike,
+    "constant": _by_constant,
 }
-"""(values_BT, mask_BT) -> scalar. The authors' code uses ``token_mean``, the GRPO paper ``sequence_mean``."""
+
+
+def token_weights(
+    mask_BT: Tensor, aggregate: str, totals: Totals | None = None, constant_tokens: float | None = None
+) -> Tensor:
+    """What each token's value is multiplied by before summing.
+
+    With N tokens and S sequences in ``totals`` and n tokens in the token's own sequence::
+
+        token_mean      1 / N          the authors' code, DAPO
+        sequence_mean   1 / (S n)      the GRPO and GSPO papers
+        constant        1 / (S L)      Dr. GRPO: no sequence's weight depends on its length; L = constant_tokens
+
+    Args:
+        mask_BT: the tokens that count; a sequence without any is no sequence.
+        aggregate: one of the three names.
+        totals: of all that the mean is over; None takes those of the mask itself.
+        constant_tokens: L; None takes T.
+
+    Returns:
+        float64 [B, T], 0 outside the mask.
+
+    Raises:
+        ConfigError: unknown aggregate.
+    """
+    weigh = _choose("algorithm.aggregate", _WEIGHTS, aggregate)
+    mask_BT = mask_BT.bool()
+    tokens_B1 = mask_BT.sum(-1, keepdim=True).double()
+    weights_B1 = weigh(tokens_B1, totals or Totals.of(mask_BT), constant_tokens or mask_BT.size(-1))
+    return torch.where(mask_BT, weights_B1, 0.0)
+
+
+def weighted_sum(values_BT: Tensor, weights_BT: Tensor) -> Tensor:
+    """Sum of weight times value, a scalar; a token of weight 0 contributes nothing, NaN and infinity included."""
+    return (_masked(values_BT, weights_BT != 0) * weights_BT.to(values_BT.dtype)).sum()
+
+
+def _aggregate(name: str, values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return weighted_sum(values_BT, token_weights(mask_BT, name))
+
+
+AGGREGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {name: partial(_aggregate, name) for name in _WEIGHTS}
+"""(values_BT, mask_BT) -> scalar, each over all there is in the mask; 0 without gradient when nothing is."""
+
+token_mean = AGGREGATES["token_mean"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """PPO's surrogate at each token, [B, T], 0 (ratio: 1) outside the mask.
+
+    Attributes:
+        loss_BT: to be minimised, with gradient.
+        ratio_BT: new over old probability, of the token or of its sequence.
+        clipped_BT: the clip range removed the gradient.
+        capped_BT: the dual clip did.
+    """
+
+    loss_BT: Tensor
+    ratio_BT: Tensor
+    clipped_BT: Tensor
+    capped_BT: Tensor
+
+
+def surrogate(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    ratio: str = "token",
+) -> Surrogate:
+    """PPO's clipped surrogate per token.
+
+    With x = logprob - old_logprob, clamped to [-20, 20] before the exponential, and n the tokens of the sequence::
+
+        ratio=token       q = exp(x)
+        ratio=sequence    q = exp(mean of x over the sequence)       (GSPO; each token gets the gradient of its own x)
+        loss = max(-A q, -A clip(q, 1 - clip_low, 1 + clip_high))
+        dual_clip=c       where A < 0: loss = min(loss, -A c)        (Ye et al. 2020)
+
+    Args:
+        logprobs_BT: of the policy, with gradient.
+        old_logprobs_BT: of the policy that the tokens are attributed to.
+        advantages_BT: one per token, or [B, 1].
+        mask_BT: bool or 0/1, the tokens the policy drew.
+        clip_low, clip_high: half widths of the clip range below and above 1.
+        dual_clip: c, above 1, or None.
+        ratio: ``token`` or ``sequence``.
+
+    Raises:
+        ConfigError: unknown ratio, or an impossible range.
+        ValueError: shapes differ.
+    """
+    if not (0 <= clip_low < 1 and clip_high >= 0):
+        raise ConfigError(
+            "algorithm.clip_low, algorithm.clip_high: need 0 <= clip_low < 1 and clip_high >= 0, "
+            f"got {clip_low} and {clip_high}"
+        )
+    if dual_clip is not None and dual_clip <= 1:
+        raise ConfigError(f"algorithm.dual_clip: must be above 1, got {dual_clip}")
+    _same_shape(logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT, mask_BT=mask_BT)
+    log_ratio_BT = _masked(logprobs_BT - old_logprobs_BT, mask_BT)
+    log_ratio_BT = _choose("algorithm.ratio", _LOG_RATIOS, ratio)(log_ratio_BT, mask_BT)
+    ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    free_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
+    loss_BT = torch.maximum(free_BT, clipped_BT)
+    capped_BT = torch.zeros_like(loss_BT, dtype=torch.bool)
+    if dual_clip is not None:
+        cap_BT = (-advantages_BT * dual_clip).expand_as(loss_BT)
+        capped_BT = (advantages_BT < 0) & (loss_BT > cap_BT)
+        loss_BT = torch.where(capped_BT, cap_BT, loss_BT)
+    return Surrogate(
+        loss_BT=_masked(loss_BT, mask_BT),
+        ratio_BT=ratio_BT.detach(),
+        clipped_BT=(clipped_BT > free_BT).detach() & mask_BT.bool(),
+        capped_BT=capped_BT & mask_BT.bool(),
+    )
+
+
+def _of_token(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return log_ratio_BT
+
+
+def _of_sequence(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    mean_B1 = log_ratio_BT.sum(-1, keepdim=True) / mask_BT.bool().sum(-1, keepdim=True).clamp(min=1)
+    return _masked(mean_B1.detach() + log_ratio_BT - log_ratio_BT.detach(), mask_BT)
+
+
+_LOG_RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"token": _of_token, "sequence": _of_sequence}
 
 
 def policy_loss(
@@ -96,10 +251,7 @@ def policy_loss(
     clip_high: float,
     aggregate: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate, to be minimised.
-
-    Per token max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high)); A is the advantage of the
-    token's sequence and ratio = exp(logprob - old_logprob), the log-ratio clamped to [-20, 20].
+    """PPO's clipped surrogate of one batch as one number: :func:`surrogate` and :func:`token_weights` together.
 
     Args:
         logprobs_BT: of the policy, with gradient.
@@ -119,29 +271,18 @@ def policy_loss(
         ValueError: shapes differ.
     """
     reduce = _choose("algorithm.aggregate", AGGREGATES, aggregate)
-    if not (0 <= clip_low < 1 and clip_high >= 0):
-        raise ConfigError(
-            "algorithm.clip_low, algorithm.clip_high: need 0 <= clip_low < 1 and clip_high >= 0, "
-            f"got {clip_low} and {clip_high}"
-        )
-    _same_shape(logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT, mask_BT=mask_BT)
     if logprobs_BT.dim() != 2 or advantages_B.shape != logprobs_BT.shape[:1]:
         shapes = f"{tuple(logprobs_BT.shape)} and {tuple(advantages_B.shape)}"
         raise ValueError(f"logprobs_BT must be [B, T] and advantages_B [B], got {shapes}")
-
-    log_ratio_BT = _masked(logprobs_BT - old_logprobs_BT, mask_BT)
-    ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    free_BT = -advantages_B[:, None] * ratio_BT
-    clipped_BT = -advantages_B[:, None] * ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    loss = reduce(torch.maximum(free_BT, clipped_BT), mask_BT)
+    tokens = surrogate(logprobs_BT, old_logprobs_BT, advantages_B[:, None], mask_BT, clip_low, clip_high)
     with torch.no_grad():
         metrics = {
-            "clip_fraction": token_mean((clipped_BT > free_BT).to(ratio_BT.dtype), mask_BT),
-            "ratio_mean": token_mean(ratio_BT, mask_BT),
-            "ratio_max": _masked(ratio_BT, mask_BT).max(),
-            "approx_kl": token_mean(-log_ratio_BT, mask_BT),
+            "clip_fraction": token_mean(tokens.clipped_BT.to(tokens.ratio_BT.dtype), mask_BT),
+            "ratio_mean": token_mean(tokens.ratio_BT, mask_BT),
+            "ratio_max": _masked(tokens.ratio_BT, mask_BT).max(),
+            "approx_kl": token_mean(_masked(old_logprobs_BT - logprobs_BT, mask_BT), mask_BT),
         }
-    return loss, metrics
+    return reduce(tokens.loss_BT, mask_BT), metrics
 
 
 def entropy_from_logits(logits_BTV: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reward of one reply: how far it brought the speaker, times how concise it was.
+"""Reward of one reply: how far it brought the speaker, times how concise it was (or a variant of that).
 
 A reply that breaks the grammar gets a fixed penalty and is a real, bad sample. A reply the judge could not
 score has no reward at all; nothing here invents one for it. Everything is plain arithmetic on single samples.
@@ -7,7 +7,9 @@ score has no reward at all; nothing here invents one for it. Everything is plain
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.grammar import parse_reply
@@ -17,18 +19,35 @@ from nemo_ampo.types import DialogueTurn, Verdict
 MAX_GOAL = 10.0
 """Top of the judge's scale of goal achievement; 0 is its bottom."""
 
+NO_CHANGE = 0.5
+"""Goal component of an utterance after which the judge's score is what it was before."""
+
+
+class Combine(StrEnum):
+    """How the goal and the length component become one reward."""
+
+    product = "product"
+    additive = "additive"
+    gated = "gated"
+
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Constants of the reward.
+    """Constants of the reward; the defaults are the paper's.
 
     Attributes:
+        combine: ``product``, ``additive`` or ``gated``; see :func:`combine`.
+        length_weight: weight of the length component beside the goal's 1, ``additive`` only.
+        min_answer_tokens: a shorter answer gets reward 0, tokens with the quotes; 0 accepts any.
         answer_midpoint_tokens: answer length with length score 0.5, tokens with the quotes.
         answer_half_width_tokens: this much shorter scores 1, this much longer scores 0, tokens.
         format_failure_reward: reward of a reply that breaks the grammar; good replies are in [0, 1].
         strict_format: accept only replies that are exactly their mode's skeleton.
     """
 
+    combine: Combine = Combine.product
+    length_weight: float = 1.0
+    min_answer_tokens: int = 0
     answer_midpoint_tokens: float = 250.0
     answer_half_width_tokens: float = 75.0
     format_failure_reward: float = -2.0
@@ -39,6 +58,15 @@ class RewardConfig:
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"reward.{key}: must be a positive number of tokens, got {value}")
+        if not (math.isfinite(self.length_weight) and self.length_weight >= 0):
+            raise ConfigError(f"reward.length_weight: must be 0 or more, got {self.length_weight}")
+        if self.length_weight != 1 and self.combine != Combine.additive:
+            raise ConfigError(f"reward.length_weight: has no effect with reward.combine={self.combine}, only with additive")
+        if not 0 <= self.min_answer_tokens < self.answer_midpoint_tokens:
+            raise ConfigError(
+                "reward.min_answer_tokens: must be at least 0 and below reward.answer_midpoint_tokens="
+                f"{self.answer_midpoint_tokens:g}, got {self.min_answer_tokens}"
+            )
         if not (math.isfinite(self.format_failure_reward) and self.format_failure_reward <= 0):
             raise ConfigError(
                 "reward.format_failure_reward: must be 0 or less, the lowest reward of a good reply, "
@@ -86,7 +114,7 @@ def goal_gain(before: float, after: float) -> float:
             raise ValueError(f"goal achievement {name} the utterance must be in 0..10, got {score}")
     change = after - before
     if change == 0:
-        return 0.5
+        return NO_CHANGE
     room = MAX_GOAL - before if change > 0 else before
     return (change / room + 1) / 2
 
@@ -110,9 +138,39 @@ def answer_length_score(num_tokens: int, *, config: RewardConfig = RewardConfig(
     return (min(max(distance, -1.0), 1.0) + 1) / 2
 
 
-def combine(goal: float, length: float) -> float:
-    """Reward of a good reply: the product of both components."""
+def _product(goal: float, length: float, config: RewardConfig) -> float:
     return goal * length
+
+
+def _additive(goal: float, length: float, config: RewardConfig) -> float:
+    return (goal + config.length_weight * length) / (1 + config.length_weight)
+
+
+def _gated(goal: float, length: float, config: RewardConfig) -> float:
+    return goal if goal == NO_CHANGE else goal * length
+
+
+_COMBINE: dict[Combine, Callable[[float, float, RewardConfig], float]] = {
+    Combine.product: _product,
+    Combine.additive: _additive,
+    Combine.gated: _gated,
+}
+
+
+def combine(goal: float, length: float, config: RewardConfig = RewardConfig()) -> float:
+    """Reward of a good reply, in [0, 1].
+
+    ::
+
+        product    goal * length                              the paper
+        additive   (goal + w * length) / (1 + w)              w = length_weight; a long answer keeps its goal part
+        gated      goal * length if goal != 0.5, else 0.5     brevity counts only where the utterance changed something
+
+    Args:
+        goal, length: the components, in [0, 1].
+        config: which of the three.
+    """
+    return _COMBINE[config.combine](goal, length, config)
 
 
 def score_reply(
@@ -142,4 +200,5 @@ def score_reply(
     if verdict is None:
         return RewardParts(None, None, length, reply.mode, valid=False)
     goal = goal_gain(turn.state, verdict.of(turn.seat))
-    return RewardParts(combine(goal, length), goal, length, reply.mode, valid=True)
+    reward = combine(goal, length, config) if answer_tokens >= config.min_answer_tokens else 0.0
+    return RewardParts(reward, goal, length, reply.mode, valid=True)

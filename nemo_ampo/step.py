@@ -15,11 +15,13 @@ from typing import Protocol
 
 import torch
 
-from nemo_ampo.advantage import ADVANTAGES, GroupReport
-from nemo_ampo.config import AlgorithmConfig, RolloutConfig
+from nemo_ampo.algorithm import AlgorithmConfig, ModeCredit
+from nemo_ampo.config import RolloutConfig
+from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.grammar import answer_of
 from nemo_ampo.metrics import step_metrics
+from nemo_ampo.mismatch import importance_weights, mismatch_metrics
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.rollout.engine import (
@@ -56,6 +58,7 @@ class Sample:
         answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
         finish: why the engine stopped.
         parts: reward and what it was made of.
+        mode_tokens: first and last-plus-one of the response tokens that name the mode; equal when none does.
         verdict: None when the judge was not asked or failed.
         judge_error: kind of the judge's failure.
         judge_latency_s: from submission to verdict, seconds.
@@ -70,6 +73,7 @@ class Sample:
     answer_tokens: int
     finish: str
     parts: RewardParts
+    mode_tokens: tuple[int, int] = (0, 0)
     verdict: Verdict | None = None
     judge_error: str | None = None
     judge_latency_s: float | None = None
@@ -81,8 +85,8 @@ class TrainBatch:
 
     Attributes:
         tokens_BT: prompt, response, padding.
-        mask_BT: True on response tokens, lined up with log-probabilities [B, T-1].
-        advantages_B: one value per sample.
+        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1].
+        advantages_BT: of each token, importance weight included, [B, T-1].
         old_logprobs_BT: of the policy before the update, [B, T-1].
         ref_logprobs_BT: of the reference policy, [B, T-1].
         sampling_logprobs_BT: of the engine, [B, T-1].
@@ -90,7 +94,7 @@ class TrainBatch:
 
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor
-    advantages_B: torch.Tensor
+    advantages_BT: torch.Tensor
     old_logprobs_BT: torch.Tensor
     ref_logprobs_BT: torch.Tensor
     sampling_logprobs_BT: torch.Tensor
@@ -174,34 +178,36 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
     with clock("rollout"):
         responses, verdicts = roll_out(requests, turns, parts)
     with clock("judge_wait"):
-        mine = parts.ranks.share([v.result() for v in verdicts] if parts.ranks.is_leader else None)
+        results = parts.ranks.share([v.result() for v in verdicts] if parts.ranks.is_leader else None)
     samples = [
         score(turn, request, response, judged, parts)
-        for turn, request, response, judged in zip(turns, requests, responses, mine, strict=True)
+        for turn, request, response, judged in zip(turns, requests, responses, results, strict=True)
     ]
     everyone = parts.ranks.gather(samples)
-    advantages_all, report = advantage(everyone, parts.algorithm.advantage)
-    advantages_B = torch.tensor(slice_for(advantages_all.tolist(), parts.ranks.data_rank, parts.ranks.data_size))
-
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
         old_logprobs_BT = policy.logprobs(packed.tokens_BT)
     with clock("reference"):
         ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT)
+    penalties_B = parts.ranks.gather(kl_penalties(old_logprobs_BT, ref_logprobs_BT, packed.mask_BT, parts.algorithm))
+    credit = assign_credit(everyone, penalties_B, parts.algorithm)
+    mine = credit.share(parts.ranks)
+    weights_BT, mismatch = importance_weights(old_logprobs_BT, packed.sampling_logprobs_BT, packed.mask_BT, parts.algorithm)
     with clock("update"):
         policy_metrics = policy.update(
             TrainBatch(
                 tokens_BT=packed.tokens_BT,
-                mask_BT=packed.mask_BT,
-                advantages_B=advantages_B,
+                mask_BT=packed.mask_BT & mine.trained_B[:, None],
+                advantages_BT=mine.per_token(packed.mask_BT) * weights_BT,
                 old_logprobs_BT=old_logprobs_BT,
                 ref_logprobs_BT=ref_logprobs_BT,
                 sampling_logprobs_BT=packed.sampling_logprobs_BT,
             )
         )
     policy_metrics["engine/logprob_gap"] = _logprob_gap(packed, old_logprobs_BT)
-    metrics = step_metrics(everyone, advantages_all, report) | policy_metrics | clock.metrics(everyone)
-    return StepResult(metrics, everyone, advantages_all.tolist())
+    policy_metrics |= mismatch_metrics(parts.ranks.gather([mismatch])) | credit.metrics()
+    metrics = step_metrics(everyone, credit.advantages, credit.report) | policy_metrics | clock.metrics(everyone)
+    return StepResult(metrics, everyone, credit.advantages.tolist())
 
 
 def expand(step: int, prompts: Sequence[Prompt], parts: Parts) -> tuple[list[Request], list[DialogueTurn]]:
@@ -281,6 +287,8 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
     text = decode(response, parts.tokenizer)
     answer = answer_of(text, strict=parts.reward.strict_format)
     answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
+    reward = score_reply(turn, text, judged.verdict, answer_tokens, parts.reward)
+    by_mode_tokens = parts.algorithm.mode_credit == ModeCredit.mode_tokens
     return Sample(
         group=request.request_id // parts.rollout.group_size,
         row_id=turn.row_id,
@@ -290,21 +298,11 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
         num_tokens=len(response.token_ids),
         answer_tokens=answer_tokens,
         finish=response.finish,
-        parts=score_reply(turn, text, judged.verdict, answer_tokens, parts.reward),
+        parts=reward,
+        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer) if by_mode_tokens else (0, 0),
         verdict=judged.verdict,
         judge_error=judged.error,
         judge_latency_s=judged.latency_s,
-    )
-
-
-def advantage(samples: Sequence[Sample], name: str) -> tuple[torch.Tensor, GroupReport]:
-    """Group-relative advantages of all samples of the job, float32 [B], and what happened in each group."""
-    return ADVANTAGES[name](
-        torch.tensor([s.parts.reward if s.parts.valid else 0.0 for s in samples], dtype=torch.float64),
-        torch.tensor([s.parts.mode for s in samples]),
-        torch.tensor([float(s.num_tokens) for s in samples]),
-        torch.tensor([s.group for s in samples]),
-        torch.tensor([s.parts.valid for s in samples]),
     )
 
 

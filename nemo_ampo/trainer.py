@@ -95,7 +95,7 @@ class AmpoTrainer(ReinforceTrainer):
 
     def reference_logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """See :class:`nemo_ampo.step.Policy`. Without a KL term the reference is not needed and zeros are returned."""
-        if self.parts.algorithm.kl_coef == 0:
+        if not self.parts.algorithm.uses_reference:
             return torch.zeros(tokens_BT.size(0), tokens_BT.size(1) - 1)
         return self.model.get_init_policy_logprobs(tokens_BT.cuda()).cpu()
 
@@ -112,7 +112,8 @@ class AmpoTrainer(ReinforceTrainer):
             self.reinforce_optimization_step += 1
         self.model.finish_training()
         self.optimizer.zero_grad()
-        return {f"policy/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        means = {f"policy/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        return means | {"policy/skipped_updates": sum(u["skipped_updates"] for u in updates)}
 
     def _prompts_of_step(self) -> list[Prompt]:
         size = self.parts.rollout.prompts_per_step

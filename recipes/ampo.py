@@ -109,7 +109,7 @@ def run(cfg: DictConfig) -> bool:
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
         session = open_session(
-            *(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.kl_coef > 0),
+            *(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.uses_reference),
             Keep(run_dir, config.checkpoint, settings),
         )
         session.model.algorithm = config.algorithm

@@ -131,15 +131,15 @@ def frequencies(session: Any, hf: Any) -> dict[str, Any]:
 
 def update_checks(session: Any, hf: Any) -> dict[str, Any]:
     """One optimizer step against autograd on the transformers model with the same pure loss functions."""
-    from nemo_ampo.config import AlgorithmConfig
-    from nemo_ampo.loss import AGGREGATES, entropy_from_logits, kl_estimate, policy_loss
+    from nemo_ampo.algorithm import PRESETS, AlgorithmConfig
+    from nemo_ampo.loss import entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
     from nemo_ampo.optimise import optimise
 
     out: dict[str, Any] = {}
     g = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, 500, (8, 40), generator=g)
-    mask = torch.rand((8, 39), generator=g) < 0.5
-    advantages = torch.randn(8, generator=g)
+    mask = torch.rand((8, 39), generator=g) < torch.linspace(0.2, 0.9, 8)[:, None]  # micro-batches of unequal size
+    advantages = torch.randn(8, generator=g)[:, None].expand(mask.shape).contiguous()
     with torch.no_grad():
         now = hf_logprobs(hf, tokens)
     old = now + 0.3 * torch.randn(now.shape, generator=g)
@@ -147,27 +147,36 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
     algorithms = {
         "paper": AlgorithmConfig(),
         "heavy": AlgorithmConfig(kl_coef=0.5, entropy_coef=0.2, aggregate="sequence_mean", kl_kind="k2", clip_high=0.3),
+        "dual": AlgorithmConfig(aggregate_over="batch", dual_clip=1.2),
+        "dr-grpo": PRESETS["dr-grpo"],
+        "dapo": PRESETS["dapo"],
+        "gspo": replace(PRESETS["gspo"], clip_low=0.03, clip_high=0.04),
     }
     for name, algorithm in algorithms.items():
-        aggregate = AGGREGATES[algorithm.aggregate]
+        rows = [slice(0, 4), slice(4, 8)]  # the two micro-batches, each with its own mean ...
+        if algorithm.aggregate_over == "batch":
+            rows = [slice(0, 8)]  # ... or one mean over both
         hf.zero_grad()
         total = 0.0
-        for rows in (slice(0, 4), slice(4, 8)):  # two micro-batches, each with its own mean
-            logits = hf(tokens[rows]).logits[:, :-1].float()
-            logprobs = hf_logprobs(hf, tokens[rows])
-            pg, _ = policy_loss(
+        for part in rows:
+            logits = hf(tokens[part]).logits[:, :-1].float()
+            logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[part, 1:, None])[..., 0]
+            policy = surrogate(
                 logprobs,
-                old[rows],
-                advantages[rows],
-                mask[rows],
+                old[part],
+                advantages[part],
+                mask[part],
                 algorithm.clip_low,
                 algorithm.clip_high,
-                algorithm.aggregate,
+                algorithm.dual_clip,
+                algorithm.ratio,
             )
-            kl = aggregate(kl_estimate(logprobs, ref[rows], algorithm.kl_kind), mask[rows])
-            loss = pg + algorithm.kl_coef * kl - algorithm.entropy_coef * aggregate(entropy_from_logits(logits), mask[rows])
-            (loss / 2).backward()
-            total += float(loss.detach()) / 2
+            kl = kl_estimate(logprobs, ref[part], algorithm.kl_kind, mask[part])
+            values = policy.loss_BT + algorithm.kl_coef * kl - algorithm.entropy_coef * entropy_from_logits(logits)
+            weights = token_weights(mask[part], algorithm.aggregate, None, algorithm.constant_tokens)
+            loss = weighted_sum(values, weights) / len(rows)
+            loss.backward()
+            total += float(loss.detach())
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in hf.parameters() if p.grad is not None]))
         session.model.algorithm = algorithm
         session.model.prepare_for_training()
@@ -176,7 +185,7 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
         batch = {
             "tokens_BT": tokens,
             "mask_BT": mask,
-            "advantages_B": advantages,
+            "advantages_BT": advantages,
             "old_logprobs_BT": old,
             "ref_logprobs_BT": ref,
         }

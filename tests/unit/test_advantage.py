@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nemo_ampo.advantage import ADVANTAGES, GroupReport, ampo_advantage, grpo_advantage
+from nemo_ampo.advantage import GroupReport, ampo_advantage, ampo_with_report, group_levels, grpo_advantage
+from nemo_ampo.algorithm import AlgorithmConfig, ModeLevel
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = [
@@ -54,7 +55,7 @@ def test_golden_grpo(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_diagnostics(case: dict[str, Any]) -> None:
-    _, report = ADVANTAGES["ampo"](*tensors(case), None)
+    _, report = ampo_with_report(*tensors(case), None)
     names = sorted(set(case["group_ids"]))
     inactive = {
         "group_of_one": {"group_of_one"},
@@ -102,7 +103,7 @@ def test_mode_term_by_hand() -> None:
     # Every mode twice with mean rewards 0.1, 0.2, 0.3, 0.4: mean 0.25, unbiased std sqrt(0.05 / 3).
     rewards = [0.05, 0.15, 0.15, 0.25, 0.25, 0.35, 0.35, 0.45]
     inputs = group_of(rewards, [1, 1, 2, 2, 3, 3, 4, 4])
-    _, report = ADVANTAGES["ampo"](*inputs, None)
+    _, report = ampo_with_report(*inputs, None)
     std = math.sqrt(0.05 / 3) + 1e-6
     assert report.mode_term_GM[0].tolist() == pytest.approx([-0.15 / std, -0.05 / std, 0.05 / std, 0.15 / std])
     mode_part = ampo_advantage(*inputs) - grpo_advantage(inputs[0], inputs[3])
@@ -114,7 +115,7 @@ def test_equal_modes_prefer_the_shorter_by_hand() -> None:
     # Mean lengths 100, 200, 300, 400: mean 250, unbiased std sqrt(50000 / 3). Equal mean rewards.
     lengths = [90.0, 110, 190, 210, 290, 310, 390, 410]
     inputs = group_of([0.2, 0.8] * 4, [1, 1, 2, 2, 3, 3, 4, 4], lengths)
-    _, report = ADVANTAGES["ampo"](*inputs, None)
+    _, report = ampo_with_report(*inputs, None)
     std = math.sqrt(50000 / 3) + 1e-6
     expected = [math.tanh(distance / std) for distance in (150, 50, -50, -150)]
     assert report.branches == ["length"]
@@ -124,7 +125,7 @@ def test_equal_modes_prefer_the_shorter_by_hand() -> None:
 @pytest.mark.parametrize(("gap", "branch"), [(5e-7, "length"), (5e-6, "reward")])
 def test_mode_means_are_equal_within_a_millionth(gap: float, branch: str) -> None:
     inputs = group_of([0.5 + gap] * 2 + [0.5] * 6, [1, 1, 2, 2, 3, 3, 4, 4])
-    assert ADVANTAGES["ampo"](*inputs, None)[1].branches == [branch]
+    assert ampo_with_report(*inputs, None)[1].branches == [branch]
 
 
 @pytest.mark.parametrize("reward", [0.3, 5 / 6, 0.8, -2.0, 0.0, 1 / 3])
@@ -160,7 +161,7 @@ EIGHT = [1, 1, 2, 2, 3, 3, 4, 4]
 def test_why_the_mode_term_is_inactive(modes: list[int], invalid: list[int], reason: str) -> None:
     inputs = group_of([0.1 * i for i in range(len(modes))], modes)
     valid = torch.tensor([i not in invalid for i in range(len(modes))])
-    advantages, report = ADVANTAGES["ampo"](*inputs, valid)
+    advantages, report = ampo_with_report(*inputs, valid)
     assert report.reasons == [reason]
     assert (report.branches == ["reward"]) == (reason == "active")
     assert report.sizes_G.tolist() == [len(modes) - len(invalid)]
@@ -287,15 +288,15 @@ def test_groups_do_not_touch_each_other(samples: list[Sample]) -> None:
         assert alone == pytest.approx(expected, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", sorted(ADVANTAGES))
-def test_a_trainer_calls_every_algorithm_alike(name: str) -> None:
-    rewards, modes, lengths, groups = group_of([0.9, 0.7, 0.6, 0.8, 0.4, 0.5, 0.3, 0.2], EIGHT)
-    advantages, report = ADVANTAGES[name](rewards, modes, lengths, groups, None)
-    alone = {"ampo": ampo_advantage(rewards, modes, lengths, groups), "grpo": grpo_advantage(rewards, groups)}
-    assert torch.equal(advantages, alone[name])
-    assert isinstance(report, GroupReport)
-    assert report.reasons == [{"ampo": "active", "grpo": "off"}[name]]
-    assert report.branches == [{"ampo": "reward", "grpo": None}[name]]
+@pytest.mark.parametrize("name", list(ModeLevel))
+def test_a_trainer_calls_every_algorithm_alike(name: ModeLevel) -> None:
+    inputs = group_of([0.9, 0.7, 0.6, 0.8, 0.4, 0.5, 0.3, 0.2], EIGHT)
+    levels = group_levels(*inputs, rules=AlgorithmConfig(advantage=name))
+    assert isinstance(levels.report, GroupReport)
+    assert levels.report.reasons == ["off" if name == "grpo" else "active"]
+    assert levels.report.branches == [None if name == "grpo" else "reward"]
+    assert levels.sample_B.tolist() == pytest.approx(grpo_advantage(inputs[0], inputs[3]).tolist(), abs=1e-6)
+    assert bool(levels.mode_B.any()) == (name != "grpo")
 
 
 @pytest.mark.parametrize(

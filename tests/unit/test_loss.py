@@ -252,7 +252,7 @@ def test_loss_gradients(aggregate: str) -> None:
     )
 
 
-@pytest.mark.parametrize("aggregate", sorted(AGGREGATES))
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
 def test_nothing_outside_the_mask_leaks(aggregate: str) -> None:
     logprobs = rows([-1.0, math.nan, -math.inf, 500.0], grad=True)
     old = rows([-1.1, -1.0, -math.inf, -500.0])

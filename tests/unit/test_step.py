@@ -129,7 +129,8 @@ def test_rewards_and_advantages_by_hand() -> None:
     # Group of two: (r - mean) / std = +-0.7071 whatever the rewards are.
     assert result.advantages == pytest.approx([0.70710, -0.70710, 0.70710, -0.70710], abs=1e-4)
     assert policy.batch is not None
-    assert policy.batch.advantages_B.tolist() == pytest.approx(result.advantages)
+    for row_T, advantage in zip(policy.batch.advantages_BT, result.advantages, strict=True):
+        assert row_T.tolist() == pytest.approx([advantage] * len(row_T))
 
 
 def test_batch_lines_up_tokens_mask_and_log_probs() -> None:
