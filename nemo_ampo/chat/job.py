@@ -98,8 +98,8 @@ def _publish(notice: Path, content: dict[str, Any]) -> None:
     notice.parent.mkdir(parents=True, exist_ok=True)
     partial = notice.with_name(f"{notice.name}.{os.getpid()}.tmp")
     # The token is for this job's user only.
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(content, file)
+    partial.touch(mode=0o600)
+    partial.write_text(json.dumps(content), encoding="utf-8")
     partial.replace(notice)
 
 
