@@ -81,9 +81,7 @@ def is_true(number: int, outcome: Any) -> bool:
 
 @pytest.mark.parametrize("percent", [0, 5, 50, 100])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_call_is_missing_and_any_other_verdict_is_true(
-    server: ScriptedChat, fault: str, percent: int
-) -> None:
+def test_a_failed_call_is_missing_and_any_other_verdict_is_true(server: ScriptedChat, fault: str, percent: int) -> None:
     make, kind = FAULTS[fault]
     doomed = set(range(DIALOGUES * percent // 100))
     patience_s = 0.4 if fault == "hang" else 20.0
