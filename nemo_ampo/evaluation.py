@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
 
     from nemo_ampo.data.chat import check_tokenizer, encode_prompt
     from nemo_ampo.data.episodes import chat_messages, read_turns
-    from nemo_ampo.judge import Judge, JudgeThread
+    from nemo_ampo.judge import open_judge
     from nemo_ampo.policy_files import stop_token_ids, system_prompt
 
     turns = read_turns(config.data.turns)
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
     check_tokenizer(tokenizer)
     system = system_prompt(folder, config.data.system_prompt)
     prompts = [encode_prompt(chat_messages(turn, system), tokenizer) for turn in turns]
-    with JudgeThread(Judge(config.judge)) as judge:
+    with open_judge(config.judge, config.run.dir) as judge:
         judge.check()
         model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
         answers = _answers(model, tokenizer, prompts, turns, config, stop_token_ids(folder, tokenizer), judge, device)

@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> bool:
 
     from nemo_ampo.checkpoint import read_model_config, unpack_assets
     from nemo_ampo.data.chat import check_tokenizer
-    from nemo_ampo.judge import Judge, JudgeThread
+    from nemo_ampo.judge import open_judge
     from nemo_ampo.policy_files import check_vocabulary, stop_token_ids, system_prompt
     from nemo_ampo.run_identity import check_resume, identity, inputs
 
@@ -92,7 +92,7 @@ def run(cfg: DictConfig) -> bool:
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"
         )
 
-    with JudgeThread(Judge(config.judge)) as judge:
+    with open_judge(config.judge, run_dir) as judge:
         judge.check()
 
         from nemo_ampo import compat

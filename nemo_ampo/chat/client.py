@@ -9,12 +9,13 @@ read is asked for again at the next temperature of a schedule, the first time wi
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +27,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from nemo_ampo.chat.cache import Cache, ReplyFile
 from nemo_ampo.chat.completion import CallError, Completion, one_line, read_completion, read_model_ids
 from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
@@ -33,7 +35,7 @@ from nemo_ampo.chat.limits import Limits
 from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import Transport
-from nemo_ampo.errors import ChatError, ConfigError
+from nemo_ampo.errors import ChatError, ConfigError, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +104,11 @@ class Question:
         return {key: value for key, value in (body | dict(self.extra_body)).items() if value is not None}
 
     @property
+    def key(self) -> str:
+        """Hash of everything above: equal questions have equal keys."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode("ascii")).hexdigest()
+
+    @property
     def prompt_tokens(self) -> int:
         """A guess."""
         return math.ceil(sum(len(message["content"]) for message in self.messages) / CHARS_PER_TOKEN)
@@ -115,10 +122,13 @@ class ChatClient:
     Args:
         config: where and how.
         limiter: shared with the other processes of the job; one of its own otherwise.
+        cache: shared likewise; the file of ``config.cache`` or ``config.replay`` otherwise.
         stats: counts; new ones otherwise.
+        recording: settings that decide what is asked; a replay with others is refused.
 
     Raises:
-        ConfigError: on construction, if a key's environment variable is missing.
+        ConfigError: on construction, if a key's environment variable is missing, the cache cannot be used or the replay
+            was recorded with other settings.
     """
 
     def __init__(
@@ -126,13 +136,17 @@ class ChatClient:
         config: EndpointConfig,
         *,
         limiter: Limiter | None = None,
+        cache: Cache | None = None,
         stats: StatsRecorder | None = None,
+        recording: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self._pool = Pool(config)
         self._transport = Transport(config.timeout_s, tuple(endpoint.key for endpoint in self._pool.endpoints))
         self._limiter: Limiter = limiter or LocalLimiter(Limits.of(config))
+        self._cache = cache or open_cache(config, recording or {})
         self._stats = stats or StatsRecorder()
+        self._running: dict[str, asyncio.Task[Completion]] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.config.model!r}, base_url={self.config.base_url!r})"
@@ -147,8 +161,12 @@ class ChatClient:
 
     async def aclose(self) -> None:
         """Close connections, limiter and cache."""
+        for task in self._running.values():
+            task.cancel()
         await self._transport.aclose()
         await self._limiter.aclose()
+        if self._cache is not None:
+            await self._cache.aclose()
 
     @property
     def stats(self) -> ChatStats:
@@ -182,6 +200,7 @@ class ChatClient:
         Raises:
             ChatError: no reply; ``kind`` is ``parse`` (not a chat completion), ``timeout``, ``connection`` or ``status``.
             BudgetError: the job has no call or no money left.
+            UserError: a replay holds no outcome of this question.
         """
         question = Question(
             model=self.config.model,
@@ -194,7 +213,7 @@ class ChatClient:
             extra_body={**self.config.extra_body, **(extra_body or {})},
             attempt=attempt,
         )
-        return await self._patiently(question)
+        return await self._patiently(question) if self._cache is None else await self._remembered(question, self._cache)
 
     async def ask(
         self,
@@ -240,9 +259,13 @@ class ChatClient:
     async def check(self) -> None:
         """Ask every address once whether it is there, lets us in and serves the model; for the start of a run.
 
+        A replay asks nobody.
+
         Raises:
             ConfigError: one line that names the address and what is wrong.
         """
+        if self.config.replay:
+            return
         await asyncio.gather(*map(self._check_endpoint, self._pool.endpoints))
 
     async def _try_each(
@@ -275,6 +298,40 @@ class ChatClient:
             complaint = _complaint(completion.text, str(failure)) if explain and number == 1 else []
             self._repeat(failure.kind, str(failure))
         raise AssertionError("unreachable: there is at least one temperature")
+
+    async def _remembered(self, question: Question, cache: Cache) -> Completion:
+        """The cached reply; or a new one, for which everybody who asks the same in the meantime waits too."""
+        key = question.key
+        found = await cache.get(key, failures=self.config.replay is not None)
+        if found is not None:
+            self._stats.hit()
+            return found
+        if self.config.replay is not None:
+            raise UserError(
+                f"{self.config.section}.replay: {self.config.replay} holds no reply to try {question.attempt + 1} of "
+                f'"{one_line(question.messages[-1]["content"], 60)}"; data, seeds or settings differ from the recorded run'
+            )
+        running = self._running.get(key)
+        if running is None:
+            running = self._running[key] = asyncio.create_task(self._kept(question, key, cache))
+            running.add_done_callback(lambda task: self._forget(key, task))
+            return await asyncio.shield(running)
+        completion = await asyncio.shield(running)
+        self._stats.hit()
+        return replace(completion, cached=True)
+
+    async def _kept(self, question: Question, key: str, cache: Cache) -> Completion:
+        try:
+            completion = await self._patiently(question)
+        except ChatError as failure:
+            await cache.put(key, failure)
+            raise
+        return await cache.put(key, completion) or completion
+
+    def _forget(self, key: str, task: asyncio.Task[Completion]) -> None:
+        self._running.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # seen, also when whoever asked is gone
 
     async def _patiently(self, question: Question) -> Completion:
         """A reply; repeats the call while it fails in a way that may pass or another address may do better."""
@@ -407,6 +464,23 @@ class ChatClient:
         else:
             cure = f"start the {section} or correct the address"
         return f"{section}.base_url {endpoint.base_url}: {failure}; {cure}"
+
+
+def open_cache(config: EndpointConfig, recording: Mapping[str, Any]) -> ReplyFile | None:
+    """The file of ``cache`` or ``replay``, if the config names one.
+
+    Raises:
+        ConfigError: it cannot be used, or the replay was recorded with other settings.
+    """
+    if config.replay is not None:
+        replayed = ReplyFile(config.replay, f"{config.section}.replay", replay=True)
+        replayed.require(recording)
+        return replayed
+    if config.cache is not None:
+        cache = ReplyFile(config.cache, f"{config.section}.cache")
+        cache.record(recording)
+        return cache
+    return None
 
 
 def _complaint(reply: str, reason: str) -> list[Message]:

@@ -12,7 +12,8 @@ from nemo_ampo.errors import ConfigError
 STRUCTURED = ("auto", "on", "off")
 
 
-@dataclass(frozen=True)
+# Not frozen, unlike the section itself: OmegaConf makes entries of a list or dict read-only while it still fills them.
+@dataclass
 class PoolMember:
     """One more address that serves the same model.
 
@@ -27,7 +28,7 @@ class PoolMember:
     api_key_env: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Price:
     """What a model's tokens cost.
 

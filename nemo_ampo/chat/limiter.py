@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from collections import deque
+from pathlib import Path
 from typing import Protocol
 
 from nemo_ampo.chat.limits import Lease, Ledger, Limits, Spent
+from nemo_ampo.errors import DataError
 
 
 class Limiter(Protocol):
@@ -30,11 +34,53 @@ class Limiter(Protocol):
         ...
 
 
-class LocalLimiter:
-    """First come, first served, within one event loop."""
+SAVE_INTERVAL_S = 1.0
+"""A process that dies forgets what was spent since the last save."""
 
-    def __init__(self, limits: Limits, spent: Spent | None = None) -> None:
-        self.ledger = Ledger(limits, spent)
+
+class SpentFile:
+    """What a job has spent, kept over its runs. Written complete or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._saved_at = 0.0
+
+    def load(self) -> Spent:
+        """The last saved figures; zeros before the first.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not self.path.is_file():
+            return Spent()
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            return Spent(int(record["calls"]), float(record["usd"]))
+        except (ValueError, LookupError, TypeError):
+            raise DataError(f"{self.path}: not a record of calls and usd; correct it or start in a new run folder") from None
+
+    def save(self, spent: Spent, *, now: bool = False) -> None:
+        """Write the figures, unless they were written a moment ago."""
+        if not now and time.monotonic() < self._saved_at + SAVE_INTERVAL_S:
+            return
+        self._saved_at = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        partial.write_text(json.dumps({"calls": spent.calls, "usd": spent.usd}) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+class LocalLimiter:
+    """First come, first served, within one event loop.
+
+    Args:
+        limits: what is allowed.
+        spent_file: remembers what earlier runs of the job spent.
+    """
+
+    def __init__(self, limits: Limits, spent_file: SpentFile | None = None) -> None:
+        self._file = spent_file
+        self.ledger = Ledger(limits, spent_file.load() if spent_file else None)
         self._waiting: deque[tuple[asyncio.Future[Lease], int, float]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -54,12 +100,16 @@ class LocalLimiter:
     def settle(self, lease: Lease, tokens: int, usd: float) -> None:
         """See :class:`Limiter`."""
         self.ledger.settle(lease, tokens, usd)
+        if self._file is not None:
+            self._file.save(self.ledger.spent)
         self._serve()
 
     async def aclose(self) -> None:
         """See :class:`Limiter`."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._file is not None:
+            self._file.save(self.ledger.spent, now=True)
 
     def _serve(self) -> None:
         while self._waiting:

@@ -66,7 +66,13 @@ class Pool:
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
         self.endpoints = [
-            Endpoint(m.base_url, str(m.model), str(m.api_key_env), _read_key(str(m.api_key_env), config.section))
+            Endpoint(
+                base_url=m.base_url,
+                model=str(m.model),
+                key_env=str(m.api_key_env),
+                # A replay asks nobody and needs no key.
+                key="" if config.replay is not None else _read_key(str(m.api_key_env), config.section),
+            )
             for m in config.members
         ]
         self._turn = 0

@@ -9,6 +9,7 @@ from nemo_ampo.errors import JudgeError
 from nemo_ampo.judge.background import JudgeThread
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.job import open_judge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.judge.verdict import parse_verdict
 from nemo_ampo.types import JudgeRequest, Verdict
@@ -21,5 +22,6 @@ __all__ = [
     "JudgeStats",
     "JudgeThread",
     "Verdict",
+    "open_judge",
     "parse_verdict",
 ]

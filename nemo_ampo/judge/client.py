@@ -7,16 +7,18 @@ repeats its mistake (reference behaviour: 0, 0, 1, 1, 1). When patience ends, :c
 
 from __future__ import annotations
 
+import hashlib
 from types import TracebackType
 from typing import Any
 
+from nemo_ampo.chat.cache import Cache
 from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.limiter import Limiter
 from nemo_ampo.errors import ChatError, JudgeError
 from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.judge.verdict import VERDICT_SCHEMA, parse_verdict
-from nemo_ampo.prompts import load_prompt, render_judge_prompt, require_judge_placeholders
+from nemo_ampo.prompts import PromptTemplate, load_prompt, render_judge_prompt, require_judge_placeholders
 from nemo_ampo.types import JudgeRequest, Verdict
 
 
@@ -25,17 +27,18 @@ class Judge:
 
     Args:
         config: where the judge is and how it is asked.
-        limiter: shared with the other processes of the job; one of its own otherwise.
+        limiter, cache: shared with the other processes of the job; of its own otherwise.
 
     Raises:
-        ConfigError: on construction, if the prompt or the key's environment variable is missing.
+        ConfigError: on construction, if the prompt or the key's environment variable is missing, or a cache or replay
+            cannot be used.
     """
 
-    def __init__(self, config: JudgeConfig, *, limiter: Limiter | None = None) -> None:
+    def __init__(self, config: JudgeConfig, *, limiter: Limiter | None = None, cache: Cache | None = None) -> None:
         self.config = config
         self._template = load_prompt(config.prompt)
         require_judge_placeholders(self._template)
-        self._chat = ChatClient(config, limiter=limiter)
+        self._chat = ChatClient(config, limiter=limiter, cache=cache, recording=recording_of(config, self._template))
 
     def __repr__(self) -> str:
         return f"Judge(model={self.config.model!r}, base_url={self.config.base_url!r})"
@@ -64,6 +67,7 @@ class Judge:
             JudgeError: if no usable verdict came; ``kind`` is ``parse`` (nothing readable), ``empty`` (nothing
                 said), ``timeout``, ``connection`` or ``status``.
             BudgetError: the job has no call or no money left.
+            UserError: a replay holds no outcome of this question.
         """
         question: list[dict[str, Any]] = [{"role": "user", "content": render_judge_prompt(self._template, request)}]
         try:
@@ -89,3 +93,12 @@ class Judge:
             UserError: one line that names ``base_url`` and what is wrong.
         """
         await self._chat.check()
+
+
+def recording_of(config: JudgeConfig, template: PromptTemplate) -> dict[str, Any]:
+    """The settings that decide what the judge is asked; a replay needs the same."""
+    names = ("model", "max_tokens", "temperatures", "seed", "explain_parse_error", "extra_body")
+    settings = {f"judge.{name}": getattr(config, name) for name in names}
+    settings["judge.structured"] = "off" if config.structured == "off" else "auto or on"
+    settings["judge.prompt"] = hashlib.sha256(template.text.encode("utf-8")).hexdigest()
+    return settings

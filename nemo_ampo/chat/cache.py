@@ -1,0 +1,171 @@
+"""Every reply on disk, found again by what was asked: free repetition, and replay of a whole run.
+
+One SQLite file, written by any number of processes of one machine at a time. The key is a hash of the question
+(:meth:`nemo_ampo.chat.client.Question.key`), which holds model, messages, sampling parameters and the number of the
+attempt, but not the address. The first reply to a question stays; who asked the same at the same time gets that one
+too, so that a recorded run and its replay see equal verdicts. A question that failed for good is recorded as failed:
+a replay fails there again, a later run asks again.
+
+SQLite's write-ahead log needs memory shared by all writers, so the processes must run on one machine. Over several
+machines only the main rank opens the file and the others reach it through :mod:`nemo_ampo.chat.broker`.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_ampo.chat.completion import Completion
+from nemo_ampo.errors import ChatError, ConfigError
+
+SCHEMA_VERSION = 1
+"""Raised whenever a key or a column changes its meaning."""
+
+_APPLICATION_ID = 0x616D706F
+_BUSY_TIMEOUT_S = 60.0
+_COLUMNS = ("text", "reasoning", "prompt_tokens", "completion_tokens", "finish_reason", "failure_kind", "failure")
+_TABLES = f"""
+CREATE TABLE replies (key TEXT PRIMARY KEY, {", ".join(_COLUMNS)}) WITHOUT ROWID;
+CREATE TABLE recordings (settings TEXT PRIMARY KEY) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+class Cache(Protocol):
+    """Where replies are kept."""
+
+    async def get(self, key: str, *, failures: bool = False) -> Completion | None:
+        """The reply to a question, or None.
+
+        Args:
+            key: of the question.
+            failures: raise what the question failed with, if it did.
+        """
+        ...
+
+    async def put(self, key: str, outcome: Completion | ChatError) -> Completion | None:
+        """Keep an outcome unless there is a reply already; returns the reply that is kept now."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of the file."""
+        ...
+
+
+class ReplyFile:
+    """A :class:`Cache` in a file.
+
+    Args:
+        path: the file; created with its folders unless ``replay``.
+        key: config key that named it, for messages.
+        replay: only read, and expect the file to be there.
+
+    Raises:
+        ConfigError: no such file, not a cache, or one of another schema version.
+    """
+
+    def __init__(self, path: str | Path, key: str, *, replay: bool = False) -> None:
+        self.path, self.config_key, self.replay = Path(path), key, replay
+        if replay and not self.path.is_file():
+            raise ConfigError(f"{key}: no such file: {path}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA query_only = 1" if replay else "PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._prepare()
+        except sqlite3.Error as error:
+            raise ConfigError(f"{key}: {path} cannot be used as a cache: {error}") from None
+
+    async def get(self, key: str, *, failures: bool = False) -> Completion | None:
+        """See :class:`Cache`."""
+        row = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM replies WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        text, reasoning, prompt_tokens, completion_tokens, finish_reason, kind, failure = row
+        if kind is None:
+            return Completion(text, reasoning, prompt_tokens, completion_tokens, finish_reason, cached=True)
+        if failures:
+            raise ChatError(kind, failure)
+        return None
+
+    async def put(self, key: str, outcome: Completion | ChatError) -> Completion | None:
+        """See :class:`Cache`."""
+        if isinstance(outcome, ChatError):
+            row: tuple[Any, ...] = ("", None, 0, 0, None, outcome.kind, str(outcome))
+        else:
+            o = outcome
+            row = (o.text, o.reasoning, o.prompt_tokens, o.completion_tokens, o.finish_reason, None, None)
+        values = ", ".join("?" * (1 + len(_COLUMNS)))
+        updates = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)
+        self._db.execute(
+            f"INSERT INTO replies VALUES ({values}) ON CONFLICT (key) DO UPDATE SET {updates} "
+            "WHERE failure_kind IS NOT NULL AND excluded.failure_kind IS NULL",
+            (key, *row),
+        )
+        kept = await self.get(key)
+        # What this very call brought is not a hit.
+        return replace(kept, cached=False) if kept is not None and kept == _as_cached(outcome) else kept
+
+    async def aclose(self) -> None:
+        """See :class:`Cache`."""
+        self._db.close()
+
+    def record(self, settings: Mapping[str, Any]) -> None:
+        """Note the settings of a run that writes here."""
+        self._db.execute("INSERT OR IGNORE INTO recordings VALUES (?)", (_canonical(settings),))
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Check that a run with these settings was recorded here.
+
+        Raises:
+            ConfigError: naming the settings that differ.
+        """
+        recorded = [json.loads(row[0]) for row in self._db.execute("SELECT settings FROM recordings")]
+        wanted = json.loads(_canonical(settings))
+        if wanted in recorded:
+            return
+        nearest: dict[str, Any] = min(recorded, key=lambda other: len(_differences(wanted, other)), default={})
+        differing = ", ".join(_differences(wanted, nearest)) or "everything"
+        raise ConfigError(f"{self.config_key}: {self.path} was recorded with other settings; these differ: {differing}")
+
+    def _prepare(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (application,) = self._db.execute("PRAGMA application_id").fetchone()
+        empty = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        if empty and not self.replay:
+            self._create()
+        elif application != _APPLICATION_ID:
+            raise ConfigError(f"{self.config_key}: {self.path} is not a cache of replies")
+        elif version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.config_key}: {self.path} has cache schema version {version}, this program reads "
+                f"{SCHEMA_VERSION}; name another file"
+            )
+
+    def _create(self) -> None:
+        """Make the tables, or find that another process just did."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                for statement in filter(str.strip, _TABLES.split(";")):
+                    self._db.execute(statement)
+        finally:
+            self._db.execute("COMMIT")
+
+
+def _as_cached(outcome: Completion | ChatError) -> Completion | None:
+    return replace(outcome, cached=True) if isinstance(outcome, Completion) else None
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, ensure_ascii=True)
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))

@@ -1,0 +1,120 @@
+"""The limiter and cache of a job: its own for a single process, the main rank's for many.
+
+The main rank writes where its broker listens to ``judge_broker.json`` in the run folder, together with what identifies
+this start of the job, and removes it at the end; the others wait for a file of the same start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_ampo.chat.broker import Broker, BrokerClient
+from nemo_ampo.chat.cache import Cache
+from nemo_ampo.chat.client import open_cache
+from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.limiter import Limiter, LocalLimiter, SpentFile
+from nemo_ampo.chat.limits import Limits
+from nemo_ampo.errors import UserError
+
+RENDEZVOUS_TIMEOUT_S = 120.0
+_POLL_S = 0.1
+_START_VARIABLES = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a client needs to act as one with the others of its job."""
+
+    limiter: Limiter
+    cache: Cache | None
+
+
+@contextmanager
+def shared(
+    config: EndpointConfig,
+    run_dir: str | Path,
+    recording: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = RENDEZVOUS_TIMEOUT_S,
+) -> Iterator[Shared]:
+    """Limiter and cache for one client of this process; spending is remembered in the run folder.
+
+    Args:
+        config: of the endpoint.
+        run_dir: folder all processes of the job see.
+        recording: settings that decide what is asked, see :class:`~nemo_ampo.chat.ChatClient`.
+        environment: who this process is, as torchrun says; ``os.environ`` if None.
+        timeout_s: how long to wait for the main rank, seconds.
+
+    Raises:
+        ConfigError: the cache cannot be used.
+        UserError: the main rank does not appear.
+    """
+    env = os.environ if environment is None else environment
+    folder, name = Path(run_dir), config.section
+    world, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
+    notice = folder / f"{name}_broker.json"
+    start = {variable: env.get(variable, "") for variable in _START_VARIABLES}
+    if rank > 0:
+        yield _both(_wait_for(notice, start, timeout_s), config)
+        return
+    limiter = LocalLimiter(Limits.of(config), SpentFile(folder / f"{name}_spent.json"))
+    cache = open_cache(config, recording)
+    if world == 1:
+        yield Shared(limiter, cache)
+        return
+    one_machine = int(env.get("LOCAL_WORLD_SIZE", str(world))) == world
+    token = secrets.token_hex(16)
+    broker = Broker(limiter, cache, token, "127.0.0.1" if one_machine else "0.0.0.0")
+    host = "127.0.0.1" if one_machine else env["MASTER_ADDR"]
+    _publish(notice, {"host": host, "port": broker.port, "token": token, "start": start})
+    try:
+        yield _both(BrokerClient("127.0.0.1", broker.port, token), config)
+    finally:
+        notice.unlink(missing_ok=True)
+        broker.close()
+
+
+def _both(client: BrokerClient, config: EndpointConfig) -> Shared:
+    return Shared(client, client if config.cache is not None or config.replay is not None else None)
+
+
+def _publish(notice: Path, content: dict[str, Any]) -> None:
+    notice.parent.mkdir(parents=True, exist_ok=True)
+    partial = notice.with_name(f"{notice.name}.{os.getpid()}.tmp")
+    # The token is for this job's user only.
+    partial.touch(mode=0o600)
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(notice)
+
+
+def _wait_for(notice: Path, start: dict[str, str], timeout_s: float) -> BrokerClient:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if notice.is_file():
+            try:
+                found = json.loads(notice.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                found = {}  # being replaced on a file system without atomic rename
+            # A file that an earlier, killed start left behind is not ours.
+            if found.get("start") == start:
+                return BrokerClient(found["host"], found["port"], found["token"])
+        time.sleep(_POLL_S)
+    raise UserError(
+        f"{notice}: the main rank did not write it within {timeout_s:g} s; is the run folder shared by all nodes?"
+    )

@@ -1,0 +1,256 @@
+"""One limiter and one cache for several processes: real sockets, real processes, also ones that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_chat import Act, ScriptedChat, says
+
+from nemo_ampo.chat import BudgetError, ChatError, Completion
+from nemo_ampo.chat.broker import Broker, BrokerClient, BrokerLostError
+from nemo_ampo.chat.cache import ReplyFile
+from nemo_ampo.chat.job import shared
+from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
+from nemo_ampo.chat.limits import Limits, Spent
+from nemo_ampo.errors import DataError, UserError
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    running = Broker(
+        LocalLimiter(Limits(max_concurrency=2, max_calls=8, section="judge"), SpentFile(tmp_path / "spent.json")),
+        ReplyFile(tmp_path / "cache", "judge.cache"),
+        token="secret",
+    )
+    yield running
+    running.close()
+
+
+def test_leases_are_shared_by_all_clients(broker: Broker) -> None:
+    async def work() -> None:
+        one, two = (BrokerClient("127.0.0.1", broker.port, "secret") for _ in range(2))
+        first, second = await one.acquire(1, 0.0), await two.acquire(1, 0.0)
+        third = asyncio.create_task(two.acquire(1, 0.0))
+        await asyncio.sleep(0.1)
+        assert not third.done()
+        one.settle(first, 1, 0.0)
+        await asyncio.wait_for(third, WAIT_S)
+        two.settle(second, 1, 0.0)
+        await one.aclose()
+        await two.aclose()
+
+    asyncio.run(work())
+
+
+def test_a_cancelled_wait_leaves_no_lease_behind(broker: Broker) -> None:
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        held = [await client.acquire(1, 0.0) for _ in range(2)]
+        waiting = [asyncio.create_task(client.acquire(1, 0.0)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for lease in held:
+            client.settle(lease, 1, 0.0)
+        for _ in range(2):
+            await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+def test_the_budget_is_the_jobs(broker: Broker, tmp_path: Path) -> None:
+    async def work() -> None:
+        clients = [BrokerClient("127.0.0.1", broker.port, "secret") for _ in range(4)]
+        for client in clients * 2:
+            client.settle(await client.acquire(1, 0.0), 10, 0.25)
+        with pytest.raises(BudgetError, match=r"judge\.max_calls"):
+            await clients[0].acquire(1, 0.0)
+        for client in clients:
+            await client.aclose()
+
+    asyncio.run(work())
+    broker.close()
+    assert SpentFile(tmp_path / "spent.json").load() == Spent(8, 2.0)
+
+
+def test_replies_are_shared(broker: Broker) -> None:
+    async def work() -> None:
+        one, two = (BrokerClient("127.0.0.1", broker.port, "secret") for _ in range(2))
+        assert await one.get("k") is None
+        assert await one.put("k", Completion("7", "why", 1, 2, "stop")) == Completion("7", "why", 1, 2, "stop")
+        assert await two.get("k") == Completion("7", "why", 1, 2, "stop", cached=True)
+        assert await one.put("f", ChatError("timeout", "late")) is None
+        assert await two.get("f") is None
+        with pytest.raises(ChatError, match="late"):
+            await two.get("f", failures=True)
+        await one.aclose()
+        await two.aclose()
+
+    asyncio.run(work())
+
+
+def test_who_does_not_know_the_token_is_hung_up_on(broker: Broker) -> None:
+    async def work() -> None:
+        for token in ("", "guess"):
+            client = BrokerClient("127.0.0.1", broker.port, token)
+            with pytest.raises(BrokerLostError):
+                await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
+            await client.aclose()
+        reader, writer = await asyncio.open_connection("127.0.0.1", broker.port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert await asyncio.wait_for(reader.read(), WAIT_S) == b""
+        writer.close()
+
+    asyncio.run(work())
+
+
+def test_a_lost_broker_is_told_to_those_who_wait(broker: Broker) -> None:
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        for _ in range(2):
+            await client.acquire(1, 0.0)
+        waiting = asyncio.create_task(client.acquire(1, 0.0))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(broker.close)
+        with pytest.raises(BrokerLostError, match="main rank"):
+            await asyncio.wait_for(waiting, WAIT_S)
+        with pytest.raises(BrokerLostError):
+            await client.acquire(1, 0.0)
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+HOLDER = """
+import asyncio, sys
+from nemo_ampo.chat.broker import BrokerClient
+
+async def work():
+    client = BrokerClient("127.0.0.1", int(sys.argv[1]), "secret")
+    for _ in range(2):
+        await client.acquire(1, 0.5)
+    print("holding", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(work())
+"""
+
+
+def test_a_process_that_is_killed_gives_its_leases_back_and_its_calls_are_counted(broker: Broker, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(broker.port)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "holding\n"
+
+        async def work() -> None:
+            client = BrokerClient("127.0.0.1", broker.port, "secret")
+            waiting = asyncio.create_task(client.acquire(1, 0.0))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            holder.send_signal(signal.SIGKILL)
+            client.settle(await asyncio.wait_for(waiting, WAIT_S), 1, 0.0)
+            await client.aclose()
+
+        asyncio.run(work())
+    broker.close()
+    assert SpentFile(tmp_path / "spent.json").load() == Spent(3, 1.0)
+
+
+def test_a_damaged_record_of_spending_is_named(tmp_path: Path) -> None:
+    (tmp_path / "spent.json").write_text("{}")
+    with pytest.raises(DataError, match=r"spent\.json"):
+        LocalLimiter(Limits(1), SpentFile(tmp_path / "spent.json"))
+
+
+RANK = """
+import asyncio, sys
+from nemo_ampo.chat import ChatClient, EndpointConfig
+from nemo_ampo.chat.job import shared
+
+config = EndpointConfig(sys.argv[1], "referee", max_concurrency=3, cache=sys.argv[3])
+
+async def work(job):
+    async with ChatClient(config, limiter=job.limiter, cache=job.cache) as client:
+        talks = [[{"role": "user", "content": f"question {n}"}] for n in range(12)]
+        texts = [c.text for c in await asyncio.gather(*[client.complete(t, temperature=0.0) for t in talks])]
+        print(" ".join(texts), client.stats.calls, flush=True)
+        if sys.stdin.readline():  # the main rank leaves last
+            return
+
+with shared(config, sys.argv[2], {}) as job:
+    asyncio.run(work(job))
+"""
+
+
+def test_the_ranks_of_a_job_find_each_other_and_share_everything(server: ScriptedChat, tmp_path: Path) -> None:
+    server.play(lambda number, call: Act(says(f"reply-{number}"), delay_s=0.03))
+    stale = tmp_path / "endpoint_broker.json"
+    stale.write_text(json.dumps({"host": "127.0.0.1", "port": 9, "token": "x", "start": {"MASTER_PORT": "1"}}))
+    command = [sys.executable, "-c", RANK, server.url, str(tmp_path), str(tmp_path / "cache")]
+    job = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711"}
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        environment = {**os.environ, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload, no-any-return]
+
+    others = [start(rank) for rank in (1, 2)]
+    time.sleep(0.3)
+    ranks = [start(0), *others]
+    try:
+        lines = [rank.stdout.readline().split() for rank in ranks if rank.stdout]
+        for rank in (others[0], others[1], ranks[0]):
+            rank.communicate("go\n", timeout=WAIT_S)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    replies = [line[:12] for line in lines]
+    assert replies[0] == replies[1] == replies[2] and len(set(replies[0])) == 12
+    assert sum(int(line[12]) for line in lines) == len(server.calls)
+    assert server.max_in_flight <= 3, "max_concurrency is the whole job's"
+    assert not stale.exists(), "the main rank has cleaned up"
+    assert SpentFile(tmp_path / "endpoint_spent.json").load().calls == len(server.calls)
+
+
+def test_a_main_rank_that_does_not_come_is_one_clear_error(config: Any, tmp_path: Path) -> None:
+    environment = {"WORLD_SIZE": "2", "RANK": "1"}
+    with (
+        pytest.raises(UserError, match=r"endpoint_broker\.json: not written by the main rank within 0\.2 s"),
+        shared(config("http://127.0.0.1:9/v1"), tmp_path, {}, environment, timeout_s=0.2),
+    ):
+        pass
+
+
+def test_one_process_needs_no_server_and_remembers_what_it_spent(server: ScriptedChat, config: Any, tmp_path: Path) -> None:
+    from nemo_ampo.chat import ChatClient
+
+    server.play(Act(says("hi")))
+    settings = config(server.url, max_calls=5)
+
+    def ask(times: int) -> list[Any]:
+        async def work() -> list[Any]:
+            with shared(settings, tmp_path, {}, {}) as job:
+                async with ChatClient(settings, limiter=job.limiter) as client:
+                    talk = [{"role": "user", "content": "hello"}]
+                    calls = [client.complete(talk, temperature=0.0) for _ in range(times)]
+                    return await asyncio.gather(*calls, return_exceptions=True)
+
+        return asyncio.run(work())
+
+    assert all(isinstance(outcome, Completion) for outcome in ask(3))
+    outcomes = ask(3)
+    assert [isinstance(outcome, BudgetError) for outcome in outcomes] == [False, False, True], "of the job, not the run"
+    assert not list(tmp_path.glob("*broker*"))
