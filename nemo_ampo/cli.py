@@ -190,6 +190,23 @@ def report(
     typer.echo(f"wrote {written}")
 
 
+def plan(
+    stage: Annotated[str, typer.Argument(help="bc or ampo")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
+    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder or .nemo file, for another model.")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
+) -> None:
+    """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
+    from nemo_ampo.plan import compose_for_plan, lines, make_plan, shape_of
+
+    cfg = compose_for_plan(stage, config_name, overrides or [])
+    for line in lines(make_plan(stage, cfg, shape_of(model, config_name), nodes * gpus, gpu)):
+        typer.echo(line)
+
+
 PassedOn = Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)]
 
 
@@ -212,6 +229,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check-config": check_config,
     "score": score,
     "report": report,
+    "plan": plan,
     "demo-judge": demo_judge,
     "world": world,
 }

@@ -75,9 +75,11 @@ class Job:
             time.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
-        """To every process of the job at once, torchrun included."""
+        """To every process of the job; torchrun puts its workers into sessions of their own."""
         assert self._process is not None
-        os.killpg(self._process.pid, number)
+        for pid in family(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def wait(self) -> int:
         assert self._process is not None
@@ -85,9 +87,17 @@ class Job:
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.signal(signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             self._process.wait()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants, parents first."""
+    pids = [pid]
+    for parent in pids:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            pids += map(int, children.read_text().split())
+    return pids
 
 
 @pytest.fixture(scope="module")

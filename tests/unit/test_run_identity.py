@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_ampo.checkpoint_config import CheckpointConfig
+from nemo_ampo.checkpoint_store import Layout, Manifest, Store
+from nemo_ampo.compose import compose
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.run_identity import check_resume, check_unchanged, identity, inputs
+
+PATHS = ["run.dir=/run", "run.init_from=/m.nemo", "data.train=/rows.jsonl", "judge.base_url=http://localhost:1/v1"]
+
+
+def settings(*overrides: str, stage: str = "ampo", data: str = "d1") -> dict[str, object]:
+    paths = PATHS if stage == "ampo" else [*PATHS[:3], "data.heldout=/held.jsonl"]
+    return identity(compose(stage, "tiny", [*paths, *overrides]), {"data": data, "run.init_from": "n1"})
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("run.seed=2", "run.seed"),
+        ("algorithm.advantage=grpo", "algorithm.advantage"),
+        ("rollout.group_size=8", "rollout.group_size"),
+        ("reward.strict_format=true", "reward.strict_format"),
+        ("judge.model=other", "judge.model"),
+        ("model.optim.lr=1", "model.optim.lr"),
+        ("model.global_batch_size=64", "model.global_batch_size"),
+        ("trainer.reinforce.gradient_clip_val=2", "trainer.gradient_clip_val"),
+        ("+model.optim.sched.name=CosineAnnealing", "model.optim.sched.name"),
+    ],
+)
+def test_a_setting_that_decides_the_numbers_is_refused_by_name(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: .*run\.allow_changed=\[{key}"):
+        check_unchanged(settings(), settings(override), [], "step-000005")
+    assert check_unchanged(settings(), settings(override), [key.split(".")[0]], "step-000005")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=/elsewhere",
+        "run.verbose=true",
+        "rollout.batch_size=7",
+        "judge.timeout_s=1",
+        "model.tensor_model_parallel_size=2",
+        "trainer.reinforce.max_steps=7",
+        "checkpoint.keep_last=9",
+    ],
+)
+def test_a_setting_without_influence_on_the_numbers_may_change(override: str) -> None:
+    assert check_unchanged(settings(), settings(override), [], "") == []
+
+
+def test_the_number_of_steps_counts_where_a_schedule_is_laid_over_them() -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.max_steps: 800 -> 900"):
+        check_unchanged(settings(stage="bc"), settings("trainer.sft.max_steps=900", stage="bc"), [], "")
+
+
+def test_other_data_and_another_reference_policy_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data: d1 -> d2"):
+        check_unchanged(settings(), settings(data="d2"), [], "")
+    with pytest.raises(ConfigError, match=r"^run\.init_from: n1 -> n2"):
+        check_unchanged(settings(), settings() | {"run.init_from": "n2"}, ["data"], "")
+
+
+def test_every_changed_key_is_named_and_each_must_be_allowed() -> None:
+    new = settings("run.seed=2", "algorithm.kl_coef=0.5")
+    with pytest.raises(ConfigError, match=r"^algorithm\.kl_coef: 0\.001 -> 0\.5; run\.seed: 1 -> 2: "):
+        check_unchanged(settings(), new, [], "")
+    with pytest.raises(ConfigError, match=r"^run\.seed: 1 -> 2: "):
+        check_unchanged(settings(), new, ["algorithm"], "")
+    assert check_unchanged(settings(), new, ["algorithm", "run.seed"], "") == ["algorithm.kl_coef", "run.seed"]
+
+
+def test_a_key_an_older_version_did_not_know_is_no_change() -> None:
+    old = settings()
+    del old["reward.strict_format"]
+    assert check_unchanged(old, settings(), [], "") == []
+
+
+def test_inputs_follow_content_not_place(tmp_path: Path) -> None:
+    for name in ("a.nemo", "b.nemo"):
+        (tmp_path / name).write_text("weights")
+    assert inputs({"/x": "h"}, str(tmp_path / "a.nemo")) == inputs({"/y": "h"}, str(tmp_path / "b.nemo"))
+    (tmp_path / "b.nemo").write_text("others")
+    assert inputs({"/x": "h"}, str(tmp_path / "a.nemo")) != inputs({"/x": "h"}, str(tmp_path / "b.nemo"))
+
+
+def test_a_run_folder_is_checked_against_its_newest_checkpoint(tmp_path: Path) -> None:
+    check_resume(tmp_path, CheckpointConfig(), settings("run.seed=7"), [])
+    store = Store(tmp_path / "checkpoints")
+    folder = store.begin(5)
+    (folder / "optimizer").mkdir()
+    files = {"optimizer/x": {"bytes": 0, "sha256": ""}}
+    (folder / "optimizer" / "x").touch()
+    store.publish(folder, Manifest("ampo", 5, {"step": 5}, Layout(1, 1, 1, 1), settings(), None, {}, files))
+    check_resume(tmp_path, CheckpointConfig(), settings(), [])
+    with pytest.raises(ConfigError, match=r"^run\.seed: 1 -> 7: .*step-000005 was written under other settings"):
+        check_resume(tmp_path, CheckpointConfig(), settings("run.seed=7"), [])
