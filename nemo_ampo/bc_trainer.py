@@ -16,6 +16,7 @@ from nemo_aligner.utils.trainer_utils import check_progress
 from nemo_ampo.config import BcDataConfig
 from nemo_ampo.data.bc import BcExample
 from nemo_ampo.data.collate import BcDataset, collate_bc
+from nemo_ampo.deadline import Deadline
 from nemo_ampo.errors import FormatError
 from nemo_ampo.forward import token_logprobs
 from nemo_ampo.grammar import parse_reply
@@ -74,13 +75,14 @@ class BcTrainer(SupervisedTrainer):
         """
         self.run_timer.start_time()
         ranks, shown = self.parts.ranks, {}
+        deadline = Deadline.of_job()
         with StopRequest() as stop, Progress("BC", self.step, self.max_steps, ranks.is_main) as progress:
             while self.step < self.max_steps:
                 metrics = optimise(self, self._batch_of_step(), self.cfg.gradient_clip_val)
                 self._log(metrics, "train")
                 self.step += 1
                 self.consumed_samples += self.train_dataloader.global_batch_size
-                ended = ranks.any(stop.requested) or self.run_timer.is_finished()
+                ended = ranks.any(stop.requested or deadline.is_near()) or self.run_timer.is_finished()
                 validate, save, _ = check_progress(
                     self.step, self.max_steps, self.val_check_interval, self.cfg.save_interval, 1.0, ended
                 )

@@ -207,6 +207,15 @@ def plan(
         typer.echo(line)
 
 
+def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*.sh job.")]) -> None:
+    """Say what of a batch run is done, running and left, and what went wrong last."""
+    from nemo_ampo.status import read_status
+
+    run = read_status(run_dir)
+    _show(run.table())
+    typer.echo("\n".join(run.lines()))
+
+
 PassedOn = Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)]
 
 
@@ -230,6 +239,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "report": report,
     "plan": plan,
+    "status": status,
     "demo-judge": demo_judge,
     "world": world,
 }

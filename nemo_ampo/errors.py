@@ -55,3 +55,7 @@ class JudgeError(ChatError):
 
 class EngineError(RuntimeError):
     """A rollout engine refused a request or returned something that cannot be trained on."""
+
+
+class Stopped(BaseException):
+    """The scheduler asked this process to end while it had nothing to save; like KeyboardInterrupt, not to be caught."""

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM end a run at the next step boundary, with a checkpoint."""
+"""Signals end a run at the next step boundary, with a checkpoint.
+
+Slurm's warning before the time limit (SIGUSR1), preemption and ``scancel`` (SIGTERM) and Ctrl-C (SIGINT) all ask for the
+same. Schedulers repeat themselves, so that only a second Ctrl-C, a person's, interrupts at once.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from nemo_ampo.errors import Stopped
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While active, the first signal only sets :attr:`requested`; a second one interrupts at once."""
+    """While active, a signal only sets :attr:`requested`; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -26,6 +32,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def stop_while_nothing_is_lost() -> None:
+    """Outside a training loop SIGUSR1 raises :class:`Stopped`: all that was done is in the last checkpoint already."""
+    signal.signal(signal.SIGUSR1, _raise_stopped)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped

@@ -18,6 +18,7 @@ from nemo_aligner.algorithms.reinforce import ReinforceTrainer
 from nemo_aligner.utils.trainer_utils import check_progress
 from nemo_aligner.utils.utils import clear_memory
 
+from nemo_ampo.deadline import Deadline
 from nemo_ampo.interrupt import StopRequest
 from nemo_ampo.optimise import optimise
 from nemo_ampo.progress import Progress
@@ -73,6 +74,7 @@ class AmpoTrainer(ReinforceTrainer):
         """
         self.run_timer.start_time()
         ranks = self.parts.ranks
+        deadline = Deadline.of_job()
         with StopRequest() as stop, Progress("AMPO", self.step, self.max_steps, ranks.is_main) as progress:
             while self.step < self.max_steps:
                 result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
@@ -80,7 +82,7 @@ class AmpoTrainer(ReinforceTrainer):
                 self.step += 1
                 self.consumed_samples += len(result.samples)
                 progress.step(self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result))
-                ended = ranks.any(stop.requested) or self.run_timer.is_finished()
+                ended = ranks.any(stop.requested or deadline.is_near()) or self.run_timer.is_finished()
                 _, save, _ = check_progress(self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended)
                 if save:
                     self.save(result.metrics)

@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import Stopped, UserError
+from nemo_ampo.interrupt import stop_while_nothing_is_lost
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
@@ -45,12 +46,14 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
     parser.add_argument("--print-config", action="store_true", help="print the composed config and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     args = parser.parse_args(argv)
+    stop_while_nothing_is_lost()
     try:
         cfg = compose(stage, args.config_name, args.overrides, args.config_dir)
         if args.print_config:
             print(OmegaConf.to_yaml(cfg))
             return 0
         finished = run(cfg)
+        _leave_together()
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
@@ -58,7 +61,16 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Stopped:
+        finished = False
     if not finished:
         print("stopped at a checkpoint; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
     return 0
+
+
+def _leave_together() -> None:
+    """No rank leaves before all have saved: under Slurm the first one that ends with a status ends the others."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,145 @@
+"""The record a batch job leaves in its run folder: what was planned, every attempt, and whether another one is worth it.
+
+``slurm/plan.json`` holds the stages, ``slurm/attempts.jsonl`` one line per begin and end. A job is put back into the queue
+only if the attempt got somewhere: a stage finished, or a checkpoint of a later step. Slurm also requeues on its own, after a
+node failed; then nobody wrote an end, and the next begin decides by the same rule.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_ampo.errors import UserError
+from nemo_ampo.runlog import read_jsonl, write_once
+
+FOLDER = "slurm"
+PLAN, ATTEMPTS = "plan.json", "attempts.jsonl"
+USER_ERROR = 2
+FRUITLESS = 2
+"""Attempts in a row that may bring nothing before no more are made."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage.
+
+    Attributes:
+        name: of the stage.
+        output: exists when it is done.
+        trains: has steps and checkpoints, in the run folder's subfolder of its name.
+    """
+
+    name: str
+    output: str
+    trains: bool
+
+
+@dataclass(frozen=True, order=True)
+class Progress:
+    """How far a run got: finished stages, then the newest checkpoint's step of the stages that train."""
+
+    stages: int
+    step: int
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Progress:
+        """Read from the run folder."""
+        plan = read_plan(run_dir)
+        done = sum(Path(stage.output).exists() for stage in plan)
+        steps = (checkpoint_step(run_dir / s.name) for s in plan if s.trains and not Path(s.output).exists())
+        return cls(done, sum(step or 0 for step in steps))
+
+
+def checkpoint_step(stage_dir: Path) -> int | None:
+    """Step of the newest complete checkpoint of a training stage, None without one."""
+    names = {path.name for folder in ("checkpoints", "nemo/checkpoints") for path in stage_dir.glob(f"{folder}/*")}
+    steps = [
+        int(found[1])
+        for name in names
+        if f"{name}-unfinished" not in names and (found := re.match(r"(?:\w+-)?step[-=](\d+)(?!.*-unfinished)", name))
+    ]
+    return max(steps, default=None)
+
+
+def write_plan(run_dir: Path, stages: Sequence[PlannedStage], asked: set[str]) -> None:
+    """Note all stages of the run, and which of them this job was asked for."""
+    rows = [asdict(stage) | {"asked": stage.name in asked} for stage in stages]
+    write_once(run_dir / FOLDER / PLAN, json.dumps(rows, indent=1))
+
+
+def read_plan(run_dir: Path) -> list[PlannedStage]:
+    """The stages of the run.
+
+    Raises:
+        UserError: the folder holds no plan.
+    """
+    path = run_dir / FOLDER / PLAN
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no {FOLDER}/{PLAN}; not the run folder of a slurm/*.sh job")
+    return [PlannedStage(row["name"], row["output"], row["trains"]) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+class AttemptLog:
+    """The attempts of one run folder.
+
+    Args:
+        run_dir: run folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FOLDER / ATTEMPTS
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines, oldest first."""
+        return read_jsonl(self._path)
+
+    def begin(self, job: str, restart: int, max_restarts: int, progress: Progress) -> None:
+        """Note a begin.
+
+        Raises:
+            UserError: the job was restarted too often, or its last attempts all began where this one does.
+        """
+        if restart > max_restarts:
+            raise UserError(f"job {job} was restarted {restart} times; AMPO_MAX_RESTARTS={max_restarts}")
+        begins = [row for row in self.rows() if row["event"] == "begin" and row["job"] == job]
+        fruitless = 0
+        for row in reversed(begins):
+            if (row["stages"], row["step"]) != (progress.stages, progress.step):
+                break
+            fruitless += 1
+        if fruitless >= FRUITLESS:
+            raise UserError(
+                f"job {job}: the last {fruitless} attempts got no further than {progress.stages} finished stages and step "
+                f"{progress.step}; see their logs, then submit again"
+            )
+        self._append({"event": "begin", "job": job, "restart": restart, **asdict(progress)})
+
+    def end(self, status: int, reason: str, progress: Progress) -> None:
+        """Note an end with the exit status of the attempt."""
+        self._append({"event": "end", "status": status, "reason": reason, **asdict(progress)})
+
+    def decide(self, max_restarts: int) -> str:
+        """``requeue``, or ``stop: `` and why, for the attempt that just ended."""
+        rows = self.rows()
+        end = rows[-1]
+        begin = next(row for row in reversed(rows) if row["event"] == "begin")
+        if end["status"] == 0:
+            return "stop: finished"
+        if end["status"] == USER_ERROR:
+            return "stop: an error that a restart repeats"
+        if begin["restart"] >= max_restarts:
+            return f"stop: restarted {begin['restart']} times already (AMPO_MAX_RESTARTS)"
+        if (end["stages"], end["step"]) <= (begin["stages"], begin["step"]):
+            return "stop: this attempt finished no stage and saved no step"
+        return "requeue"
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")

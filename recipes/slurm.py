@@ -1,0 +1,367 @@
+"""What a Slurm job runs: one small recipe file becomes a list of stages, which ``slurm/*.sh`` start one after the other.
+
+    python -m recipes.slurm plan configs/pipeline/tiny.yaml --ranks 2 run_dir=runs/mine ampo.rollout.group_size=4
+
+prints one line per stage, fields separated by tabs: name, ``one`` or ``all`` (processes), MPI or not, output, command. A
+stage is finished when its output exists. Everything a user can get wrong is said here, before anything is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_ampo.attempts import AttemptLog, PlannedStage, Progress, write_plan
+from nemo_ampo.errors import ConfigError, UserError
+from recipes.pipeline import Stage, remember_settings
+
+TRAINING = ("bc", "ampo")
+JUDGE_PATH = "/v1"
+
+
+class JudgeMode(StrEnum):
+    """Where the judge of a job is."""
+
+    external = "external"
+    """At ``judge.base_url``; somebody else keeps it running."""
+    hetjob = "hetjob"
+    """In the second group of a heterogeneous job, started and watched by the job itself."""
+
+
+@dataclass
+class StageConfig:
+    """One stage that reads a YAML file.
+
+    Attributes:
+        config: a file of ``configs/<stage>``.
+        overrides: Hydra overrides; ``<stage>.key=value`` on the command line appends ``key=value`` here.
+    """
+
+    config: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateStageConfig(StageConfig):
+    """The evaluation.
+
+    Attributes:
+        policies: whose exports are made and evaluated: ``bc``, ``ampo`` or both.
+    """
+
+    policies: list[str] = field(default_factory=lambda: ["bc", "ampo"])
+
+
+@dataclass
+class DataFiles:
+    """Files of all stages.
+
+    Attributes:
+        world: make the embedded world and its tiny checkpoint in the run folder and use them for everything below.
+        bc_train, bc_heldout: cloning rows.
+        rl_train: RL rows; or
+        sotopia_dir: a SOTOPIA folder whose opening turns become the RL rows.
+        heldout: turns the evaluation answers.
+    """
+
+    world: bool = False
+    bc_train: str | None = None
+    bc_heldout: str | None = None
+    rl_train: str | None = None
+    sotopia_dir: str | None = None
+    heldout: str | None = None
+
+
+@dataclass
+class JudgePlace:
+    """Where the judge is.
+
+    Attributes:
+        mode: ``external`` or ``hetjob``.
+        base_url: of an external judge.
+        model: overrides the stages' ``judge.model``; null keeps it.
+        port: of a judge in the job; 0 derives one from the job's id.
+        start_s: seconds it may take until the judge answers.
+    """
+
+    mode: JudgeMode = JudgeMode.external
+    base_url: str | None = None
+    model: str | None = None
+    port: int = 0
+    start_s: int = 900
+
+
+@dataclass
+class PipelineConfig:
+    """One recipe of ``configs/pipeline``.
+
+    Attributes:
+        run_dir: on a file system that every node sees.
+        checkpoint: Hugging Face folder to start from; null with ``data.world``.
+        seed: of every stage.
+        data: files.
+        judge: where it is.
+        bc, ampo, evaluate: stages.
+    """
+
+    run_dir: str = MISSING
+    checkpoint: str | None = None
+    seed: int = 1
+    data: DataFiles = field(default_factory=DataFiles)
+    judge: JudgePlace = field(default_factory=JudgePlace)
+    bc: StageConfig = field(default_factory=StageConfig)
+    ampo: StageConfig = field(default_factory=StageConfig)
+    evaluate: EvaluateStageConfig = field(default_factory=EvaluateStageConfig)
+
+
+def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
+    """A recipe file under the command line's ``key=value``.
+
+    Raises:
+        ConfigError: no such file, unknown key, wrong type or a contradiction, naming the key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe; see configs/pipeline")
+    own, passed_on = _split(overrides)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own))
+        for stage, override in passed_on:
+            merged[stage].overrides.append(override)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]}: a value is required")
+        recipe: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}") from None
+    _check(recipe)
+    return recipe
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Overrides of the recipe itself, and those of a stage's own configuration with the stage's name taken off."""
+    own, passed_on = [], []
+    known = {f.name for f in fields(EvaluateStageConfig)}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: expected key=value")
+        stage, _, rest = key.lstrip("+~").partition(".")
+        if stage in (*TRAINING, "evaluate") and rest and rest not in known:
+            mark = key[: len(key) - len(key.lstrip("+~"))]
+            passed_on.append((stage, mark + override.lstrip("+~").removeprefix(f"{stage}.")))
+        else:
+            own.append(override)
+    return own, passed_on
+
+
+def _check(recipe: PipelineConfig) -> None:
+    data = recipe.data
+    if data.world:
+        given = [name for name in ("bc_train", "bc_heldout", "rl_train", "sotopia_dir", "heldout") if getattr(data, name)]
+        if given or recipe.checkpoint:
+            raise ConfigError(f"data.world: makes the data and checkpoint itself; remove {[*given, 'checkpoint'][0]}")
+    else:
+        for name in ("bc_train", "bc_heldout", "heldout"):
+            if not getattr(data, name):
+                raise ConfigError(f"data.{name}: a file is required (or data.world=true)")
+        if (data.rl_train is None) == (data.sotopia_dir is None):
+            raise ConfigError("data.rl_train, data.sotopia_dir: give exactly one of the two")
+        if not recipe.checkpoint:
+            raise ConfigError("checkpoint: a Hugging Face folder is required (or data.world=true)")
+        for key, path in (("checkpoint", recipe.checkpoint), *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data))):
+            if isinstance(path, str) and not Path(path).exists():
+                raise ConfigError(f"{key}: nothing at {path}")
+    if recipe.judge.mode is JudgeMode.external and not recipe.judge.base_url:
+        raise ConfigError("judge.base_url: a URL is required for judge.mode=external")
+    if recipe.judge.mode is JudgeMode.hetjob and recipe.judge.base_url:
+        raise ConfigError("judge.base_url: follows from the allocation for judge.mode=hetjob; remove it")
+    unknown = sorted(set(recipe.evaluate.policies) - set(TRAINING))
+    if unknown:
+        raise ConfigError(f"evaluate.policies: expected {' or '.join(TRAINING)}, got {unknown[0]!r}")
+
+
+def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
+    """The pipeline of a checked recipe, asking the judge at ``judge_url``."""
+    root, seed = Path(recipe.run_dir), recipe.seed
+    world, base = root / "world", root / "nemo" / "base.nemo"
+    data = recipe.data
+    checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else root / "hf" / "base"
+    if data.world:
+        files = [world / name for name in ("bc_train.jsonl", "bc_heldout.jsonl", "rl_train.jsonl", "rl_heldout.jsonl")]
+        data = DataFiles(True, *map(str, files[:3]), heldout=str(files[3]))
+    judge = [f"judge.base_url={judge_url}", *([f"judge.model={recipe.judge.model}"] if recipe.judge.model else [])]
+    turns = f"data.train={data.rl_train}" if data.rl_train else f"data.sotopia_dir={data.sotopia_dir}"
+
+    def of(stage: str, config: StageConfig, *arguments: str) -> tuple[str, ...]:
+        return (f"recipes.{stage}", "--config-name", config.config, f"run.seed={seed}", *arguments, *config.overrides)
+
+    def trained(name: str) -> Path:
+        return root / name / "policy.nemo"
+
+    made = [
+        Stage("world", ("nemo_ampo.world", "--out", str(world), "--seed", str(seed)), world / "pack.json"),
+        Stage(
+            "checkpoint",
+            ("nemo_ampo.world.tiny_model", "--pack", str(world), "--out", str(checkpoint), "--seed", str(seed)),
+            checkpoint,
+        ),
+    ]
+    return [
+        *(made if data.world else []),
+        Stage("convert", ("converters.hf_to_nemo", "--input", str(checkpoint), "--output", str(base)), base),
+        Stage(
+            "bc",
+            of(
+                *("bc", recipe.bc, f"run.dir={root / 'bc'}", f"run.init_from={base}"),
+                *(f"data.train={data.bc_train}", f"data.heldout={data.bc_heldout}"),
+            ),
+            trained("bc"),
+        ),
+        Stage(
+            "ampo",
+            of("ampo", recipe.ampo, f"run.dir={root / 'ampo'}", f"run.init_from={trained('bc')}", turns, *judge),
+            trained("ampo"),
+        ),
+        *(
+            Stage(
+                f"export-{name}",
+                ("converters.nemo_to_hf", "--input", str(trained(name)), "--output", str(root / "hf" / name)),
+                root / "hf" / name,
+            )
+            for name in recipe.evaluate.policies
+        ),
+        *(
+            Stage(
+                f"evaluate-{name}",
+                of(
+                    *("evaluate", recipe.evaluate, f"run.dir={root / 'evaluate'}", f"run.name={name}"),
+                    *(f"run.checkpoint={root / 'hf' / name}", f"data.turns={data.heldout}", *judge),
+                ),
+                root / "evaluate" / f"{name}.json",
+            )
+            for name in recipe.evaluate.policies
+        ),
+    ]
+
+
+def check_stage_configs(plan: Sequence[Stage]) -> None:
+    """Compose the configuration of every stage, so that a misspelt key stops the job before anything runs.
+
+    Raises:
+        ConfigError: naming stage and key.
+    """
+    from nemo_ampo.compose import compose
+    from nemo_ampo.config import STAGES, read_config
+
+    for stage in plan:
+        name = stage.command[0].removeprefix("recipes.")
+        if name in STAGES:
+            try:
+                read_config(compose(name, stage.command[2], stage.command[3:]), STAGES[name])
+            except ConfigError as error:
+                raise ConfigError(f"stage {stage.name}: {error}") from None
+
+
+def line_of(stage: Stage) -> str:
+    """Name, processes, MPI, output and command of a stage, separated by tabs."""
+    wants_mpi = "rollout.engine=trtllm" in stage.command
+    parts = (stage.name, "all" if stage.name in TRAINING else "one", "mpi" if wants_mpi else "plain", str(stage.output), *stage.command)
+    return "\t".join(parts)
+
+
+def plan_command(args: argparse.Namespace) -> None:
+    """Print the stages; with ``--record`` also write the run folder's plan."""
+    recipe = read_recipe(args.recipe, args.overrides)
+    judge_url = args.judge_url or recipe.judge.base_url or "http://judge.invalid/v1"
+    plan = stages(recipe, judge_url)
+    if args.only:
+        plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
+    check_stage_configs(plan)
+    if args.record:
+        record(recipe, plan)
+    print("\n".join(map(line_of, plan)))
+
+
+def record(recipe: PipelineConfig, plan: Sequence[Stage]) -> None:
+    """The run folder's settings and plan. Where the judge is may change from attempt to attempt, the rest may not."""
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
+    settings.pop("judge")
+    remember_settings(folder, settings)
+    whole = stages(recipe, "")
+    names = {stage.name for stage in plan}
+    write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in whole], names)
+
+
+def show_command(args: argparse.Namespace) -> None:
+    """Print the resolved recipe as YAML."""
+    recipe = read_recipe(args.recipe, args.overrides)
+    print(OmegaConf.to_yaml(OmegaConf.structured(recipe)), end="")
+
+
+def get_command(args: argparse.Namespace) -> None:
+    """Print what the shell needs to know of the recipe, one value a line."""
+    recipe = read_recipe(args.recipe, args.overrides)
+    print(recipe.run_dir, recipe.judge.mode.value, recipe.judge.base_url or "-", recipe.judge.port, recipe.judge.start_s, sep="\n")
+
+
+def begin_command(args: argparse.Namespace) -> None:
+    """Note the start of an attempt; refuse one that would only repeat what failed."""
+    AttemptLog(Path(args.run_dir)).begin(args.job, args.restart, args.max_restarts, Progress.of(Path(args.run_dir)))
+
+
+def end_command(args: argparse.Namespace) -> None:
+    """Note the end of an attempt and print ``requeue`` or why not."""
+    folder = Path(args.run_dir)
+    log = AttemptLog(folder)
+    log.end(args.status, args.reason, Progress.of(folder))
+    print(log.decide(args.max_restarts))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line for the shell scripts; exit status 2 for what the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.slurm", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, function: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, description=function.__doc__)
+        sub.set_defaults(function=function)
+        return sub
+
+    for name, function in (("plan", plan_command), ("show", show_command), ("get", get_command)):
+        sub = command(name, function)
+        sub.add_argument("recipe", type=Path)
+        sub.add_argument("overrides", nargs="*", metavar="key=value")
+        if name == "plan":
+            sub.add_argument("--judge-url", default="", help="of a judge inside the job")
+            sub.add_argument("--ranks", type=int, default=1, help="processes of a training stage")
+            sub.add_argument("--only", nargs="*", help="stages, exports and evaluations without their policy's name")
+            sub.add_argument("--record", action=argparse.BooleanOptionalAction, help="write the plan into the run folder")
+    begin, end = command("begin", begin_command), command("end", end_command)
+    for sub in (begin, end):
+        sub.add_argument("run_dir")
+        sub.add_argument("--max-restarts", type=int, default=20)
+    begin.add_argument("--job", required=True)
+    begin.add_argument("--restart", type=int, required=True)
+    end.add_argument("--status", type=int, required=True)
+    end.add_argument("--reason", required=True)
+    args = parser.parse_args(argv)
+    try:
+        args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One process of a stage: Slurm's variables become the ones torchrun would set, then the command runs in its place.
+set -euo pipefail
+
+export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
+export LOCAL_WORLD_SIZE=$((SLURM_STEP_NUM_TASKS / SLURM_STEP_NUM_NODES)) GROUP_RANK=$SLURM_NODEID
+# Lightning takes its own Slurm support, with a signal handler and other rules, unless it sees torchrun's run id.
+export TORCHELASTIC_RUN_ID=$SLURM_JOB_ID
+exec "$@"
