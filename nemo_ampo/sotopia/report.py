@@ -65,16 +65,17 @@ class Written:
     table: Path
 
 
-def write_report(summary: RunSummary, folder: Path | None = None) -> Written:
-    """Write the page, ``result.json`` and ``table.csv``.
+def write_report(summary: RunSummary, page: Path | None = None) -> Written:
+    """Write the page and, beside it, ``result.json`` and ``table.csv``.
 
     Args:
         summary: of the run.
-        folder: where to; the run's own folder by default, for an imported file a folder of its name beside it.
+        page: HTML file; by default ``report.html`` in the run's own folder, for an imported file in a folder of
+            its name beside it.
     """
-    if folder is None:
-        folder = summary.path if summary.path.is_dir() else summary.path.with_suffix("")
-    written = Written(folder / PAGE_FILE, folder / RESULT_FILE, folder / TABLE_FILE)
+    if page is None:
+        page = (summary.path if summary.path.is_dir() else summary.path.with_suffix("")) / PAGE_FILE
+    written = Written(page, page.with_name(RESULT_FILE), page.with_name(TABLE_FILE))
     write_once(written.result, json.dumps(summary.as_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     write_once(written.table, table_csv(summary))
     write_once(written.page, render(summary).encode("utf-8", "replace").decode("utf-8"))
@@ -106,8 +107,9 @@ def score_table(summary: RunSummary) -> Table:
     from rich.table import Table
 
     counts = ", ".join(f"{name}: {summary.subsets[name].episodes} episodes" for name in SUBSETS)
+    pairing = PAIRING_TITLES.get(summary.pairing, summary.pairing)
     table = Table(
-        title=f"SOTOPIA {escape(summary.name)} ({PAIRING_TITLES.get(summary.pairing, summary.pairing)}, view: {summary.view})",
+        title=f"SOTOPIA {escape(summary.name)} ({pairing}, view: {summary.view})",
         caption=f"{counts}; 95 % intervals by scenario",
         title_justify="left",
         caption_justify="left",
@@ -278,7 +280,8 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
         "columns": [(column, COLUMN_TITLES[column], RANGES[column]) for column in COLUMNS],
         "subsets": summary.subsets,
         "subset_names": SUBSETS,
-        "cell": with_interval,
+        "mean": lambda e: ABSENT if e.mean != e.mean else f"{e.mean:.2f}",
+        "interval": lambda e: "" if e.low != e.low else f"{e.low:.2f} to {e.high:.2f}",
         "forests": [(name, forest(summary, name)) for name in SUBSETS if summary.subsets[name].episodes],
         "seeds": seed_rows(summary),
         "uses_modes": counts.uses_modes,
@@ -362,9 +365,7 @@ def seed_rows(summary: RunSummary) -> list[tuple[int, str, str, str, str]]:
         return []
     rows = []
     for seed in seeds:
-        cells = [
-            summary.subsets[name].by_seed.get(seed, {}).get(column) for column in ("goal", OVERALL) for name in SUBSETS
-        ]
+        cells = [summary.subsets[name].by_seed.get(seed, {}).get(column) for column in ("goal", OVERALL) for name in SUBSETS]
         rows.append((seed, *(ABSENT if value is None else f"{value:.2f}" for value in cells)))
     return rows  # type: ignore[return-value]
 
@@ -406,7 +407,12 @@ def figures(counts: Tally) -> list[Figure]:
         alive = tuple(float(counts.tokens_by_turn[turn][1]) for turn in steps)
         line = Line("turns", "series-2", Series(steps, alive), markers=True)
         found.append(
-            Figure("How long they talk", "policy's utterances at each turn", line_chart([line], bottom=0), (("utterances", "series-2"),))
+            Figure(
+                "How long they talk",
+                "policy's utterances at each turn",
+                line_chart([line], bottom=0),
+                (("utterances", "series-2"),),
+            )
         )
     return found
 
@@ -433,9 +439,7 @@ def dialogue_view(shown: Shown) -> DialogueView:
             role="policy" if seat in seats else "partner",
             scores=()
             if scores is None
-            else tuple(
-                (COLUMN_TITLES[name], scores.of(seat)[name], _reasoning(scores, seat, name)) for name in DIMENSIONS
-            ),
+            else tuple((COLUMN_TITLES[name], scores.of(seat)[name], _reasoning(scores, seat, name)) for name in DIMENSIONS),
         )
         for seat in SEATS
     )
@@ -475,4 +479,3 @@ def turn_view(turn: Turn, policy: bool) -> TurnView:
     elif hidden is None and turn.raw.strip().strip('"').strip() != turn.text.strip():
         hidden = turn.raw or None
     return TurnView(turn, policy, turn.mode, tuple(thinking), hidden)
-

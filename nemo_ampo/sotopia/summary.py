@@ -117,7 +117,7 @@ class RunSummary:
                 "scored": self.tally.scored,
                 "missing": self.missing,
             },
-            "scores": {name: _without_nan(asdict(subset)) for name, subset in self.subsets.items()},
+            "scores": {name: without_nan(asdict(subset)) for name, subset in self.subsets.items()},
             **self.tally.as_json(),
             "made_with": dict(self.made_with),
         }
@@ -177,9 +177,7 @@ def _imported(path: Path, sotopia_dir: str | Path | None, seed: int, resamples: 
     return _summary(ImportedResults(path, pack), path, path.stem, {}, seed, resamples)
 
 
-def _summary(
-    source: Source, path: Path, name: str, protocol: Mapping[str, Any], seed: int, resamples: int
-) -> RunSummary:
+def _summary(source: Source, path: Path, name: str, protocol: Mapping[str, Any], seed: int, resamples: int) -> RunSummary:
     counted, scored = Tally(), []
     goals: dict[EpisodeKey, float | None] = {}
     pairings, views = set(), set()
@@ -251,9 +249,10 @@ def _chosen(goals: Mapping[EpisodeKey, float | None]) -> dict[EpisodeKey, str]:
     return reasons
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """A JSON value in which NaN, also inside of objects, is null."""
     if isinstance(value, float):
         return value if value == value else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(entry) for key, entry in value.items()}
+        return {str(key): without_nan(entry) for key, entry in value.items()}
     return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from nemo_ampo.modes import MODES, NO_MODE
@@ -19,7 +20,15 @@ from nemo_ampo.types import Seat
 MODE_IDS = (*MODES, NO_MODE)
 """1..4, and 0 for a turn that breaks the grammar."""
 SELF_PLAY = "self_play"
-RELATIONSHIPS = {0: "strangers", 1: "know by name", 2: "acquaintances", 3: "friends", 4: "romantic", 5: "family", -1: "unknown"}
+RELATIONSHIPS = {
+    0: "strangers",
+    1: "know by name",
+    2: "acquaintances",
+    3: "friends",
+    4: "romantic",
+    5: "family",
+    -1: "unknown",
+}
 
 
 def policy_seats(episode: Episode) -> tuple[Seat, ...]:
@@ -99,7 +108,7 @@ class Tally:
                 self.partner_tokens += turn.completion_tokens
         for seat in seats:
             modes = [turn.mode for turn in episode.turns_of(seat) if turn.mode is not None]
-            self.switches.update(zip(modes, modes[1:], strict=False))
+            self.switches.update(pairwise(modes))
 
     def _add_turn(self, turn: Turn, episode: Episode) -> None:
         self.turns += 1
