@@ -251,6 +251,13 @@ def world(arguments: PassedOn = None) -> None:
     raise typer.Exit(write(arguments or []))
 
 
+def generate(arguments: PassedOn = None) -> None:
+    """Write bc or rl rows with a teacher model. Options: nemo-ampo generate --help."""
+    from nemo_ampo.generate.command import main as write
+
+    raise typer.Exit(write(arguments or []))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "check-config": check_config,
@@ -259,11 +266,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "demo-judge": demo_judge,
     "world": world,
+    "generate": generate,
 }
 """Name to function; a function's docstring is its help."""
 
 _OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
-PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS}
+PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS, "generate": _OWN_OPTIONS}
 """Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 
