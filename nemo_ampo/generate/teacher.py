@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from nemo_ampo.errors import FormatError
 from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING, parse_reply, spoken_text
@@ -18,18 +18,11 @@ from nemo_ampo.modes import MODES
 from nemo_ampo.prompts import load_prompt
 from nemo_ampo.types import Reply
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from nemo_ampo.chat import ChatClient
 
 OTHER_MODE, UNSPEAKABLE = "other_mode", "unspeakable"
 """Rules beside those of the grammar: the reply is in another mode; it holds nothing to be said."""
-
-
-class Chat(Protocol):
-    """The part of :class:`nemo_ampo.chat.ChatClient` that is used."""
-
-    async def ask(self, messages: Sequence[dict[str, str]], parse: Callable[[str], T], **how: Any) -> Any:
-        """A reply that ``parse`` can read."""
-        ...
 
 
 @dataclass
@@ -43,7 +36,7 @@ class Teacher:
         rejected: rule to replies refused for it.
     """
 
-    chat: Chat
+    chat: ChatClient
     temperatures: Sequence[float]
     seed: int
     rejected: Counter[str] = field(default_factory=Counter)
@@ -92,7 +85,7 @@ class Teacher:
     async def _ask(self, messages: list[dict[str, str]], read: Callable[[str], str], question_id: str) -> str:
         seed = question_seed(self.seed, question_id)
         asked = await self.chat.ask(messages, read, temperatures=self.temperatures, seed=seed, parse_errors=(FormatError,))
-        return str(asked.value)
+        return asked.value
 
 
 def teacher_prompt(mode: int) -> str:
