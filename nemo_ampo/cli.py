@@ -175,10 +175,37 @@ def _count_tokens(folder: Path, answer: str) -> int:
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Run folder of a stage, or one with bc/, ampo/, evaluate/.")],
-    out: Annotated[Path | None, typer.Option(help="File to write. [default: RUN_DIR/report.html]")] = None,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN [RUN]",
+            help="Run folder of a stage, or one with bc/, ampo/, evaluate/; or a SOTOPIA result, or two to compare.",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="Page to write. [default: report.html in the run folder]")] = None,
+    judge: Annotated[str | None, typer.Option(help="SOTOPIA: whose scores. [default: the latest]")] = None,
+    sotopia_dir: Annotated[Path | None, typer.Option(help="SOTOPIA: scenario files behind others' result file.")] = None,
+    seed: Annotated[int, typer.Option(help="SOTOPIA: of the resampling behind intervals and p-values.")] = 0,
 ) -> None:
-    """Write one self-contained HTML page about a run and print its tables."""
+    """Write one self-contained HTML page about a run and print its tables.
+
+    Two SOTOPIA results are compared. Exit status 1 when a SOTOPIA result lacks scores.
+    """
+    from nemo_ampo.sotopia import commands as sotopia
+
+    if sotopia.is_sotopia(paths):
+        table, lines, partial = sotopia.report(paths, out, judge, sotopia_dir, seed)
+        _show(table)
+        typer.echo("\n".join(lines))
+        if partial:
+            raise typer.Exit(EXIT_NOT_OK)
+        return
+    if judge is not None or sotopia_dir is not None:
+        raise UserError(f"--judge, --sotopia-dir: {paths[0]} is no SOTOPIA result")
+    _report_training(paths[0], out)
+
+
+def _report_training(run_dir: Path, out: Path | None) -> None:
     from nemo_ampo.report import evaluation_table, read_run, training_table, write_report
 
     written = write_report(run_dir, out)
@@ -233,6 +260,13 @@ def world(arguments: PassedOn = None) -> None:
     raise typer.Exit(write(arguments or []))
 
 
+def generate(arguments: PassedOn = None) -> None:
+    """Write bc or rl rows with a teacher model. Options: nemo-ampo generate --help."""
+    from nemo_ampo.generate.command import main as write
+
+    raise typer.Exit(write(arguments or []))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "check-config": check_config,
@@ -242,11 +276,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "status": status,
     "demo-judge": demo_judge,
     "world": world,
+    "generate": generate,
 }
 """Name to function; a function's docstring is its help."""
 
 _OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
-PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS}
+PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS, "generate": _OWN_OPTIONS}
 """Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 

@@ -1,100 +1,196 @@
-"""Means over finished SOTOPIA episodes, in the layout the authors' evaluation writes, so that published files aggregate.
+"""Others' results: reads the JSON that the authors' evaluation writes, so that published runs can be aggregated again.
 
-Each episode counts three times: for the actor, for its partner, and for the average of both. Standard deviations are those
-of the population. An episode without scores is left out of every mean and counted as failed: a result that does not say
-how many those are must not be published.
+One record per episode, with ``env_id``, ``actor_role``, ``dialog``, ``rewards`` and the scores of both agents as
+pairs of reasoning and number. A record without scores, or whose last reward is :data:`FAILED_REWARD`, is an
+episode whose evaluation failed: the authors leave it out of every mean in silence (D12), here it is a missing
+value that is counted.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from nemo_ampo.errors import DataError
-from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
+from nemo_ampo.data.rows import Record, read_records
+from nemo_ampo.errors import DataError, FormatError
+from nemo_ampo.grammar import parse_reply
+from nemo_ampo.modes import NO_MODE
+from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoresFormatError, whole_number
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeResult, ScoreError, Scores, Termination, Turn
+from nemo_ampo.sotopia.scenarios import SEATS, ScenarioPack
+from nemo_ampo.types import Seat
 
 FAILED_REWARD = -100
 """What the authors' evaluation writes as last reward of an episode it could not score."""
+IMPORTED = "imported"
+"""Stands for the model and the judge, which such a file does not name."""
+UNKNOWN_RELATIONSHIP = -1
+"""Relationship of an episode whose scenario files were not at hand."""
+
+_LINE = re.compile(r"Turn (?P<turn>\d+): (?P<name>.*?) said:(?P<words>.*)", re.DOTALL)
+_LEVEL_LINE = "Thinking Level:"
 
 
 @dataclass(frozen=True)
-class MeanStd:
-    """Mean and population standard deviation; NaN of nothing."""
-
-    mean: float
-    std: float
-
-
-Table = dict[str, MeanStd]
-"""``overall`` and each dimension."""
-
-
-@dataclass(frozen=True)
-class EpisodeMeans:
-    """Aggregated episodes.
+class ImportedResults:
+    """A result file of the authors' evaluation.
 
     Attributes:
-        episodes: that entered the means.
-        failed: left out, because they were not scored.
-        actor, partner, average: one table each.
+        path: the file.
+        pack: the scenario files the run was made with, if at hand; they say which situation and relationship
+            an ``env_id`` stands for. Without them, episodes with the same two goals are taken to be of one
+            situation, and relationships are unknown.
+        hard_ids: ``env_id`` of hard episodes, beside those the records themselves flag.
     """
 
-    episodes: int
-    failed: int
-    actor: Table
-    partner: Table
-    average: Table
+    path: Path
+    pack: ScenarioPack | None = None
+    hard_ids: frozenset[int] = frozenset()
+
+    def results(self) -> Iterator[EpisodeResult]:
+        """The episodes, in file order.
+
+        Raises:
+            DataError: naming file, row and field.
+        """
+        keys: Counter[tuple[int, Seat]] = Counter()
+        records = read_records(self.path)
+        # The file does not say which pairing it was; only self-play has its policy in one seat alone.
+        pairing = "partner" if any(record.values.get("actor_role") == "agent2" for record in records) else "self_play"
+        for record in records:
+            result = self._result(record, pairing)
+            key = (result.episode.key.env_id, result.episode.key.seat)
+            # A file may hold several passes over the episodes; each is a seed of its own.
+            seed = keys[key]
+            keys[key] += 1
+            episode = result.episode
+            yield replace(result, episode=replace(episode, key=replace(episode.key, seed=seed)))
+
+    def _result(self, record: Record, pairing: str) -> EpisodeResult:
+        env_id, actor = record.integer("env_id", low=0), record.text("actor_role")
+        if actor not in SEATS:
+            raise record.error("actor_role", f"expected one of {', '.join(SEATS)}, got {actor!r}")
+        names = {seat: _text(record, f"{seat}_name") or seat for seat in SEATS}
+        goals = {seat: _text(record, f"{seat}_goal") for seat in SEATS}
+        turns, left_open = _turns(record, names)
+        episode = Episode(
+            key=EpisodeKey(env_id, "", "agent1" if actor == "agent1" else "agent2", 0, IMPORTED),
+            pairing=pairing,
+            view="reference",
+            environment_id=hashlib.sha256("\0".join(goals.values()).encode("utf-8", "replace")).hexdigest()[:12],
+            codename="",
+            relationship=UNKNOWN_RELATIONSHIP,
+            hard=env_id in self.hard_ids or record.values.get("hard") is True,
+            agent1_id="",
+            agent2_id="",
+            agent1_name=names["agent1"],
+            agent2_name=names["agent2"],
+            agent1_goal=goals["agent1"],
+            agent2_goal=goals["agent2"],
+            turns=turns,
+            terminated_by=_termination(turns, left_open),
+        )
+        if self.pack is not None:
+            episode = _of_scenario(episode, self.pack, record)
+        if not is_scored(record):
+            return EpisodeResult(episode, score_error=ScoreError(IMPORTED, "missing", "the file holds no scores"))
+        scores = {seat: _scores(record.child(f"{seat}_scores")) for seat in SEATS}
+        return EpisodeResult(
+            episode,
+            scores=Scores(
+                judge=IMPORTED,
+                agent1={name: number for name, (number, _) in scores["agent1"].items()},
+                agent2={name: number for name, (number, _) in scores["agent2"].items()},
+                agent1_reasoning={name: why for name, (_, why) in scores["agent1"].items()},
+                agent2_reasoning={name: why for name, (_, why) in scores["agent2"].items()},
+            ),
+        )
 
 
-def aggregate(episodes: Sequence[Mapping[str, Any]]) -> EpisodeMeans:
-    """Means over the scored ones of ``episodes``.
-
-    Args:
-        episodes: records with ``actor_role``, ``rewards``, ``agent1_scores`` and ``agent2_scores``; a score is a pair of
-            reasoning and number.
-
-    Raises:
-        DataError: a scored record lacks a dimension.
-    """
-    scored = [e for e in episodes if is_scored(e)]
-    pairs = [_actor_and_partner(e) for e in scored]
-    actors, partners = [a for a, _ in pairs], [p for _, p in pairs]
-    averages = [{k: (a[k] + p[k]) / 2 for k in a} for a, p in pairs]
-    return EpisodeMeans(len(scored), len(episodes) - len(scored), *(_table(rows) for rows in (actors, partners, averages)))
+def is_scored(record: Record) -> bool:
+    """False for an episode whose evaluation failed, by the authors' rule."""
+    rewards = record.values.get("rewards")
+    if not isinstance(rewards, list) or not rewards:
+        raise record.error("rewards", "expected a list that is not empty")
+    return bool(record.values.get("agent1_scores")) and rewards[-1] != FAILED_REWARD
 
 
-def hard_only(episodes: Sequence[Mapping[str, Any]], hard_ids: Collection[int]) -> list[Mapping[str, Any]]:
-    """Episodes of the hard set: listed by id, or flagged in their own record."""
-    return [e for e in episodes if e["env_id"] in hard_ids or e.get("hard")]
+def _text(record: Record, key: str) -> str:
+    return record.text(key, blank=True) if record.has(key) else ""
 
 
-def is_scored(episode: Mapping[str, Any]) -> bool:
-    """False for an episode whose evaluation failed."""
-    return bool(episode["agent1_scores"]) and episode["rewards"][-1] != FAILED_REWARD
+def _scores(agent: Record) -> dict[str, tuple[float, str]]:
+    scores: dict[str, tuple[float, str]] = {}
+    for name, limits in DIMENSIONS.items():
+        pair = agent.values.get(name)
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise agent.error(name, "expected a pair of reasoning and number")
+        try:
+            scores[name] = float(whole_number(pair[1], "the number", limits)), str(pair[0])
+        except ScoresFormatError as error:
+            raise agent.error(name, str(error)) from None
+    return scores
 
 
-def _actor_and_partner(episode: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    seats = ("agent1", "agent2") if episode["actor_role"] == "agent1" else ("agent2", "agent1")
-    actor, partner = (_scores(episode, seat) for seat in seats)
-    return actor, partner
+def _turns(record: Record, names: Mapping[Seat, str]) -> tuple[tuple[Turn, ...], bool]:
+    """Spoken turns, and whether the last line of the dialogue was left open."""
+    lines = record.texts("dialog") if record.has("dialog") else ()
+    outputs = record.values.get("fullout")
+    raw = [str(text) for text in outputs] if isinstance(outputs, list) else []
+    seats = [SEATS[i % 2] for i in range(len(lines))]
+    thinkers = {seat for seat, text in zip(seats, raw, strict=False) if _LEVEL_LINE in text}
+    turns, left_open = [], False
+    for index, (line, seat) in enumerate(zip(lines, seats, strict=True)):
+        match = _LINE.fullmatch(line)
+        words = match["words"].strip() if match else line.strip()
+        if not words:
+            left_open = True
+            continue
+        written = raw[index] if index < len(raw) else ""
+        mode = _mode(written) if seat in thinkers else None
+        turns.append(Turn(index, seat, names[seat], words.strip('"'), written, mode=mode))
+    return tuple(turns), left_open
 
 
-def _scores(episode: Mapping[str, Any], seat: str) -> dict[str, float]:
-    given = episode[f"{seat}_scores"]
-    missing = [name for name in DIMENSIONS if name not in given]
-    if missing:
-        raise DataError(f"episode with env_id {episode['env_id']}: {seat}_scores lacks {', '.join(missing)}")
-    scores = {name: float(given[name][1]) for name in DIMENSIONS}
-    return {OVERALL: statistics.fmean(scores.values())} | scores
+def _mode(raw: str) -> int:
+    try:
+        return parse_reply(raw).mode
+    except FormatError:
+        return NO_MODE
 
 
-def _table(rows: Sequence[Mapping[str, float]]) -> Table:
-    return {name: _mean_std([row[name] for row in rows]) for name in (OVERALL, *DIMENSIONS)}
+def _termination(turns: tuple[Turn, ...], left_open: bool) -> Termination:
+    """Why it stopped; the authors' rules leave only these three reasons."""
+    if left_open:
+        return Termination.prompt_limit
+    last = turns[-1].text.lower() if turns else ""
+    if "left the conversation" in last or "leave the conversation" in last:
+        return Termination.left
+    return Termination.max_turns
 
 
-def _mean_std(values: Sequence[float]) -> MeanStd:
-    if not values:
-        return MeanStd(float("nan"), float("nan"))
-    return MeanStd(statistics.fmean(values), statistics.pstdev(values))
+def _of_scenario(episode: Episode, pack: ScenarioPack, record: Record) -> Episode:
+    scenario = pack.scenarios.get(episode.key.env_id)
+    if scenario is None:
+        raise record.error("env_id", f"{episode.key.env_id} is not in the scenario files, which hold {len(pack.scenarios)}")
+    for seat in SEATS:
+        name = scenario.agent(seat).name
+        if record.has(f"{seat}_name") and episode.name(seat) != name:
+            raise DataError(
+                f"{record.where}, field '{seat}_name': {episode.name(seat)!r}, but env_id {episode.key.env_id} of the "
+                f"scenario files is about {name!r}; the run was made from other files"
+            )
+    return replace(
+        episode,
+        key=replace(episode.key, combo_id=scenario.combo_id),
+        environment_id=scenario.environment.environment_id,
+        codename=scenario.environment.codename,
+        relationship=int(scenario.environment.relationship),
+        hard=episode.hard or scenario.hard,
+        agent1_id=scenario.agents[0].agent_id,
+        agent2_id=scenario.agents[1].agent_id,
+    )

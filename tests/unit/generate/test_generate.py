@@ -1,0 +1,207 @@
+"""Rows from scenarios: what the readers of training read back, whatever the teacher does and however often we die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rule_teacher import MODEL, RuleTeacher, draw, serving
+
+from nemo_ampo.data.bc import read_bc_rows, system_prompt_of
+from nemo_ampo.data.episodes import read_turns
+from nemo_ampo.generate.command import main
+from nemo_ampo.prompts import load_prompt
+from nemo_ampo.sotopia.opening import START_SCORE
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def arguments(kind: str, out: Path, teacher: RuleTeacher, *more: object, judge: bool | None = None) -> list[str]:
+    line = [kind, "--out", out, "--teacher", teacher.base_url, "--teacher-model", MODEL, "--max-turns", 6]
+    if kind == "rl" if judge is None else judge:
+        line += ["--judge", teacher.base_url, "--judge-model", MODEL]
+    return [*map(str, line), *map(str, more)]
+
+
+def meta(out: Path) -> dict:
+    return json.loads(out.with_name(f"{out.stem}.meta.json").read_text())
+
+
+def test_cloning_rows_hold_all_modes_and_nothing_that_breaks_the_grammar(tmp_path, folder, teacher, capsys):
+    out = tmp_path / "bc.jsonl"
+    assert main(arguments("bc", out, teacher, "--sotopia-dir", folder)) == 0
+    rows = read_bc_rows(out)
+    modes = Counter(row.mode for row in rows)
+    assert set(modes) == {1, 2, 3, 4}
+    assert max(modes.values()) - min(modes.values()) <= 5  # five dialogues, each within one of balance
+    assert system_prompt_of(rows) == load_prompt("modes_system").text
+    described = meta(out)
+    assert described["complete"]
+    assert described["rows"] == len(rows)
+    assert {int(k): n for k, n in described["modes"].items()} == modes
+    # Every refused reply was asked for again: calls are rows and refusals.
+    assert sum(described["rejected"].values()) > 0
+    assert sum(teacher.asked.values()) == len(rows) + sum(described["rejected"].values())
+    assert set(described["rejected"]) <= {"level", "tags", "order", "answer", "sections", "outside", "other_mode"}
+    assert "rejected replies: " in capsys.readouterr().out
+
+
+def test_what_was_said_goes_on_in_the_dialogue(tmp_path, folder, teacher):
+    out = tmp_path / "bc.jsonl"
+    assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, "--limit", 1, "--modes-per-turn", 4)) == 0
+    rows = read_bc_rows(out)
+    by_prompt: dict[str, list] = {}
+    for row in rows:
+        by_prompt.setdefault(row.instruction, []).append(row)
+    prompts = list(by_prompt)
+    assert [sorted(r.mode for r in group) for group in by_prompt.values()] == [[1, 2, 3, 4]] * len(prompts)
+    for before, after in pairwise(prompts):
+        said = by_prompt[before][0].output.split("<|begin_of_answer|>\n")[1].split("\n")[0]
+        assert said in after
+        assert said not in before
+
+
+def test_rl_rows_hold_the_judges_state_of_each_prefix(tmp_path, folder, teacher):
+    out = tmp_path / "rl.jsonl"
+    assert main(arguments("rl", out, teacher, "--sotopia-dir", folder)) == 0
+    turns = read_turns(out)
+    assert len({turn.row_id for turn in turns}) == len(turns) > 10
+    for turn in turns:
+        spoken = "\n".join(turn.dialog[:-1]).strip()
+        if turn.turn == 0:
+            assert (turn.agent1_state, turn.agent2_state) == (START_SCORE, START_SCORE)
+        else:
+            assert (turn.agent1_state, turn.agent2_state) == (draw(f"agent1 {spoken}", 11), draw(f"agent2 {spoken}", 11))
+        assert turn.instruction.endswith(turn.dialog[-1])
+        assert turn.tag == ("sotopia-hard" if turn.env_id == 2 else "sotopia")
+    assert max(turn.turn for turn in turns) <= 5
+
+
+@pytest.mark.parametrize("kind", ["bc", "rl"])
+def test_the_embedded_world_gives_rows_too(tmp_path, teacher, kind):
+    out = tmp_path / f"{kind}.json"
+    assert main(arguments(kind, out, teacher, "--world", 12)) == 0
+    rows = read_bc_rows(out) if kind == "bc" else read_turns(out)
+    assert len(rows) == 12
+    if kind == "rl":
+        assert {turn.tag for turn in rows} == {"easy", "hard"}
+
+
+def test_a_teacher_that_never_keeps_the_grammar_ends_the_dialogue_and_is_counted(tmp_path, folder, monkeypatch, capsys):
+    class Stubborn(RuleTeacher):
+        def reply(self, messages):
+            return "Thinking Level: 9" if "at level 3" in messages[0]["content"] else super().reply(messages)
+
+    with serving(Stubborn(broken=0)) as teacher:
+        out = tmp_path / "bc.jsonl"
+        assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, "--tries", 3)) == 1
+    described = meta(out)
+    assert described["failed"] == {"parse": 5}
+    assert described["rejected"] == {"level": 15}  # three tries in each of five dialogues
+    assert 3 not in {row.mode for row in read_bc_rows(out)}
+    assert "PARTIAL" in capsys.readouterr().out
+
+
+def test_no_state_is_made_up_when_the_judge_fails(tmp_path, folder):
+    with serving(RuleTeacher(judge_fails=True)) as teacher:
+        out = tmp_path / "rl.jsonl"
+        assert main(arguments("rl", out, teacher, "--sotopia-dir", folder)) == 1
+    assert {turn.turn for turn in read_turns(out)} == {0}
+    assert meta(out)["failed"] == {"parse": 5}
+
+
+def test_the_cap_stops_the_calls_and_the_same_command_goes_on(tmp_path, folder, teacher, capsys):
+    out, whole = tmp_path / "rl.jsonl", tmp_path / "whole.jsonl"
+    assert main(arguments("rl", whole, teacher, "--sotopia-dir", folder)) == 0
+    needed = sum(teacher.asked.values())
+    teacher.asked.clear()
+    command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-calls", 10)
+    assert main(command) == 1
+    assert sum(teacher.asked.values()) == 10
+    assert not meta(out)["complete"]
+    assert "raise it and run again" in capsys.readouterr().out
+    assert main(command) == 1  # nothing left of the ten
+    assert sum(teacher.asked.values()) == 10
+    assert main([*command[:-1], "1000"]) == 0
+    assert sum(teacher.asked.values()) == needed
+    assert set(teacher.asked.values()) == {1}
+    assert out.read_text() == whole.read_text()
+
+
+def test_money_is_a_cap_too(tmp_path, folder, teacher):
+    """150 tokens a call at 1000 dollars a million: 0.15 dollars."""
+    out = tmp_path / "bc.jsonl"
+    prices = ("--teacher-price", 1000, 1000, "--max-usd", 2.0, "--max-tokens", 50, "--max-concurrency", 1)
+    assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, *prices)) == 1
+    assert 0 < 0.15 * sum(teacher.asked.values()) <= 2.0
+    assert meta(out)["usd"] == pytest.approx(0.15 * sum(teacher.asked.values()))
+
+
+def test_killed_and_started_again_no_answer_is_paid_for_twice(tmp_path, folder):
+    """The server answers 12 calls and lets the rest wait; then the process is killed the hard way."""
+    with serving(RuleTeacher()) as reference:
+        whole = tmp_path / "whole.jsonl"
+        assert main(arguments("rl", whole, reference, "--sotopia-dir", folder)) == 0
+    out = tmp_path / "rl.jsonl"
+    with serving(RuleTeacher(hang_after=12)) as teacher:
+        command = arguments("rl", out, teacher, "--sotopia-dir", folder)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nemo_ampo.cli", "generate", *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+        )
+        while sum(teacher.asked.values()) < 17:  # all five dialogues wait for an answer
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+        teacher.released.set()
+        assert main(command) == 0
+        assert sum(teacher.answered.values()) > 17
+        assert set(teacher.answered.values()) == {1}
+    assert out.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (("--sotopia-dir", "nowhere"), "no such folder"),
+        (("--world", 0), "--world: expected at least 1"),
+        (("--world", 3, "--modes-per-turn", 5), "--modes-per-turn: expected 1 to 4"),
+        (("--world", 3, "--max-usd", 1), "--max-usd: nothing says what rules costs"),
+        (("--world", 3, "--judge", "http://localhost:1/v1"), "--judge-model: needed"),
+        (("--world", 3, "--system-prompt", "no_such"), "no such file"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_asked(tmp_path, teacher, capsys, more, problem):
+    assert main(arguments("bc", tmp_path / "bc.jsonl", teacher, *more)) == 2
+    assert problem in capsys.readouterr().err
+    assert not teacher.asked
+
+
+def test_rl_needs_a_judge_and_bc_has_none(tmp_path, teacher, capsys):
+    assert main(arguments("rl", tmp_path / "rl.jsonl", teacher, "--world", 3, judge=False)) == 2
+    assert main(arguments("bc", tmp_path / "bc.jsonl", teacher, "--world", 3, judge=True)) == 2
+    assert capsys.readouterr().err.count("--judge: needed for rl rows") == 2
+
+
+def test_an_endpoint_that_is_down_is_named_and_nothing_is_written(tmp_path, capsys):
+    down = RuleTeacher(base_url="http://127.0.0.1:9/v1")
+    assert main(arguments("bc", tmp_path / "bc.jsonl", down, "--world", 3)) == 2
+    assert "http://127.0.0.1:9/v1" in capsys.readouterr().err
+    assert not (tmp_path / "bc.jsonl").exists()
+
+
+def test_an_estimate_asks_nobody(tmp_path, folder, teacher, capsys):
+    assert main(arguments("rl", tmp_path / "rl.jsonl", teacher, "--sotopia-dir", folder, "--estimate")) == 0
+    assert "5 situations, at most 60 answers" in capsys.readouterr().out
+    assert not teacher.asked
