@@ -1,8 +1,8 @@
 """Speakers and an evaluator by rule behind a real HTTP server, which counts what it is asked.
 
 Models: ``rule-speaker`` (thinks in the four modes when it has a system prompt), ``rule-partner`` (plain speech,
-``rule-reasoner`` with a hidden chain of thought in <think> tags), ``rule-judge`` (seven dimensions by a hash of the dialogue),
-``prose-judge`` (never answers in JSON). What is said depends on the request alone.
+``rule-reasoner`` with a hidden chain of thought in <think> tags), ``rule-judge`` (seven dimensions by a hash of the
+dialogue), ``prose-judge`` (never answers in JSON). What is said depends on the request alone.
 
 ``GET /counts`` says what was answered. ``POST /hold/N`` lets N more calls be answered and then keeps every further caller
 waiting until ``POST /hold/0``: a run can be killed while it is certain that nothing answered was lost.
@@ -50,14 +50,16 @@ class RuleServer:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        status, answer = await self.answer(scope["method"], scope["path"], body)
+        status, answer = await self.answer(scope["path"], body, receive)
         content = json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    async def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+    async def answer(self, path: str, body: bytes, receive: Any) -> tuple[int, Any]:
         if path == "/v1/chat/completions":
+            if not await self.may_go_on(receive):
+                return 499, {}
             return await self.chat(json.loads(body), hashlib.sha256(body).hexdigest())
         if path == "/v1/models":
             return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]}
@@ -72,11 +74,20 @@ class RuleServer:
             return 200, {}
         return (200, {"status": "ok"}) if path == "/health" else (404, {})
 
-    async def chat(self, request: dict[str, Any], key: str) -> tuple[int, Any]:
-        while self.left_before_hold == 0:
-            await self.released.wait()
+    async def may_go_on(self, receive: Any) -> bool:
+        """Wait while callers are held; False when the caller is gone by then."""
+        if self.left_before_hold == 0:
+            waiting = [asyncio.create_task(self.released.wait()), asyncio.create_task(receive())]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            gone = waiting[1].done()
+            for task in waiting:
+                task.cancel()
+            return not gone
         if self.left_before_hold is not None:
             self.left_before_hold -= 1
+        return True
+
+    async def chat(self, request: dict[str, Any], key: str) -> tuple[int, Any]:
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
         messages = request["messages"]
@@ -90,7 +101,7 @@ class RuleServer:
 
 def reply(model: str, contents: list[str], told_to_think: bool, patience: int) -> str:
     prompt = contents[-1]
-    draw = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4])
+    draw = int.from_bytes(hashlib.sha256(f"{model} {prompt}".encode()).digest()[:4])
     if model == "prose-judge":
         return "Both of them did rather well, I should say."
     if model == "rule-judge":
@@ -123,9 +134,7 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int)
     args = parser.parse_args()
     app = RuleServer(args.latency_ms / 1000, args.patience)
-    run_app(
-        app, host="127.0.0.1", port=0, ready_file=args.ready_file, parent_pid=args.parent_pid, on_ready=lambda url: None
-    )
+    run_app(app, host="127.0.0.1", port=0, ready_file=args.ready_file, parent_pid=args.parent_pid, on_ready=lambda url: None)
 
 
 if __name__ == "__main__":
