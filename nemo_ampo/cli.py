@@ -49,7 +49,7 @@ def doctor(
 
 
 def check_config(
-    stage: Annotated[str, typer.Argument(help="bc, ampo or evaluate")],
+    stage: Annotated[str, typer.Argument(help="bc, ampo, evaluate or sotopia")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
     config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
@@ -83,6 +83,10 @@ def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
         check_bc(config)
     elif stage == "ampo":
         check_ampo(config, raw, ranks)
+    elif stage == "sotopia":
+        from nemo_ampo.sotopia.config import check_sotopia
+
+        check_sotopia(config)
     else:
         check_evaluate(config)
 
@@ -267,6 +271,13 @@ def generate(arguments: PassedOn = None) -> None:
     raise typer.Exit(write(arguments or []))
 
 
+def serve(arguments: PassedOn = None) -> None:
+    """Serve a checkpoint as an OpenAI-compatible chat API. Options: nemo-ampo serve --help."""
+    from nemo_ampo.serve.command import main as run
+
+    raise typer.Exit(run(arguments or []))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "check-config": check_config,
@@ -277,11 +288,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo-judge": demo_judge,
     "world": world,
     "generate": generate,
+    "serve": serve,
 }
 """Name to function; a function's docstring is its help."""
 
 _OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
-PASS_THROUGH: dict[str, dict[str, Any]] = {"demo-judge": _OWN_OPTIONS, "world": _OWN_OPTIONS, "generate": _OWN_OPTIONS}
+PASS_THROUGH: dict[str, dict[str, Any]] = dict.fromkeys(("demo-judge", "world", "generate", "serve"), _OWN_OPTIONS)
 """Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 

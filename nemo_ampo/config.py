@@ -21,6 +21,7 @@ from nemo_ampo.checkpoint_store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.rewards import RewardConfig
+from nemo_ampo.sotopia.config import SotopiaConfig
 
 NEMO_SECTIONS = ("trainer", "model", "exp_manager")
 
@@ -199,10 +200,10 @@ class EvaluateConfig:
     judge: JudgeConfig
 
 
-STAGES: dict[str, type[Any]] = {"bc": BcConfig, "ampo": AmpoConfig, "evaluate": EvaluateConfig}
+STAGES: dict[str, type[Any]] = {"bc": BcConfig, "ampo": AmpoConfig, "evaluate": EvaluateConfig, "sotopia": SotopiaConfig}
 
 
-C = TypeVar("C", BcConfig, AmpoConfig, EvaluateConfig)
+C = TypeVar("C", BcConfig, AmpoConfig, EvaluateConfig, SotopiaConfig)
 
 
 def read_config(raw: DictConfig, schema: type[C]) -> C:
@@ -210,7 +211,7 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
 
     Args:
         raw: composed config; NeMo's sections are left alone.
-        schema: one of the three stage classes.
+        schema: one of the stage classes.
 
     Raises:
         ConfigError: unknown section or key, wrong type, or a required key without a value.

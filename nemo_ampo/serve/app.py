@@ -16,13 +16,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
 
 if TYPE_CHECKING:
     from nemo_ampo.serve.engine import Engine
 
-MODE_BIAS = "mode_bias"
-CAPABILITIES = "capabilities"
-"""Field of a ``/v1/models`` entry that lists what the server can do beyond the OpenAI API."""
 _DISCONNECT_POLL_S = 0.25
 
 

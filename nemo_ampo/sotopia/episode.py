@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -86,7 +86,7 @@ def new_episode(key: EpisodeKey, scenario: Scenario, pairing: str, view: View) -
 
 async def play(
     episode: Episode, scenario: Scenario, agents: Mapping[Seat, Agent], rules: EpisodeRules, log: TurnLog
-) -> tuple[tuple[Turn, ...], Termination]:
+) -> Episode:
     """Play to the end, from the turns the episode already has.
 
     Args:
@@ -97,7 +97,8 @@ async def play(
         log: gets each utterance before the next one is asked for, and the end.
 
     Returns:
-        All turns, and why it stopped. An endpoint that gives no reply ends it with ``failed``: nothing is raised.
+        The episode with all turns and why it stopped. An endpoint that gives no reply ends it with ``failed``: nothing is
+        raised.
     """
     heads = {seat: instruction_head(scenario, seat, rules.view, rules.texts) for seat in SEATS}
     turns = list(episode.turns)
@@ -121,7 +122,7 @@ async def play(
         lines.append(turn_line(index, speaker, turns[-1].text))
         log.add_turn(episode.key, turns[-1])
     log.end(episode.key, over, error)
-    return tuple(turns), over
+    return replace(episode, turns=tuple(turns), terminated_by=over, error=error)
 
 
 def ending(turns: Sequence[Turn], rules: EpisodeRules) -> Termination | None:

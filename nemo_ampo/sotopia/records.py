@@ -281,7 +281,7 @@ class EpisodeStore:
         return result
 
     def begin(self, episode: Episode) -> None:
-        """Write the first line, unless the file has it."""
+        """Make an episode's file ready to be appended to: its first line, or no torn last line."""
         path = self.path(episode.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         if _cut_torn_line(path) == 0:
@@ -303,18 +303,16 @@ class EpisodeStore:
         kind = "scores" if isinstance(scores, Scores) else "score_error"
         self._append(key, kind, asdict(scores), durable=True)
 
-    def recover(self, key: EpisodeKey) -> None:
-        """Cut off a line that a killed process left unfinished; to be called before appending to an old file."""
-        if self.path(key).exists():
-            _cut_torn_line(self.path(key))
-
-    def protocol(self) -> dict[str, Any] | None:
+    def protocol(self, name: str = PROTOCOL_FILE) -> dict[str, Any] | None:
         """What the folder's episodes were made with; None for a new folder.
+
+        Args:
+            name: another file of this kind, see :meth:`keep_protocol`.
 
         Raises:
             DataError: unreadable.
         """
-        path = self.folder / PROTOCOL_FILE
+        path = self.folder / name
         if not path.exists():
             return None
         try:
@@ -325,22 +323,29 @@ class EpisodeStore:
             raise DataError(f"{path}: expected an object")
         return content
 
-    def keep_protocol(self, protocol: Mapping[str, Any]) -> None:
-        """Write the protocol of a new folder; hold an old one to it.
+    def keep_protocol(self, protocol: Mapping[str, Any], name: str = PROTOCOL_FILE, *, write: bool = True) -> None:
+        """Write down what new records are made with; hold old ones to it.
+
+        Args:
+            protocol: JSON values.
+            name: file; a scoring has one of its own.
+            write: False only compares.
 
         Raises:
-            ConfigError: the folder was made with another protocol; names each key that differs.
+            ConfigError: the folder's records were made with another protocol; names each key that differs.
         """
-        old = self.protocol()
+        old = self.protocol(name)
+        new = json.loads(json.dumps(protocol))
         if old is None:
-            if (self.folder / EPISODES_FOLDER).exists():
-                raise ConfigError(f"run.dir: {self.folder} holds episodes but no {PROTOCOL_FILE}; take another folder")
-            write_once(self.folder / PROTOCOL_FILE, json.dumps(protocol, ensure_ascii=False, indent=1) + "\n")
+            if name == PROTOCOL_FILE and (self.folder / EPISODES_FOLDER).exists():
+                raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
+            if write:
+                write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
             return
-        differing = [key for key in sorted({*old, *protocol}) if old.get(key) != _plain(protocol.get(key))]
+        differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
         if differing:
-            shown = "; ".join(f"{key} was {old.get(key)!r}, is now {_plain(protocol.get(key))!r}" for key in differing)
-            raise ConfigError(f"run.dir: {self.folder} was made with another protocol: {shown}. Take another folder")
+            shown = "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in differing)
+            raise ConfigError(f"run.dir: {self.folder / name} records another protocol: {shown}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -447,8 +452,3 @@ def _from(kind: type[Any], values: Mapping[str, Any], path: Path) -> Any:
         return kind(**{name: value for name, value in values.items() if name != "record"})
     except TypeError as error:
         raise DataError(f"{path}: not a record of format {FORMAT}: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(value))

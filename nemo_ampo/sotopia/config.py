@@ -1,0 +1,157 @@
+"""Configuration of a SOTOPIA evaluation: every key, its default and its unit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from nemo_ampo.chat import EndpointConfig
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
+from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
+from nemo_ampo.sotopia.dimensions import PROMPT, TEMPERATURES, load_score_prompt
+from nemo_ampo.sotopia.episode import LeaveRule
+from nemo_ampo.sotopia.pairings import Pairing, Subset, check_pairing
+from nemo_ampo.sotopia.prompts import load_texts
+
+_JUDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class ViewName(StrEnum):
+    """What the characters know of each other, see :mod:`nemo_ampo.sotopia.prompts`."""
+
+    sotopia = "sotopia"
+    reference = "reference"
+
+
+@dataclass
+class SotopiaRunConfig:
+    """Where an evaluation lives and how much of it is run.
+
+    Attributes:
+        dir: result folder; the same command continues what it holds.
+        seeds: each gives all episodes once more.
+        subset: ``all`` pairings of the folder or the ``hard`` ones. A folder with the hard ones may be completed later.
+        limit: the first so many pairings of the subset, for a trial; -1 takes all. A limited run is marked PARTIAL.
+        judge_only: play nothing; score the saved episodes that ``judge.name`` has not scored yet.
+        estimate_only: say what the run will call and cost, and stop.
+        episodes_in_flight: episodes played at a time. More than the endpoints' ``max_concurrency``, so that none of them
+            idles while the last turns are played.
+    """
+
+    dir: str = MISSING
+    seeds: list[int] = field(default_factory=lambda: [1])
+    subset: Subset = Subset.all
+    limit: int = -1
+    judge_only: bool = False
+    estimate_only: bool = False
+    episodes_in_flight: int = 256
+
+
+@dataclass
+class SotopiaDataConfig:
+    """The scenarios.
+
+    Attributes:
+        sotopia_dir: folder with agents.json, envs.json, env_agent_combos.json and sotopia_hard.json.
+    """
+
+    sotopia_dir: str = MISSING
+
+
+@dataclass
+class EpisodeConfig:
+    """The protocol of the dialogues.
+
+    Attributes:
+        pairing: ``self_play``, ``partner``, ``vs_base`` or ``api``.
+        view: ``sotopia`` keeps private what the relationship keeps private; ``reference`` shows everybody everything but
+            the partner's goal, as the authors' code does. Scores of the two cannot be compared.
+        leave_rule: ``strict``: an utterance ends the dialogue when it is the leaving words and nothing else;
+            ``reference``: when it contains them.
+        max_turns: utterances of both speakers together.
+        max_prompt_tokens: a longer chat-templated prompt ends the dialogue unspoken, tokens.
+        prompts: folder with another wording, one file for each of nemo_ampo/prompts/sotopia; null takes those.
+    """
+
+    pairing: Pairing = Pairing.self_play
+    view: ViewName = ViewName.sotopia
+    leave_rule: LeaveRule = LeaveRule.strict
+    max_turns: int = 20
+    max_prompt_tokens: int = 6144
+    prompts: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreJudgeConfig(EndpointConfig):
+    """The evaluator's endpoint, and how it is asked for the seven dimensions.
+
+    Attributes:
+        max_tokens: longest reply asked for; fourteen reasoned scores.
+        name: of this scoring. Another name scores the same episodes afresh, with another judge or once more with this one.
+        prompt: shipped prompt name or the path of a file with the same placeholders.
+        temperatures: sampling temperature of each try for readable scores; its length is the number of tries.
+        seed: sent with the first try, one more with each further one; null sends none.
+    """
+
+    section: ClassVar[str] = "judge"
+
+    max_tokens: int = 4096
+    name: str = "default"
+    prompt: str = PROMPT
+    temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("name", bool(_JUDGE_NAME.fullmatch(self.name)), "letters, digits, dot, dash and underscore only")
+        self._check("temperatures", len(self.temperatures) > 0, "must name at least one try")
+        for temperature in self.temperatures:
+            self._check("temperatures", 0 <= temperature <= 2, f"must lie in 0..2, not {temperature}")
+
+
+@dataclass
+class SotopiaConfig:
+    """SOTOPIA evaluation."""
+
+    run: SotopiaRunConfig
+    data: SotopiaDataConfig
+    episode: EpisodeConfig
+    policy: PolicyConfig
+    partner: PartnerConfig
+    serve: ServeConfig
+    judge: ScoreJudgeConfig
+
+
+def check_sotopia(config: SotopiaConfig) -> None:
+    """Rules between keys, and the files they name.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    run, episode = config.run, config.episode
+    if not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0:
+        raise ConfigError(f"run.seeds: different numbers from 0 up, at least one, got {run.seeds}")
+    if run.limit == 0 or run.limit < -1:
+        raise ConfigError(f"run.limit: -1 or at least 1, got {run.limit}")
+    for key, value in (
+        ("run.episodes_in_flight", run.episodes_in_flight),
+        ("episode.max_turns", episode.max_turns),
+        ("episode.max_prompt_tokens", episode.max_prompt_tokens),
+    ):
+        if value < 1:
+            raise ConfigError(f"{key}: at least 1, got {value}")
+    if not Path(config.data.sotopia_dir).is_dir():
+        raise ConfigError(f"data.sotopia_dir: no such folder: {config.data.sotopia_dir}")
+    check_pairing(episode.pairing, config.policy, config.partner)
+    check_serve(config.serve)
+    local = config.policy.checkpoint or config.partner.checkpoint
+    if local or config.serve.engine is not ServeEngine.auto:
+        choose_engine(config.serve, mode_dial=bool(config.policy.mode_bias and config.policy.checkpoint))
+    load_texts(*([Path(episode.prompts)] if episode.prompts is not None else []))
+    load_score_prompt(config.judge.prompt)

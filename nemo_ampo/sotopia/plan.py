@@ -1,0 +1,125 @@
+"""What an evaluation will do, all of it known before anything is called, and what its numbers are made with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
+from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
+from nemo_ampo.sotopia.dimensions import load_score_prompt
+from nemo_ampo.sotopia.episode import EpisodeRules
+from nemo_ampo.sotopia.pairings import chosen, opposite, planned
+from nemo_ampo.sotopia.prompts import load_texts
+from nemo_ampo.sotopia.records import EpisodeKey
+from nemo_ampo.sotopia.scenarios import OFFICIAL_COUNTS, Scenario, load_scenarios, other_seat
+from nemo_ampo.types import Seat
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration with what follows from it.
+
+    Attributes:
+        config: as given.
+        scenarios: to be played, by ``env_id``.
+        whole: they are the whole subset of the folder.
+        official: the folder has the sizes of the published evaluation set.
+        sha256: digests of the folder's files, by name.
+        rules: of the dialogues.
+        model: hash of the policy.
+        agents: the policy, and the agent on the other seat (the policy again in self-play).
+    """
+
+    config: SotopiaConfig
+    scenarios: Mapping[int, Scenario]
+    whole: bool
+    official: bool
+    sha256: Mapping[str, str]
+    rules: EpisodeRules
+    model: str
+    agents: tuple[AgentConfig, AgentConfig]
+
+    def episode_keys(self) -> Iterator[EpisodeKey]:
+        """Of every episode."""
+        run = self.config.run
+        return planned(list(self.scenarios.values()), self.config.episode.pairing, run.seeds, self.model)
+
+    def speakers(self, seat: Seat) -> dict[Seat, AgentConfig]:
+        """Who speaks for which seat when the policy sits on ``seat``."""
+        policy, other = self.agents
+        return {seat: policy, other_seat(seat): other}
+
+
+def make_plan(config: SotopiaConfig) -> Plan:
+    """Read the scenarios and decide what is to be played.
+
+    Raises:
+        DataError: the scenario files.
+        ConfigError: nothing to play.
+    """
+    pack = load_scenarios(config.data.sotopia_dir)
+    run, episode = config.run, config.episode
+    scenarios = chosen(pack, run.subset, run.limit)
+    texts = load_texts(*([Path(episode.prompts)] if episode.prompts is not None else []))
+    return Plan(
+        config=config,
+        scenarios={scenario.env_id: scenario for scenario in scenarios},
+        whole=len(scenarios) == len(chosen(pack, run.subset)),
+        official=pack.counts == OFFICIAL_COUNTS,
+        sha256=pack.sha256,
+        rules=EpisodeRules(episode.view.value, texts, episode.leave_rule, episode.max_turns, episode.max_prompt_tokens),
+        model=model_hash(config.policy),
+        agents=(config.policy, opposite(episode.pairing, config.policy, config.partner) or config.policy),
+    )
+
+
+def protocol(plan: Plan) -> dict[str, Any]:
+    """Everything an episode depends on but its key; the result folder is held to it."""
+    episode, texts = plan.config.episode, plan.rules.texts
+    policy, other = plan.agents
+    return {
+        "pairing": episode.pairing.value,
+        "view": episode.view.value,
+        "leave_rule": episode.leave_rule.value,
+        "max_turns": episode.max_turns,
+        "max_prompt_tokens": episode.max_prompt_tokens,
+        "prompts": _digest("\0".join(getattr(texts, field.name).text for field in fields(texts))),
+        "scenarios": dict(plan.sha256),
+        "policy": _agent(policy),
+        "partner": None if other is policy else _agent(other),
+    }
+
+
+def judge_protocol(judge: ScoreJudgeConfig) -> dict[str, Any]:
+    """Everything scores depend on but the episode; all scores of one name are held to it."""
+    return {
+        "model": judge.model,
+        "prompt": _digest(load_score_prompt(judge.prompt).text),
+        "temperatures": list(judge.temperatures),
+        "max_tokens": judge.max_tokens,
+        "seed": judge.seed,
+        "extra_body": judge.extra_body,
+    }
+
+
+def _agent(config: AgentConfig) -> dict[str, Any]:
+    system = system_text(config)
+    return {
+        "model": config.model if not config.checkpoint else Path(config.checkpoint).name,
+        "hash": model_hash(config),
+        "modes": config.modes,
+        "system_prompt": None if system is None else _digest(system),
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "max_tokens": config.max_tokens,
+        "mode_bias": {str(mode): bias for mode, bias in config.mode_bias.items()},
+        "extra_body": config.extra_body,
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,267 @@
+"""A whole evaluation: play every planned episode, have each one scored, lose nothing.
+
+What is done is read from the result folder, so a run that was stopped at any point, by whatever, goes on where it was:
+no call whose answer was recorded is made again. Episodes are independent of each other; a few hundred are in memory at
+a time, however many there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from nemo_ampo.chat import ChatClient, ChatError
+from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.runlog import write_provenance
+from nemo_ampo.serve import served
+from nemo_ampo.serve.capabilities import announces_mode_bias
+from nemo_ampo.sotopia.agents import Agent, AgentConfig, token_counter
+from nemo_ampo.sotopia.config import ScoreJudgeConfig
+from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, load_score_prompt, parse_scores, score_messages
+from nemo_ampo.sotopia.episode import new_episode, play
+from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge
+from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores
+from nemo_ampo.sotopia.scenarios import Scenario
+from nemo_ampo.types import Seat
+
+_SHOWN_FAILURES = 5
+_PROGRESS_S = 20.0
+
+Team = Mapping[Seat, Agent]
+"""Who speaks for each seat."""
+
+
+@dataclass
+class Outcome:
+    """How far an evaluation got.
+
+    Attributes:
+        planned, played, scored: episodes.
+        whole: the whole subset was planned.
+        failures: the first few, one line each.
+    """
+
+    planned: int = 0
+    played: int = 0
+    scored: int = 0
+    whole: bool = True
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Every episode of the whole subset is played and scored."""
+        return self.whole and self.planned > 0 and self.scored == self.planned
+
+    def line(self) -> str:
+        """For the terminal."""
+        counts = f"{self.played} of {self.planned} episodes played, {self.scored} scored"
+        if self.complete:
+            return f"complete: {counts}"
+        return f"PARTIAL: {counts}" + ("" if self.whole else "; a limited run is no benchmark result")
+
+    def note(self, failure: str) -> None:
+        """Keep one of the first failures."""
+        if len(self.failures) < _SHOWN_FAILURES:
+            self.failures.append(failure)
+
+
+def estimate(plan: Plan) -> list[Estimate]:
+    """What is left to be called, and what it costs. Writes nothing.
+
+    Raises:
+        ConfigError: the result folder was made with another protocol.
+    """
+    store, config = EpisodeStore(plan.config.run.dir), plan.config
+    _hold_to_protocol(plan, store, write=False)
+    to_score: list[Scenario] = []
+
+    def to_play() -> Iterator[tuple[Scenario, Mapping[Seat, AgentConfig], int]]:
+        for key in plan.episode_keys():
+            result = store.read(key, config.judge.name)
+            if result is not None and result.scores is not None:
+                continue
+            played = result is not None and result.episode.played
+            if played or not config.run.judge_only:
+                to_score.append(plan.scenarios[key.env_id])
+            if not played and not config.run.judge_only:
+                done = len(result.episode.turns) if result is not None else 0
+                yield plan.scenarios[key.env_id], plan.speakers(key.seat), done
+
+    agents = estimate_agents(to_play(), plan.rules)
+    return [*agents, estimate_judge(to_score, config.judge, plan.rules)]
+
+
+def evaluate(plan: Plan) -> Outcome:
+    """Play and score what is planned and not done yet.
+
+    Args:
+        plan: from :func:`nemo_ampo.sotopia.plan.make_plan`.
+
+    Returns:
+        How far it got; failures of single episodes are in the records and counted here.
+
+    Raises:
+        ConfigError: an endpoint is not there, or the result folder was made with another protocol.
+        UserError: a local server does not come up, a budget is spent, another process writes to the folder.
+    """
+    config = plan.config
+    store = EpisodeStore(config.run.dir)
+    with store.locked(), contextlib.ExitStack() as servers:
+        _hold_to_protocol(plan, store, write=True)
+        write_provenance(store.folder, asdict(config, dict_factory=_plain), plan.sha256)
+        agents = None if config.run.judge_only else tuple(_reachable(plan, servers))
+        try:
+            return asyncio.run(_evaluate(plan, store, agents))
+        except* UserError as group:
+            raise _first(group) from None
+
+
+def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:
+    judge = plan.config.judge
+    store.keep_protocol(protocol(plan), write=write)
+    store.keep_protocol(judge_protocol(judge), f"judge-{judge.name}.json", write=write)
+
+
+def _reachable(plan: Plan, servers: contextlib.ExitStack) -> Iterator[AgentConfig]:
+    """Both agents as endpoints; a checkpoint is served until ``servers`` is closed, one server for each."""
+    running: dict[str, AgentConfig] = {}
+    for config in plan.agents:
+        if not config.checkpoint:
+            yield config
+            continue
+        folder = str(Path(config.checkpoint).resolve())
+        if folder not in running:
+            dial = any(a.mode_bias for a in plan.agents if a.checkpoint == config.checkpoint)
+            server = servers.enter_context(served(folder, plan.config.serve, mode_dial=dial))
+            running[folder] = replace(config, base_url=server.base_url, model=server.model)
+        yield replace(config, base_url=running[folder].base_url, model=running[folder].model)
+
+
+async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, ...] | None) -> Outcome:
+    judge_config = plan.config.judge
+    async with contextlib.AsyncExitStack() as clients:
+        judge = await clients.enter_async_context(ChatClient(judge_config))
+        await judge.check()
+        teams = await clients.enter_async_context(_teams(plan, agents)) if agents is not None else None
+        work = _Work(plan, store, judge, teams)
+        ticker = asyncio.create_task(work.tell())
+        try:
+            await work.run()
+        finally:
+            ticker.cancel()
+    return work.outcome
+
+
+@contextlib.asynccontextmanager
+async def _teams(plan: Plan, agents: tuple[AgentConfig, ...]) -> AsyncIterator[dict[Seat, Team]]:
+    """Who speaks, by the policy's seat. Agents at one address share a client, and so its limits."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients: dict[tuple[str, str], ChatClient] = {}
+        speakers: list[Agent] = []
+        for given, config in zip(plan.agents, agents, strict=True):
+            place = (config.base_url, config.model)
+            if place not in clients:
+                clients[place] = await stack.enter_async_context(ChatClient(config))
+                await clients[place].check()
+            if config.mode_bias and not await announces_mode_bias(config.base_url):
+                raise ConfigError(
+                    f"{config.section}.mode_bias: the endpoint {config.base_url} cannot bias the mode; "
+                    "only nemo-ampo's embedded server can (serve.engine=embedded)"
+                )
+            speakers.append(Agent(config, clients[place], token_counter(given)))
+        policy, other = speakers
+        yield {"agent1": {"agent1": policy, "agent2": other}, "agent2": {"agent1": other, "agent2": policy}}
+
+
+class _Work:
+    """The episodes of one run, a few hundred at a time."""
+
+    def __init__(self, plan: Plan, store: EpisodeStore, judge: ChatClient, teams: Mapping[Seat, Team] | None) -> None:
+        self._plan = plan
+        self._store = store
+        self._judge = judge
+        self._teams = teams
+        self._prompt = load_score_prompt(plan.config.judge.prompt)
+        self.outcome = Outcome(whole=plan.whole)
+
+    async def run(self) -> None:
+        """Everything; failures of single episodes do not end it, a spent budget does."""
+        keys = self._plan.episode_keys()
+
+        async def worker() -> None:
+            for key in keys:
+                await self._episode(key)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._plan.config.run.episodes_in_flight):
+                group.create_task(worker())
+
+    async def tell(self) -> None:
+        """A line now and then."""
+        while True:
+            await asyncio.sleep(_PROGRESS_S)
+            done = self.outcome
+            print(f"sotopia: {done.played} episodes played, {done.scored} scored", file=sys.stderr, flush=True)
+
+    async def _episode(self, key: EpisodeKey) -> None:
+        scenario, config = self._plan.scenarios[key.env_id], self._plan.config
+        self.outcome.planned += 1
+        found = self._store.read(key, config.judge.name)
+        episode = found.episode if found else new_episode(key, scenario, config.episode.pairing.value, self._plan.rules.view)
+        if not episode.played:
+            if self._teams is None:
+                self.outcome.note(f"{_named(key)}: not played; run without judge_only first")
+                return
+            self._store.begin(episode)
+            episode = await play(episode, scenario, self._teams[key.seat], self._plan.rules, self._store)
+        if not episode.played:
+            self.outcome.note(f"{_named(key)}: {episode.error}")
+            return
+        self.outcome.played += 1
+        if found is None or found.scores is None:
+            self._store.begin(episode)
+            scores = await self._score(episode, scenario, config.judge)
+            self._store.add_scores(key, scores)
+            if isinstance(scores, ScoreError):
+                self.outcome.note(f"{_named(key)}: no scores, {scores.kind}: {scores.message}")
+                return
+        self.outcome.scored += 1
+
+    async def _score(self, episode: Episode, scenario: Scenario, config: ScoreJudgeConfig) -> Scores | ScoreError:
+        try:
+            asked = await self._judge.ask(
+                score_messages(scenario, episode.dialogue(), self._prompt),
+                lambda text: parse_scores(text, config.name),
+                temperatures=config.temperatures,
+                schema=SCORES_SCHEMA,
+                seed=config.seed,
+            )
+        except ChatError as failure:
+            return ScoreError(config.name, failure.kind, str(failure))
+        return replace(
+            asked.value,
+            prompt_tokens=asked.completion.prompt_tokens,
+            completion_tokens=asked.completion.completion_tokens,
+            tries=asked.tries,
+        )
+
+
+def _named(key: EpisodeKey) -> str:
+    return f"episode env_id={key.env_id} seat={key.seat} seed={key.seed}"
+
+
+def _plain(items: list[tuple[str, object]]) -> dict[str, object]:
+    """Configuration values as YAML can write them."""
+    return {name: getattr(value, "value", value) for name, value in items}
+
+
+def _first(group: BaseExceptionGroup[UserError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,38 @@
+"""SOTOPIA evaluation: ``python -m recipes.sotopia --config-name self_play run.dir=... data.sotopia_dir=... ...``."""
+
+from __future__ import annotations
+
+import sys
+
+from omegaconf import DictConfig
+
+from nemo_ampo.config import read_config
+from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
+from recipes.launch import main
+
+
+def run(cfg: DictConfig) -> bool:
+    """Play and score SOTOPIA episodes; the same command continues a folder that is not complete."""
+    config = read_config(cfg, SotopiaConfig)
+    check_sotopia(config)
+
+    from rich.console import Console
+
+    from nemo_ampo.sotopia.estimate import estimate_table
+    from nemo_ampo.sotopia.plan import make_plan
+    from nemo_ampo.sotopia.run import estimate, evaluate
+
+    console = Console()
+    plan = make_plan(config)
+    console.print(estimate_table(estimate(plan)))
+    if config.run.estimate_only:
+        return True
+    outcome = evaluate(plan)
+    for failure in outcome.failures:
+        print(failure, file=sys.stderr)
+    print(outcome.line(), flush=True)
+    return outcome.complete
+
+
+if __name__ == "__main__":
+    sys.exit(main("sotopia", run))
