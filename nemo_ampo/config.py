@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_ampo.checkpoint_config import CheckpointConfig
 from nemo_ampo.checkpoint_store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.rewards import RewardConfig
 
@@ -37,6 +38,8 @@ class RunConfig:
         log_rollouts: samples written to ``rollouts.jsonl`` per step; -1 writes all of them.
         allow_changed: keys or sections in which a resumed run may differ from its checkpoint, such as
             ``[algorithm.kl_coef]``; see docs/checkpoints.md.
+        wandb: copy the metrics to Weights & Biases; see :mod:`nemo_ampo.trackers`.
+        mlflow: copy the metrics to MLflow.
     """
 
     dir: str = MISSING
@@ -46,6 +49,8 @@ class RunConfig:
     init_from: str = MISSING
     log_rollouts: int = -1
     allow_changed: list[str] = field(default_factory=list)
+    wandb: bool = False
+    mlflow: bool = False
 
 
 class OnTooLong(StrEnum):
@@ -205,6 +210,7 @@ class AmpoConfig:
     rollout: RolloutConfig
     reward: RewardConfig
     algorithm: AlgorithmConfig
+    guard: GuardConfig
     judge: JudgeConfig
     checkpoint: CheckpointConfig
 
@@ -320,6 +326,11 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
         raise ConfigError(
             f"rollout.group_size: {config.algorithm.advantage} compares responses within a group and needs at least 2, "
             f"got {rollout.group_size}"
+        )
+    if config.guard.min_valid > rollout.group_size:
+        raise ConfigError(
+            f"guard.min_valid: {config.guard.min_valid} exceeds rollout.group_size={rollout.group_size}; every group would "
+            "be skipped"
         )
     if rollout.temperature != 1.0:
         raise ConfigError(
