@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from nemo_ampo.algorithm import AlgorithmConfig, ModeCredit
+from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure, ModeCredit
 from nemo_ampo.config import RolloutConfig
 from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
-from nemo_ampo.errors import JudgeError
 from nemo_ampo.grammar import answer_of
+from nemo_ampo.guard import GuardConfig, small_groups
 from nemo_ampo.metrics import step_metrics
 from nemo_ampo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.mode_choice import choice_metrics, mode_token
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.rollout.engine import (
@@ -34,6 +34,7 @@ from nemo_ampo.rollout.engine import (
     request_seed,
 )
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, all_verdicts
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Sample:
         row_id: of the dialogue turn.
         dialogue: what was said before, and the open line.
         tag: the turn's label, for reports.
+        turn: index of the turn in its dialogue, 0 is the opening.
         text: decoded response without special tokens.
         num_tokens: response tokens, the stop token included.
         answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
@@ -68,6 +70,7 @@ class Sample:
     row_id: str
     dialogue: str
     tag: str | None
+    turn: int
     text: str
     num_tokens: int
     answer_tokens: int
@@ -85,7 +88,9 @@ class TrainBatch:
 
     Attributes:
         tokens_BT: prompt, response, padding.
-        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1].
+        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
+            throughout a sample that is left out (its judge failed, or its group is too small), so that it enters no loss and
+            no denominator.
         advantages_BT: of each token, importance weight included, [B, T-1].
         old_logprobs_BT: of the policy before the update, [B, T-1].
         ref_logprobs_BT: of the reference policy, [B, T-1].
@@ -116,14 +121,6 @@ class Policy(Protocol):
         ...
 
 
-class Judge(Protocol):
-    """Where verdicts come from, usable while the engine is busy."""
-
-    def submit(self, request: JudgeRequest) -> Future[Verdict]:
-        """Ask in the background. The future raises :class:`JudgeError` when no verdict could be had."""
-        ...
-
-
 class Tokenizer(Protocol):
     """The two calls a step makes on a transformers tokenizer."""
 
@@ -150,6 +147,7 @@ class Parts:
     stop_token_ids: tuple[int, ...]
     pad_id: int
     seed: int
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True)
@@ -172,18 +170,23 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
 
     Returns:
         Metrics and samples of the whole job, the same on every rank.
+
+    Raises:
+        JudgeOutageError: on every rank, when too many verdicts could not be had; nothing was trained on.
     """
     clock = Clock()
     requests, turns = expand(step, prompts, parts)
     with clock("rollout"):
-        responses, verdicts = roll_out(requests, turns, parts)
+        responses, pending = roll_out(requests, turns, parts)
     with clock("judge_wait"):
-        results = parts.ranks.share([v.result() for v in verdicts] if parts.ranks.is_leader else None)
+        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard)
     samples = [
         score(turn, request, response, judged, parts)
-        for turn, request, response, judged in zip(turns, requests, responses, results, strict=True)
+        for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)
     ]
     everyone = parts.ranks.gather(samples)
+    if parts.algorithm.judge_failure == JudgeFailure.mask:
+        everyone = without_small_groups(everyone, parts.guard)
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
         old_logprobs_BT = policy.logprobs(packed.tokens_BT)
@@ -193,20 +196,26 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
     credit = assign_credit(everyone, penalties_B, parts.algorithm)
     mine = credit.share(parts.ranks)
     weights_BT, mismatch = importance_weights(old_logprobs_BT, packed.sampling_logprobs_BT, packed.mask_BT, parts.algorithm)
+    batch = TrainBatch(
+        tokens_BT=packed.tokens_BT,
+        mask_BT=packed.mask_BT & mine.trained_B[:, None],
+        advantages_BT=mine.per_token(packed.mask_BT) * weights_BT,
+        old_logprobs_BT=old_logprobs_BT,
+        ref_logprobs_BT=ref_logprobs_BT,
+        sampling_logprobs_BT=packed.sampling_logprobs_BT,
+    )
     with clock("update"):
-        policy_metrics = policy.update(
-            TrainBatch(
-                tokens_BT=packed.tokens_BT,
-                mask_BT=packed.mask_BT & mine.trained_B[:, None],
-                advantages_BT=mine.per_token(packed.mask_BT) * weights_BT,
-                old_logprobs_BT=old_logprobs_BT,
-                ref_logprobs_BT=ref_logprobs_BT,
-                sampling_logprobs_BT=packed.sampling_logprobs_BT,
-            )
-        )
-    policy_metrics["engine/logprob_gap"] = _logprob_gap(packed, old_logprobs_BT)
-    policy_metrics |= mismatch_metrics(parts.ranks.gather([mismatch])) | credit.metrics()
-    metrics = step_metrics(everyone, credit.advantages, credit.report) | policy_metrics | clock.metrics(everyone)
+        # Without a single sample to learn from, an optimizer step would only apply momentum and weight decay.
+        policy_metrics = policy.update(batch) if credit.shares.trained_B.any() else {}
+    metrics = (
+        step_metrics(everyone, credit.advantages, credit.report)
+        | credit.metrics()
+        | mismatch_metrics(parts.ranks.gather([mismatch]))
+        | {"guard/judge_rounds": float(rounds), "engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
+        | mode_choice(everyone, responses, packed, old_logprobs_BT, parts)
+        | policy_metrics
+        | clock.metrics(everyone)
+    )
     return StepResult(metrics, everyone, credit.advantages.tolist())
 
 
@@ -229,39 +238,6 @@ def expand(step: int, prompts: Sequence[Prompt], parts: Parts) -> tuple[list[Req
     return [request for request, _ in mine], [turn for _, turn in mine]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What became of one response's visit to the judge; both absent when it was not asked."""
-
-    verdict: Verdict | None = None
-    error: str | None = None
-    latency_s: float | None = None
-
-
-class PendingVerdict:
-    """A verdict on its way."""
-
-    def __init__(self, future: Future[Verdict] | None) -> None:
-        self._future = future
-        self._begin = time.monotonic()
-        self._end: float | None = None
-        if future is not None:
-            future.add_done_callback(self._stop_clock)
-
-    def _stop_clock(self, future: Future[Verdict]) -> None:
-        self._end = time.monotonic()
-
-    def result(self) -> Judged:
-        """Wait for the verdict; a failed call is a missing value."""
-        if self._future is None:
-            return Judged()
-        try:
-            verdict = self._future.result()
-        except JudgeError as error:
-            return Judged(error=error.kind)
-        return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)
-
-
 def roll_out(
     requests: list[Request], turns: list[DialogueTurn], parts: Parts
 ) -> tuple[list[Response], list[PendingVerdict]]:
@@ -270,16 +246,22 @@ def roll_out(
     Only the replica's leader asks the judge. A reply that breaks the grammar is not judged: its reward is fixed.
     """
     index = {request.request_id: i for i, request in enumerate(requests)}
-    pending = [PendingVerdict(None) for _ in requests]
+    pending = [PendingVerdict() for _ in requests]
 
     def on_finish(response: Response) -> None:
         i = index[response.request_id]
         answer = answer_of(decode(response, parts.tokenizer), strict=parts.reward.strict_format)
         if answer is not None and parts.ranks.is_leader:
-            pending[i] = PendingVerdict(parts.judge.submit(JudgeRequest.about(turns[i], answer)))
+            pending[i] = PendingVerdict(parts.judge, JudgeRequest.about(turns[i], answer))
 
     sampling = SamplingSpec(parts.rollout.max_new_tokens, parts.stop_token_ids, parts.rollout.temperature)
     return parts.engine.generate(requests, sampling, on_finish), pending
+
+
+def without_small_groups(samples: list[Sample], guard: GuardConfig) -> list[Sample]:
+    """The samples, those of groups below ``guard.min_valid`` marked as not valid; their rewards stay for the log."""
+    small = small_groups([s.group for s in samples], [s.parts.valid for s in samples], guard)
+    return [replace(s, parts=replace(s.parts, valid=False)) if s.group in small else s for s in samples]
 
 
 def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
@@ -294,6 +276,7 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
         row_id=turn.row_id,
         dialogue="\n".join(turn.dialog),
         tag=turn.tag,
+        turn=turn.turn,
         text=text,
         num_tokens=len(response.token_ids),
         answer_tokens=answer_tokens,
@@ -304,6 +287,22 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
         judge_error=judged.error,
         judge_latency_s=judged.latency_s,
     )
+
+
+def mode_choice(
+    everyone: Sequence[Sample],
+    responses: Sequence[Response],
+    packed: PackedRollouts,
+    logprobs_BT: torch.Tensor,
+    parts: Parts,
+) -> dict[str, float]:
+    """Entropy of the policy's choice of mode, from the log-probabilities at hand; the same on every rank."""
+    mine: list[float | None] = []
+    for row, response in enumerate(responses):
+        token = mode_token(response.token_ids, lambda ids: parts.tokenizer.decode(ids, skip_special_tokens=True))
+        first = int(packed.prompt_lengths_B[row]) - 1  # logprobs_BT[:, t] belongs to token t + 1
+        mine.append(None if token is None else float(logprobs_BT[row, first + token]))
+    return choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], parts.ranks.gather(mine))
 
 
 def decode(response: Response, tokenizer: Tokenizer) -> str:

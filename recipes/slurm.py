@@ -176,10 +176,7 @@ def _check(recipe: PipelineConfig) -> None:
             raise ConfigError("data.rl_train, data.sotopia_dir: give exactly one of the two")
         if not recipe.checkpoint:
             raise ConfigError("checkpoint: a Hugging Face folder is required (or data.world=true)")
-        for key, path in (
-            ("checkpoint", recipe.checkpoint),
-            *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data)),
-        ):
+        for key, path in (("checkpoint", recipe.checkpoint), *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data))):
             if isinstance(path, str) and not Path(path).exists():
                 raise ConfigError(f"{key}: nothing at {path}")
     if recipe.judge.mode is JudgeMode.external and not recipe.judge.base_url:
@@ -255,8 +252,12 @@ def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
     ]
 
 
-def check_stage_configs(plan: Sequence[Stage]) -> None:
-    """Compose the configuration of every stage, so that a misspelt key stops the job before anything runs.
+def check_stage_configs(plan: Sequence[Stage], ranks: int) -> None:
+    """Compose the configuration of every stage, so that a wrong key stops the job before anything runs, not hours later.
+
+    Args:
+        plan: stages to check.
+        ranks: processes of a training stage.
 
     Raises:
         ConfigError: naming stage and key.
@@ -266,23 +267,34 @@ def check_stage_configs(plan: Sequence[Stage]) -> None:
 
     for stage in plan:
         name = stage.command[0].removeprefix("recipes.")
-        if name in STAGES:
-            try:
-                read_config(compose(name, stage.command[2], stage.command[3:]), STAGES[name])
-            except ConfigError as error:
-                raise ConfigError(f"stage {stage.name}: {error}") from None
+        if name not in STAGES:
+            continue
+        try:
+            raw = compose(name, stage.command[2], stage.command[3:])
+            read_config(raw, STAGES[name])
+            if name in TRAINING:
+                _check_layout(raw.model, ranks)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from None
+
+
+def _check_layout(model: Any, ranks: int) -> None:
+    replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
+    if ranks % replica:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not divide the {ranks} ranks"
+        )
+    batch, micro = int(model.global_batch_size), int(model.micro_batch_size)
+    if batch % (micro * (ranks // replica)):
+        raise ConfigError(
+            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times {ranks // replica} replicas"
+        )
 
 
 def line_of(stage: Stage) -> str:
     """Name, processes, MPI, output and command of a stage, separated by tabs."""
     wants_mpi = "rollout.engine=trtllm" in stage.command
-    parts = (
-        stage.name,
-        "all" if stage.name in TRAINING else "one",
-        "mpi" if wants_mpi else "plain",
-        str(stage.output),
-        *stage.command,
-    )
+    parts = (stage.name, "all" if stage.name in TRAINING else "one", "mpi" if wants_mpi else "plain", str(stage.output), *stage.command)
     return "\t".join(parts)
 
 
@@ -293,7 +305,7 @@ def plan_command(args: argparse.Namespace) -> None:
     plan = stages(recipe, judge_url)
     if args.only:
         plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
-    check_stage_configs(plan)
+    check_stage_configs(plan, args.ranks)
     if args.record:
         record(recipe, plan)
     print("\n".join(map(line_of, plan)))
@@ -320,14 +332,7 @@ def show_command(args: argparse.Namespace) -> None:
 def get_command(args: argparse.Namespace) -> None:
     """Print what the shell needs to know of the recipe, one value a line."""
     recipe = read_recipe(args.recipe, args.overrides)
-    print(
-        recipe.run_dir,
-        recipe.judge.mode.value,
-        recipe.judge.base_url or "-",
-        recipe.judge.port,
-        recipe.judge.start_s,
-        sep="\n",
-    )
+    print(recipe.run_dir, recipe.judge.mode.value, recipe.judge.base_url or "-", recipe.judge.port, recipe.judge.start_s, sep="\n")
 
 
 def begin_command(args: argparse.Namespace) -> None:
@@ -345,9 +350,7 @@ def end_command(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line for the shell scripts; exit status 2 for what the user can fix."""
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.slurm", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog="python -m recipes.slurm", description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, function: Any) -> argparse.ArgumentParser:

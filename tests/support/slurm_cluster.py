@@ -60,7 +60,7 @@ SlurmctldTimeout=30
 SlurmdTimeout=10
 KillWait=10
 {nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 TASK_PROLOG = """#!/bin/sh
@@ -131,9 +131,7 @@ class Cluster:
         return done.stdout.split().count("idle")
 
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, cwd=cwd, timeout=60
-        )
+        return subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, cwd=cwd, timeout=60)
 
     def check(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         done = self.call(*command, cwd=cwd, **environment)
