@@ -76,7 +76,8 @@ class BcTrainer(SupervisedTrainer):
         self.run_timer.start_time()
         ranks, shown = self.parts.ranks, {}
         deadline = Deadline.of_job()
-        with StopRequest() as stop, Progress("BC", self.step, self.max_steps, ranks.is_main) as progress:
+        log, bar = self.parts.run_log, Progress("BC", self.step, self.max_steps, ranks.is_main)
+        with log, StopRequest() as stop, bar as progress:
             while self.step < self.max_steps:
                 metrics = optimise(self, self._batch_of_step(), self.cfg.gradient_clip_val)
                 self._log(metrics, "train")

@@ -19,6 +19,7 @@ from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, check_algorithm, preset_
 from nemo_ampo.checkpoint_config import CheckpointConfig
 from nemo_ampo.checkpoint_store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.sotopia.config import SotopiaConfig
@@ -39,6 +40,8 @@ class RunConfig:
         log_rollouts: samples written to ``rollouts.jsonl`` per step; -1 writes all of them.
         allow_changed: keys or sections in which a resumed run may differ from its checkpoint, such as
             ``[algorithm.kl_coef]``; see docs/checkpoints.md.
+        wandb: copy the metrics to Weights & Biases; see :mod:`nemo_ampo.trackers`.
+        mlflow: copy the metrics to MLflow.
     """
 
     dir: str = MISSING
@@ -48,6 +51,8 @@ class RunConfig:
     init_from: str = MISSING
     log_rollouts: int = -1
     allow_changed: list[str] = field(default_factory=list)
+    wandb: bool = False
+    mlflow: bool = False
 
 
 class OnTooLong(StrEnum):
@@ -185,6 +190,7 @@ class AmpoConfig:
     rollout: RolloutConfig
     reward: RewardConfig
     algorithm: AlgorithmConfig
+    guard: GuardConfig
     judge: JudgeConfig
     checkpoint: CheckpointConfig
 
@@ -325,6 +331,11 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
         raise ConfigError(
             f"rollout.group_size: {config.algorithm.advantage} compares responses within a group and needs at least 2, "
             f"got {rollout.group_size}"
+        )
+    if config.guard.min_valid > rollout.group_size:
+        raise ConfigError(
+            f"guard.min_valid: {config.guard.min_valid} exceeds rollout.group_size={rollout.group_size}; every group would "
+            "be skipped"
         )
     if rollout.temperature != 1.0:
         raise ConfigError(

@@ -20,6 +20,11 @@ class DataError(UserError):
     """A data file is missing or holds a bad row. The message names file, line and field."""
 
 
+class JudgeOutageError(RuntimeError):
+    """Too many verdicts of a step could not be had, and asking again did not help. Nothing is wrong with the run itself:
+    it stops at a checkpoint, and the same command goes on when the judge is back."""
+
+
 class FormatError(ValueError):
     """A reply breaks the mode grammar.
 

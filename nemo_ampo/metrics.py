@@ -1,13 +1,14 @@
 """Every metric of an AMPO step: its name once, what it means, and how it follows from the samples.
 
-Names are ``<group>/<quantity>``. They are written to ``metrics.jsonl`` and TensorBoard and read back by the report.
+Names are ``<group>/<quantity>``. They are written to ``metrics.jsonl``, copied to TensorBoard, W&B and MLflow, and read back
+by the report. ``{braces}`` stand for a name that varies.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_ampo.modes import MODES
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_ampo.advantage import GroupReport
+    from nemo_ampo.algorithm import JudgeFailure
     from nemo_ampo.step import Sample
 
 DESCRIPTIONS: dict[str, str] = {
@@ -26,10 +28,30 @@ DESCRIPTIONS: dict[str, str] = {
     "format/failed_fraction": "share of samples that break the grammar",
     "format/failed_{rule}": "samples that break the grammar, by the rule they break first",
     "format/cut_fraction": "share of samples cut at the token limit",
-    "judge/failed_fraction": "share of asked verdicts that could not be had",
-    "judge/failed_{kind}": "failed judge calls by kind",
-    "judge/latency_p50_s": "median seconds from question to verdict",
+    "judge/failed_fraction": "share of the step's verdicts that could not be had",
+    "judge/failed_{kind}": "the step's verdicts that could not be had, by kind",
+    "judge/wait_p50_s": "median seconds from the end of a reply to its verdict, retries and queueing included",
+    "judge/wait_p95_s": "95th percentile of the same",
+    "judge/requests": "verdicts asked for since the run began",
+    "judge/verdicts": "verdicts that came since the run began",
+    "judge/calls": "HTTP calls to the judge since the run began",
+    "judge/retries/{cause}": "of these, repetitions, by cause",
+    "judge/failures/{kind}": "verdicts that could not be had since the run began, by kind",
+    "judge/parse_failures": "replies of the judge that held no readable verdict, since the run began",
+    "judge/cache_hits": "verdicts taken from the cache since the run began",
+    "judge/prompt_tokens": "tokens sent to the judge since the run began",
+    "judge/completion_tokens": "tokens of its replies since the run began",
+    "judge/cost_usd": "their price, dollars, since the run began",
+    "judge/latency_p50_s": "median seconds of one HTTP call, over the latest answered calls",
     "judge/latency_p95_s": "95th percentile of the same",
+    "guard/masked_samples": "samples left out of the step because their judge failed",
+    "guard/skipped_groups": "groups left out because too few of their samples have a reward (guard.min_valid)",
+    "guard/skipped_samples": "samples with a reward in these groups, left out with them",
+    "guard/judge_rounds": "how often the step's failed verdicts were asked for again (guard.step_retries)",
+    "guard/mismatch_steps": "steps in a row over guard.max_mismatch_kl",
+    "guard/skipped_update_steps": "steps in a row with a skipped update",
+    "guard/mode_{k}_low_steps": "steps in a row with mode k under guard.min_mode_share",
+    "guard/collapsed_modes": "modes under alarm: so for guard.collapse_steps steps",
     "advantage/mean": "mean advantage of valid samples",
     "advantage/std": "its standard deviation",
     "mode_term/active_fraction": "share of groups whose mode-level advantage was active",
@@ -39,6 +61,11 @@ DESCRIPTIONS: dict[str, str] = {
     "mode/{k}/reward": "mean reward of mode k",
     "mode/{k}/tokens": "mean response tokens of mode k",
     "mode/{k}/advantage": "mean advantage of mode k",
+    "mode/entropy": "entropy of the policy's choice of mode for one prompt, mean over prompts, nats; at most 1.386",
+    "mode/entropy_overall": "entropy of its choice over all prompts of the step, nats",
+    "mode/adaptivity": "difference of the two: how much the prompt decides the mode, nats",
+    "turn/{turn}/samples": "samples that answer at this turn of a dialogue",
+    "turn/{turn}/mode/{k}/share": "share of mode k among them",
     "tag/{tag}/reward": "mean reward of prompts with this label",
     "tag/{tag}/mode/{k}/share": "share of mode k on prompts with this label",
     "tokens/response": "mean response tokens, stop token included",
@@ -55,6 +82,30 @@ DESCRIPTIONS: dict[str, str] = {
     "time/{phase}_s": "seconds of a phase",
     "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
 }
+
+
+def guard_metrics(samples: Sequence[Sample], rounds: int, judge_failure: JudgeFailure) -> dict[str, float]:
+    """How many samples and groups a step leaves out, and how often it asked the judge again."""
+    failed = [s for s in samples if s.parts.reward is None]
+    masked = failed if judge_failure == "mask" else []
+    left_out = [s for s in samples if not s.parts.valid and s.parts.reward is not None]
+    kept_groups = {s.group for s in samples if s.parts.valid or s.parts.reward is None and not masked}
+    return {
+        "guard/masked_samples": float(len(masked)),
+        "guard/skipped_samples": float(len(left_out)),
+        "guard/skipped_groups": float(len({s.group for s in samples} - kept_groups)),
+        "guard/judge_rounds": float(rounds),
+    }
+
+
+JUDGE_TOTALS = tuple(
+    f"judge/{name}"
+    for name in (
+        *("requests", "verdicts", "calls", "retries/", "failures/", "parse_failures", "cache_hits"),
+        *("prompt_tokens", "completion_tokens", "cost_usd"),
+    )
+)
+"""Metrics that count from the beginning of the run, or the beginnings of their names."""
 
 
 def step_metrics(samples: Sequence[Sample], advantages_B: torch.Tensor, report: GroupReport) -> dict[str, float]:
@@ -87,6 +138,10 @@ def step_metrics(samples: Sequence[Sample], advantages_B: torch.Tensor, report: 
         tagged = [s for s in samples if s.tag == tag]
         out[f"tag/{tag}/reward"] = mean(s.parts.reward for s in tagged if s.parts.valid)
         out |= {f"tag/{tag}/mode/{k}/share": _share(tagged, k) for k in MODES}
+    for turn in sorted({s.turn for s in samples}):
+        at_turn = [s for s in samples if s.turn == turn]
+        out[f"turn/{turn}/samples"] = float(len(at_turn))
+        out |= {f"turn/{turn}/mode/{k}/share": _share(at_turn, k) for k in MODES}
     return out | _mode_term_metrics(report)
 
 
@@ -96,9 +151,22 @@ def _judge_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     out = {"judge/failed_fraction": mean(float(s.judge_error is not None) for s in asked)}
     out |= {f"judge/failed_{k}": float(n) for k, n in Counter(s.judge_error for s in asked).items() if k}
     if latencies:
-        out["judge/latency_p50_s"] = latencies[len(latencies) // 2]
-        out["judge/latency_p95_s"] = latencies[min(int(len(latencies) * 0.95), len(latencies) - 1)]
+        out["judge/wait_p50_s"] = latencies[len(latencies) // 2]
+        out["judge/wait_p95_s"] = latencies[min(int(len(latencies) * 0.95), len(latencies) - 1)]
     return out
+
+
+def continued(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """The judge's counts since the run began, of a run that was resumed.
+
+    Args:
+        before: last logged metrics of the earlier start; only cumulative ``judge/`` counts are read.
+        now: :meth:`JudgeStats.metrics` of this start, which counts from zero.
+    """
+    earlier = {name: value for name, value in before.items() if name.startswith(JUDGE_TOTALS)}
+    return earlier | {
+        name: value + earlier.get(name, 0.0) if name.startswith(JUDGE_TOTALS) else value for name, value in now.items()
+    }
 
 
 def _mode_metrics(prefix: str, samples: Sequence[Sample], advantages: Sequence[float]) -> dict[str, float]:

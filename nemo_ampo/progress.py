@@ -44,3 +44,8 @@ class Progress:
         self._bar.set_postfix_str(text)
         if self._active and self._lines and (done % self._every == 0 or done == self._total):
             print(f"{self._name} {done}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, without disturbing the bar."""
+        if self._active:
+            self._bar.write(line, file=sys.stderr)

@@ -10,13 +10,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from nemo_ampo.errors import UserError
+
+if TYPE_CHECKING:
+    from nemo_ampo.trackers import Tracker
 
 LOG_FILES = ("metrics.jsonl", "rollouts.jsonl")
 
@@ -29,21 +33,42 @@ class RunLog:
         active: False on ranks that must not write.
         positions: bytes of each file to keep, as :func:`log_positions` gave them; a file without one starts anew. A new
             run has none.
+        trackers: get a copy of every line of numbers; closed with the log.
     """
 
-    def __init__(self, folder: Path, active: bool = True, positions: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        active: bool = True,
+        positions: Mapping[str, int] | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.folder = folder
         self._active = active
+        self._trackers = trackers
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name in LOG_FILES:
             _cut(folder / name, (positions or {}).get(name, 0))
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
+
     def metrics(self, step: int, values: Mapping[str, float], kind: str = "train") -> None:
         """One line of numbers. NaN (nothing to average) is left out."""
         present = {k: v for k, v in values.items() if not math.isnan(v)}
         self._append("metrics.jsonl", [{"step": step, "kind": kind, **present}])
+        for tracker in self._trackers:
+            tracker.log(step, present)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Training lines so far, those of an earlier start of the run included."""
+        return [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["kind"] == "train"]
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One line per sample."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from nemo_ampo.algorithm import AlgorithmConfig, ModeCredit
+from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure
 from nemo_ampo.config import RolloutConfig
 from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
-from nemo_ampo.errors import JudgeError
 from nemo_ampo.grammar import answer_of
-from nemo_ampo.metrics import step_metrics
+from nemo_ampo.guard import GuardConfig, small_groups
+from nemo_ampo.metrics import guard_metrics, step_metrics
 from nemo_ampo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.mode_choice import choice_metrics
+from nemo_ampo.modes import NO_MODE
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.rollout.engine import (
@@ -34,6 +35,7 @@ from nemo_ampo.rollout.engine import (
     request_seed,
 )
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, all_verdicts
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Sample:
         row_id: of the dialogue turn.
         dialogue: what was said before, and the open line.
         tag: the turn's label, for reports.
+        turn: index of the turn in its dialogue, 0 is the opening.
         text: decoded response without special tokens.
         num_tokens: response tokens, the stop token included.
         answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
@@ -68,6 +71,7 @@ class Sample:
     row_id: str
     dialogue: str
     tag: str | None
+    turn: int
     text: str
     num_tokens: int
     answer_tokens: int
@@ -85,7 +89,8 @@ class TrainBatch:
 
     Attributes:
         tokens_BT: prompt, response, padding.
-        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1].
+        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
+            throughout a sample that is left out, so that it enters no mean.
         advantages_BT: of each token, importance weight included, [B, T-1].
         old_logprobs_BT: of the policy before the update, [B, T-1].
         ref_logprobs_BT: of the reference policy, [B, T-1].
@@ -116,14 +121,6 @@ class Policy(Protocol):
         ...
 
 
-class Judge(Protocol):
-    """Where verdicts come from, usable while the engine is busy."""
-
-    def submit(self, request: JudgeRequest) -> Future[Verdict]:
-        """Ask in the background. The future raises :class:`JudgeError` when no verdict could be had."""
-        ...
-
-
 class Tokenizer(Protocol):
     """The two calls a step makes on a transformers tokenizer."""
 
@@ -150,6 +147,7 @@ class Parts:
     stop_token_ids: tuple[int, ...]
     pad_id: int
     seed: int
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 @dataclass(frozen=True)
@@ -172,18 +170,21 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
 
     Returns:
         Metrics and samples of the whole job, the same on every rank.
+
+    Raises:
+        JudgeOutageError: on every rank, when too many verdicts could not be had; nothing was trained on.
     """
     clock = Clock()
     requests, turns = expand(step, prompts, parts)
     with clock("rollout"):
-        responses, verdicts = roll_out(requests, turns, parts)
+        responses, pending = roll_out(requests, turns, parts)
     with clock("judge_wait"):
-        results = parts.ranks.share([v.result() for v in verdicts] if parts.ranks.is_leader else None)
+        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard)
     samples = [
         score(turn, request, response, judged, parts)
-        for turn, request, response, judged in zip(turns, requests, responses, results, strict=True)
+        for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)
     ]
-    everyone = parts.ranks.gather(samples)
+    everyone = without_small_groups(parts.ranks.gather(samples), parts)
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
         old_logprobs_BT = policy.logprobs(packed.tokens_BT)
@@ -193,20 +194,27 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
     credit = assign_credit(everyone, penalties_B, parts.algorithm)
     mine = credit.share(parts.ranks)
     weights_BT, mismatch = importance_weights(old_logprobs_BT, packed.sampling_logprobs_BT, packed.mask_BT, parts.algorithm)
+    batch = TrainBatch(
+        tokens_BT=packed.tokens_BT,
+        mask_BT=packed.mask_BT & mine.trained_B[:, None],
+        advantages_BT=mine.per_token(packed.mask_BT) * weights_BT,
+        old_logprobs_BT=old_logprobs_BT,
+        ref_logprobs_BT=ref_logprobs_BT,
+        sampling_logprobs_BT=packed.sampling_logprobs_BT,
+    )
     with clock("update"):
-        policy_metrics = policy.update(
-            TrainBatch(
-                tokens_BT=packed.tokens_BT,
-                mask_BT=packed.mask_BT & mine.trained_B[:, None],
-                advantages_BT=mine.per_token(packed.mask_BT) * weights_BT,
-                old_logprobs_BT=old_logprobs_BT,
-                ref_logprobs_BT=ref_logprobs_BT,
-                sampling_logprobs_BT=packed.sampling_logprobs_BT,
-            )
-        )
-    policy_metrics["engine/logprob_gap"] = _logprob_gap(packed, old_logprobs_BT)
-    policy_metrics |= mismatch_metrics(parts.ranks.gather([mismatch])) | credit.metrics()
-    metrics = step_metrics(everyone, credit.advantages, credit.report) | policy_metrics | clock.metrics(everyone)
+        # Without a single sample to learn from, an optimizer step would only apply momentum and weight decay.
+        policy_metrics = policy.update(batch) if credit.shares.trained_B.any() else {}
+    metrics = (
+        step_metrics(everyone, credit.advantages, credit.report)
+        | guard_metrics(everyone, rounds, parts.algorithm.judge_failure)
+        | mode_choice(everyone, packed, old_logprobs_BT, parts.ranks)
+        | {"engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
+        | mismatch_metrics(parts.ranks.gather([mismatch]))
+        | credit.metrics()
+        | policy_metrics
+        | clock.metrics(everyone)
+    )
     return StepResult(metrics, everyone, credit.advantages.tolist())
 
 
@@ -229,39 +237,6 @@ def expand(step: int, prompts: Sequence[Prompt], parts: Parts) -> tuple[list[Req
     return [request for request, _ in mine], [turn for _, turn in mine]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What became of one response's visit to the judge; both absent when it was not asked."""
-
-    verdict: Verdict | None = None
-    error: str | None = None
-    latency_s: float | None = None
-
-
-class PendingVerdict:
-    """A verdict on its way."""
-
-    def __init__(self, future: Future[Verdict] | None) -> None:
-        self._future = future
-        self._begin = time.monotonic()
-        self._end: float | None = None
-        if future is not None:
-            future.add_done_callback(self._stop_clock)
-
-    def _stop_clock(self, future: Future[Verdict]) -> None:
-        self._end = time.monotonic()
-
-    def result(self) -> Judged:
-        """Wait for the verdict; a failed call is a missing value."""
-        if self._future is None:
-            return Judged()
-        try:
-            verdict = self._future.result()
-        except JudgeError as error:
-            return Judged(error=error.kind)
-        return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)
-
-
 def roll_out(
     requests: list[Request], turns: list[DialogueTurn], parts: Parts
 ) -> tuple[list[Response], list[PendingVerdict]]:
@@ -270,16 +245,27 @@ def roll_out(
     Only the replica's leader asks the judge. A reply that breaks the grammar is not judged: its reward is fixed.
     """
     index = {request.request_id: i for i, request in enumerate(requests)}
-    pending = [PendingVerdict(None) for _ in requests]
+    pending = [PendingVerdict() for _ in requests]
 
     def on_finish(response: Response) -> None:
         i = index[response.request_id]
         answer = answer_of(decode(response, parts.tokenizer), strict=parts.reward.strict_format)
         if answer is not None and parts.ranks.is_leader:
-            pending[i] = PendingVerdict(parts.judge.submit(JudgeRequest.about(turns[i], answer)))
+            pending[i] = PendingVerdict(parts.judge, JudgeRequest.about(turns[i], answer))
 
     sampling = SamplingSpec(parts.rollout.max_new_tokens, parts.stop_token_ids, parts.rollout.temperature)
     return parts.engine.generate(requests, sampling, on_finish), pending
+
+
+def without_small_groups(samples: list[Sample], parts: Parts) -> list[Sample]:
+    """The samples, those of groups below ``guard.min_valid`` marked as not valid; their rewards stay for the log.
+
+    Where a failed judge means reward 0 (``algorithm.judge_failure=zero``) every sample has a reward and no group is small.
+    """
+    if parts.algorithm.judge_failure == JudgeFailure.zero:
+        return samples
+    small = small_groups([s.group for s in samples], [s.parts.valid for s in samples], parts.guard)
+    return [replace(s, parts=replace(s.parts, valid=False)) if s.group in small else s for s in samples]
 
 
 def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
@@ -288,22 +274,34 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
     answer = answer_of(text, strict=parts.reward.strict_format)
     answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
     reward = score_reply(turn, text, judged.verdict, answer_tokens, parts.reward)
-    by_mode_tokens = parts.algorithm.mode_credit == ModeCredit.mode_tokens
     return Sample(
         group=request.request_id // parts.rollout.group_size,
         row_id=turn.row_id,
         dialogue="\n".join(turn.dialog),
         tag=turn.tag,
+        turn=turn.turn,
         text=text,
         num_tokens=len(response.token_ids),
         answer_tokens=answer_tokens,
         finish=response.finish,
         parts=reward,
-        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer) if by_mode_tokens else (0, 0),
+        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer),
         verdict=judged.verdict,
         judge_error=judged.error,
         judge_latency_s=judged.latency_s,
     )
+
+
+def mode_choice(
+    everyone: Sequence[Sample], packed: PackedRollouts, logprobs_BT: torch.Tensor, ranks: Ranks
+) -> dict[str, float]:
+    """Entropy of the policy's choice of mode, from the log-probabilities at hand; the same on every rank."""
+    mine: list[float | None] = []
+    for row, sample in enumerate(slice_for(everyone, ranks.data_rank, ranks.data_size)):
+        # logprobs_BT[:, t] belongs to token t + 1; the last token that names the mode is the one that decides it.
+        column = int(packed.prompt_lengths_B[row]) - 1 + sample.mode_tokens[1] - 1
+        mine.append(float(logprobs_BT[row, column]) if sample.parts.mode != NO_MODE else None)
+    return choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], ranks.gather(mine))
 
 
 def decode(response: Response, tokenizer: Tokenizer) -> str:

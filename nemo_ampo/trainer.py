@@ -19,7 +19,11 @@ from nemo_aligner.utils.trainer_utils import check_progress
 from nemo_aligner.utils.utils import clear_memory
 
 from nemo_ampo.deadline import Deadline
+from nemo_ampo.errors import JudgeOutageError, UserError
+from nemo_ampo.guard import Streaks
 from nemo_ampo.interrupt import StopRequest
+from nemo_ampo.judge.stats import JudgeStats
+from nemo_ampo.metrics import continued
 from nemo_ampo.optimise import optimise
 from nemo_ampo.progress import Progress
 from nemo_ampo.runlog import RunLog
@@ -61,6 +65,19 @@ class AmpoTrainer(ReinforceTrainer):
         self.parts = parts
         self.run_log = run_log
         self.log_rollouts = log_rollouts
+        self._saved_step = 0
+        self._judge_before: dict[str, float] = {}
+        self._streaks = self._streaks_before = Streaks()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Counters of the checkpoint a resumed run continues from; what has been counted over steps counts on."""
+        super().load_state_dict(state_dict)
+        self._saved_step = self.step
+        ranks = self.parts.ranks
+        # One reading for all: the main rank's, which belongs to the first replica.
+        history = ranks.gather([ranks.share(self.run_log.history() if ranks.is_leader else None)])[0]
+        self._judge_before = history[-1] if history else {}
+        self._streaks = Streaks.of(history, self.parts.guard)
 
     def set_max_steps(self) -> None:
         """Exactly what the config says; upstream would also stop at the end of its epochs."""
@@ -70,22 +87,37 @@ class AmpoTrainer(ReinforceTrainer):
         """Train to the last step.
 
         Returns:
-            True when all steps are done; False when a signal or the time limit ended the run at a checkpoint.
+            True when all steps are done; False when a signal, the time limit or an outage of the judge ended the run at a
+            checkpoint.
+
+        Raises:
+            UserError: the judge's budget is spent (after a checkpoint), or ``guard`` found the training broken.
         """
         self.run_timer.start_time()
         ranks = self.parts.ranks
         deadline = Deadline.of_job()
-        with StopRequest() as stop, Progress("AMPO", self.step, self.max_steps, ranks.is_main) as progress:
+        with self.run_log, StopRequest() as stop, Progress("AMPO", self.step, self.max_steps, ranks.is_main) as progress:
+            metrics: dict[str, float] = {}
             while self.step < self.max_steps:
-                result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
-                self._log(result)
+                try:
+                    result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
+                except JudgeOutageError as outage:
+                    self._keep_progress(metrics)
+                    progress.say(f"judge: {outage}")
+                    return False
+                except UserError:
+                    self._keep_progress(metrics)
+                    raise
+                metrics = self._watched(result)
+                self._log(result, metrics)
                 self.step += 1
                 self.consumed_samples += len(result.samples)
-                progress.step(self.step, {k: result.metrics[f"reward/{k}"] for k in ("mean",)} | _shown(result))
+                progress.step(self.step, _shown(metrics))
+                self._stop_if_wrong(progress)
                 ended = ranks.any(stop.requested or deadline.is_near()) or self.run_timer.is_finished()
                 _, save, _ = check_progress(self.step, self.max_steps, 0, self.cfg.save_interval, 0, run_time_exceeded=ended)
                 if save:
-                    self.save(result.metrics)
+                    self._save(metrics)
                 if ended and self.step < self.max_steps:
                     return False
         self.logger.finalize()
@@ -121,8 +153,39 @@ class AmpoTrainer(ReinforceTrainer):
         size = self.parts.rollout.prompts_per_step
         return [self.prompts[i] for i in rows_of_step(len(self.prompts), size, self.step, self.parts.seed)]
 
-    def _log(self, result: StepResult) -> None:
-        metrics = result.metrics | self.ckpt_callback.take_metrics()
+    def _save(self, metrics: dict[str, float]) -> None:
+        self.save(metrics)
+        self._saved_step = self.step
+
+    def _keep_progress(self, metrics: dict[str, float]) -> None:
+        """Save the steps done since the last checkpoint; the one that failed is done again by the next start."""
+        if self.step > self._saved_step:
+            self._save(metrics)
+
+    def _watched(self, result: StepResult) -> dict[str, float]:
+        """The step's metrics with the judge's counts of the whole job and the guard's."""
+        ranks, guard = self.parts.ranks, self.parts.guard
+        counts = ranks.gather([ranks.share(self.parts.judge.stats if ranks.is_leader else None)])
+        metrics = continued(self._judge_before, JudgeStats.of(counts).metrics()) | result.metrics
+        self._streaks_before, self._streaks = self._streaks, self._streaks.after(metrics, guard)
+        return metrics | self._streaks.metrics(guard) | self.ckpt_callback.take_metrics()
+
+    def _stop_if_wrong(self, progress: Progress) -> None:
+        """Warn of a mode that dies out.
+
+        Raises:
+            UserError: on every rank, when the last steps went wrong in a row.
+        """
+        guard = self.parts.guard
+        alarm, reason = self._streaks.new_alarm(self._streaks_before, guard), self._streaks.abort_reason(guard)
+        if alarm is not None:
+            progress.say(f"warning: {alarm}")
+        if reason is not None:
+            # No checkpoint on the way out: the last one is from before the trouble, or nearer to it.
+            last = f"the last checkpoint is from step {self._saved_step}" if self._saved_step else "there is no checkpoint"
+            raise UserError(f"step {self.step}: {reason}; {last}")
+
+    def _log(self, result: StepResult, metrics: dict[str, float]) -> None:
         self.run_log.metrics(self.step, metrics)
         self.logger.log_metrics(metrics, step=self.step)
         rows = [sample_row(sample, value) for sample, value in zip(result.samples, result.advantages, strict=True)]
@@ -140,9 +203,11 @@ def sample_row(sample: Any, advantage: float) -> dict[str, Any]:
     return row
 
 
-def _shown(result: StepResult) -> dict[str, float]:
-    return {
-        "tokens": result.metrics["tokens/response"],
-        "format": 1 - result.metrics["format/failed_fraction"],
-        "s/step": result.metrics["time/step_s"],
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    shown = {
+        "reward": metrics["reward/mean"],
+        "tokens": metrics["tokens/response"],
+        "format": 1 - metrics["format/failed_fraction"],
+        "s/step": metrics["time/step_s"],
     }
+    return shown | ({"unjudged": metrics["guard/masked_samples"]} if metrics["guard/masked_samples"] else {})

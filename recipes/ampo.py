@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.step import Parts, Prompt
+from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.types import DialogueTurn
 from recipes.launch import is_main_process, main, world_size
 
@@ -60,6 +61,7 @@ def run(cfg: DictConfig) -> bool:
     """Teach a cloned policy when to think."""
     config = read_config(cfg, AmpoConfig)
     check_ampo(config, cfg, world_size())
+    check_trackers(config.run)
 
     from transformers import AutoTokenizer
 
@@ -114,8 +116,11 @@ def run(cfg: DictConfig) -> bool:
         )
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
+        first_step = session.resumed.counters["step"] if session.resumed else 0
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True)
         if ranks.is_main:
-            write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), data_hashes)
+            write_provenance(run_dir, resolved, data_hashes)
+        trackers = open_trackers(config.run, "ampo", first_step, resolved) if ranks.is_main else []
         trainer = AmpoTrainer(
             prompts=prompts,
             parts=Parts(
@@ -126,11 +131,12 @@ def run(cfg: DictConfig) -> bool:
                 rollout=config.rollout,
                 reward=config.reward,
                 algorithm=config.algorithm,
+                guard=config.guard,
                 stop_token_ids=stop_token_ids(assets, tokenizer),
                 pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 seed=config.run.seed,
             ),
-            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None),
+            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
             log_rollouts=config.run.log_rollouts,
             cfg=cfg.trainer.reinforce,
             **session.trainer_arguments,

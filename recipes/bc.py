@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
+from nemo_ampo.trackers import check_trackers, open_trackers
 from recipes.launch import main
 
 
@@ -19,6 +21,7 @@ def run(cfg: DictConfig) -> bool:
     """Clone the four thinking modes from examples."""
     config = read_config(cfg, BcConfig)
     check_bc(config)
+    check_trackers(config.run)
 
     from transformers import AutoTokenizer
 
@@ -70,13 +73,16 @@ def run(cfg: DictConfig) -> bool:
         Keep(run_dir, config.checkpoint, settings),
     )
     ranks = MegatronRanks()
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     if ranks.is_main:
-        write_provenance(run_dir, OmegaConf.to_container(cfg, resolve=True), hashes)
+        write_provenance(run_dir, resolved, hashes)
         if train.dropped:
             print(
                 f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}",
                 file=sys.stderr,
             )
+    first_step = session.resumed.counters["step"] if session.resumed else 0
+    trackers = open_trackers(config.run, "bc", first_step, resolved) if ranks.is_main else []
     trainer = BcTrainer(
         parts=BcParts(
             train=train.examples,
@@ -84,7 +90,7 @@ def run(cfg: DictConfig) -> bool:
             tokenizer=tokenizer,
             engine=ENGINES["megatron"](session.model, int(cfg.model.data.validation_ds.global_batch_size)),
             ranks=ranks,
-            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None),
+            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
             data=data,
             stop_token_ids=stop_token_ids(assets, tokenizer),
             pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
