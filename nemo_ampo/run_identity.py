@@ -18,6 +18,7 @@ WATCHED = (
     "algorithm",
     "reward",
     "rollout",
+    "guard.min_valid",
     "judge.model",
     "judge.prompt",
     "judge.temperatures",
