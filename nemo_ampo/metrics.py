@@ -86,14 +86,12 @@ DESCRIPTIONS: dict[str, str] = {
 
 def guard_metrics(samples: Sequence[Sample], rounds: int, judge_failure: JudgeFailure) -> dict[str, float]:
     """How many samples and groups a step leaves out, and how often it asked the judge again."""
-    failed = [s for s in samples if s.parts.reward is None]
-    masked = failed if judge_failure == "mask" else []
-    left_out = [s for s in samples if not s.parts.valid and s.parts.reward is not None]
-    kept_groups = {s.group for s in samples if s.parts.valid or s.parts.reward is None and not masked}
+    left_out = [s for s in samples if not s.parts.valid] if judge_failure == "mask" else []
+    masked = [s for s in left_out if s.parts.reward is None]
     return {
         "guard/masked_samples": float(len(masked)),
-        "guard/skipped_samples": float(len(left_out)),
-        "guard/skipped_groups": float(len({s.group for s in samples} - kept_groups)),
+        "guard/skipped_samples": float(len(left_out) - len(masked)),
+        "guard/skipped_groups": float(len({s.group for s in left_out} - {s.group for s in samples if s.parts.valid})),
         "guard/judge_rounds": float(rounds),
     }
 

@@ -1,33 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 
-from nemo_ampo.mode_choice import choice_metrics, entropy, mode_distribution, mode_token
+from nemo_ampo.mode_choice import choice_metrics, entropy, mode_distribution
 
 LOG2, LOG4 = math.log(2), math.log(4)
-
-
-def characters(ids: Sequence[int]) -> str:
-    return "".join(map(chr, ids))
-
-
-def test_the_mode_token_is_the_one_that_completes_the_level() -> None:
-    reply = "Thinking Level: 3\n<|begin_of_thinking|>"
-    index = mode_token([*map(ord, reply)], characters)
-    assert index is not None and reply[index] == "3"
-    words = ["Thinking", " Level", ": 2", "\n", "rest"]
-    assert mode_token(range(5), lambda ids: "".join(words[i] for i in ids)) == 2
-
-
-def test_a_reply_without_a_level_has_no_mode_token() -> None:
-    assert mode_token([*map(ord, "I would rather not.")], characters) is None
-    assert mode_token([*map(ord, "Thinking Level: 7")], characters) is None
-    assert mode_token([], characters) is None
-    far_away = " " * 40 + "Thinking Level: 1"
-    assert mode_token([*map(ord, far_away)], characters) is None
 
 
 def test_drawn_modes_have_their_probability_and_the_others_share_the_rest() -> None:
