@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_ampo.advantage import GroupReport
+    from nemo_ampo.algorithm import JudgeFailure
     from nemo_ampo.step import Sample
 
 DESCRIPTIONS: dict[str, str] = {
@@ -83,6 +84,18 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
+def guard_metrics(samples: Sequence[Sample], rounds: int, judge_failure: JudgeFailure) -> dict[str, float]:
+    """How many samples and groups a step leaves out, and how often it asked the judge again."""
+    left_out = [s for s in samples if not s.parts.valid] if judge_failure == "mask" else []
+    masked = [s for s in left_out if s.parts.reward is None]
+    return {
+        "guard/masked_samples": float(len(masked)),
+        "guard/skipped_samples": float(len(left_out) - len(masked)),
+        "guard/skipped_groups": float(len({s.group for s in left_out} - {s.group for s in samples if s.parts.valid})),
+        "guard/judge_rounds": float(rounds),
+    }
+
+
 JUDGE_TOTALS = tuple(
     f"judge/{name}"
     for name in (
@@ -118,7 +131,6 @@ def step_metrics(samples: Sequence[Sample], advantages_B: torch.Tensor, report: 
     }
     out |= {f"format/failed_{k}": float(n) for k, n in Counter(s.parts.format_rule for s in samples).items() if k}
     out |= _judge_metrics(samples)
-    out |= _guard_metrics(samples)
     out |= _mode_metrics("mode", samples, values)
     for tag in sorted({s.tag for s in samples if s.tag}):
         tagged = [s for s in samples if s.tag == tag]
@@ -152,17 +164,6 @@ def continued(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str
     earlier = {name: value for name, value in before.items() if name.startswith(JUDGE_TOTALS)}
     return earlier | {
         name: value + earlier.get(name, 0.0) if name.startswith(JUDGE_TOTALS) else value for name, value in now.items()
-    }
-
-
-def _guard_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    left_out = [s for s in samples if not s.parts.valid]
-    without_reward = [s for s in left_out if s.parts.reward is None]
-    valid_groups = {s.group for s in samples if s.parts.valid}
-    return {
-        "guard/masked_samples": float(len(without_reward)),
-        "guard/skipped_samples": float(len(left_out) - len(without_reward)),
-        "guard/skipped_groups": float(len({s.group for s in samples} - valid_groups)),
     }
 
 

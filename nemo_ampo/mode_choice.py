@@ -7,30 +7,9 @@ trainer has computed anyway hold, at the digit, the exact probability of every m
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from nemo_ampo.modes import MODES
-
-_LEVEL = re.compile(r"Thinking Level:\s*[1-4]")
-MAX_MODE_TOKENS = 32
-"""The digit is among so many first tokens of a reply, or the reply has no mode."""
-
-
-def mode_token(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> int | None:
-    """Index of the token that decides the mode: the first one with which the decoded reply names a level.
-
-    Args:
-        token_ids: of the reply.
-        decode: text of the first so many tokens.
-
-    Returns:
-        the index, or None when the reply does not begin by naming its level.
-    """
-    for count in range(1, min(len(token_ids), MAX_MODE_TOKENS) + 1):
-        if _LEVEL.search(decode(token_ids[:count])):
-            return count - 1
-    return None
 
 
 def mode_distribution(modes: Sequence[int], logprobs: Sequence[float]) -> dict[int, float]:

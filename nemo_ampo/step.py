@@ -14,14 +14,15 @@ from typing import Protocol
 
 import torch
 
-from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure, ModeCredit
+from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure
 from nemo_ampo.config import RolloutConfig
 from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
 from nemo_ampo.grammar import answer_of
 from nemo_ampo.guard import GuardConfig, small_groups
-from nemo_ampo.metrics import step_metrics
+from nemo_ampo.metrics import guard_metrics, step_metrics
 from nemo_ampo.mismatch import importance_weights, mismatch_metrics
-from nemo_ampo.mode_choice import choice_metrics, mode_token
+from nemo_ampo.mode_choice import choice_metrics
+from nemo_ampo.modes import NO_MODE
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.rollout.engine import (
@@ -89,8 +90,7 @@ class TrainBatch:
     Attributes:
         tokens_BT: prompt, response, padding.
         mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
-            throughout a sample that is left out (its judge failed, or its group is too small), so that it enters no loss and
-            no denominator.
+            throughout a sample that is left out, so that it enters no mean.
         advantages_BT: of each token, importance weight included, [B, T-1].
         old_logprobs_BT: of the policy before the update, [B, T-1].
         ref_logprobs_BT: of the reference policy, [B, T-1].
@@ -184,9 +184,7 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         score(turn, request, response, judged, parts)
         for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)
     ]
-    everyone = parts.ranks.gather(samples)
-    if parts.algorithm.judge_failure == JudgeFailure.mask:
-        everyone = without_small_groups(everyone, parts.guard)
+    everyone = without_small_groups(parts.ranks.gather(samples), parts)
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
         old_logprobs_BT = policy.logprobs(packed.tokens_BT)
@@ -209,10 +207,11 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         policy_metrics = policy.update(batch) if credit.shares.trained_B.any() else {}
     metrics = (
         step_metrics(everyone, credit.advantages, credit.report)
-        | credit.metrics()
+        | guard_metrics(everyone, rounds, parts.algorithm.judge_failure)
+        | mode_choice(everyone, packed, old_logprobs_BT, parts.ranks)
+        | {"engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
         | mismatch_metrics(parts.ranks.gather([mismatch]))
-        | {"guard/judge_rounds": float(rounds), "engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
-        | mode_choice(everyone, responses, packed, old_logprobs_BT, parts)
+        | credit.metrics()
         | policy_metrics
         | clock.metrics(everyone)
     )
@@ -258,9 +257,14 @@ def roll_out(
     return parts.engine.generate(requests, sampling, on_finish), pending
 
 
-def without_small_groups(samples: list[Sample], guard: GuardConfig) -> list[Sample]:
-    """The samples, those of groups below ``guard.min_valid`` marked as not valid; their rewards stay for the log."""
-    small = small_groups([s.group for s in samples], [s.parts.valid for s in samples], guard)
+def without_small_groups(samples: list[Sample], parts: Parts) -> list[Sample]:
+    """The samples, those of groups below ``guard.min_valid`` marked as not valid; their rewards stay for the log.
+
+    Where a failed judge means reward 0 (``algorithm.judge_failure=zero``) every sample has a reward and no group is small.
+    """
+    if parts.algorithm.judge_failure == JudgeFailure.zero:
+        return samples
+    small = small_groups([s.group for s in samples], [s.parts.valid for s in samples], parts.guard)
     return [replace(s, parts=replace(s.parts, valid=False)) if s.group in small else s for s in samples]
 
 
@@ -270,7 +274,6 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
     answer = answer_of(text, strict=parts.reward.strict_format)
     answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
     reward = score_reply(turn, text, judged.verdict, answer_tokens, parts.reward)
-    by_mode_tokens = parts.algorithm.mode_credit == ModeCredit.mode_tokens
     return Sample(
         group=request.request_id // parts.rollout.group_size,
         row_id=turn.row_id,
@@ -282,7 +285,7 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
         answer_tokens=answer_tokens,
         finish=response.finish,
         parts=reward,
-        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer) if by_mode_tokens else (0, 0),
+        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer),
         verdict=judged.verdict,
         judge_error=judged.error,
         judge_latency_s=judged.latency_s,
@@ -290,19 +293,15 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
 
 
 def mode_choice(
-    everyone: Sequence[Sample],
-    responses: Sequence[Response],
-    packed: PackedRollouts,
-    logprobs_BT: torch.Tensor,
-    parts: Parts,
+    everyone: Sequence[Sample], packed: PackedRollouts, logprobs_BT: torch.Tensor, ranks: Ranks
 ) -> dict[str, float]:
     """Entropy of the policy's choice of mode, from the log-probabilities at hand; the same on every rank."""
     mine: list[float | None] = []
-    for row, response in enumerate(responses):
-        token = mode_token(response.token_ids, lambda ids: parts.tokenizer.decode(ids, skip_special_tokens=True))
-        first = int(packed.prompt_lengths_B[row]) - 1  # logprobs_BT[:, t] belongs to token t + 1
-        mine.append(None if token is None else float(logprobs_BT[row, first + token]))
-    return choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], parts.ranks.gather(mine))
+    for row, sample in enumerate(slice_for(everyone, ranks.data_rank, ranks.data_size)):
+        # logprobs_BT[:, t] belongs to token t + 1; the last token that names the mode is the one that decides it.
+        column = int(packed.prompt_lengths_B[row]) - 1 + sample.mode_tokens[1] - 1
+        mine.append(float(logprobs_BT[row, column]) if sample.parts.mode != NO_MODE else None)
+    return choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], ranks.gather(mine))
 
 
 def decode(response: Response, tokenizer: Tokenizer) -> str:

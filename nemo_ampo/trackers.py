@@ -115,7 +115,7 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=name,
                 id=run_id,
-                resume="allow",
+                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
                 dir=str(folder),
                 config=dict(config),
                 # Our own output stays ours: no copy of the console, the code or the git remote.

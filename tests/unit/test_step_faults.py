@@ -10,7 +10,8 @@ import pytest
 import torch
 from fault_judge import MODEL, FaultJudge, fault_judge, fault_of, scores_of
 
-from nemo_ampo.config import AlgorithmConfig, RolloutConfig
+from nemo_ampo.algorithm import AlgorithmConfig
+from nemo_ampo.config import RolloutConfig
 from nemo_ampo.errors import JudgeOutageError
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread

@@ -1,0 +1,126 @@
+"""TensorBoard, W&B (offline) and MLflow (file store) really written and read back; nothing here talks to the network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nemo_ampo import trackers
+from nemo_ampo.config import RunConfig
+from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.runlog import RunLog, log_positions
+from nemo_ampo.trackers import check_trackers, open_trackers
+
+CONFIG = {"run": {"seed": 1}, "algorithm": {"clip_low": 0.2}}
+
+
+def config(folder: Path, **flags: bool) -> RunConfig:
+    return RunConfig(dir=str(folder), init_from="x", **flags)
+
+
+def write(run: RunConfig, first: int, last: int, positions: dict[str, int] | None = None) -> None:
+    with RunLog(Path(run.dir), positions=positions, trackers=open_trackers(run, "ampo", first, CONFIG)) as log:
+        for step in range(first, last):
+            log.metrics(step, {"reward/mean": float(step), "tag/a:b?/reward": 1.0, "nothing": math.nan})
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def test_tensorboard_continues_one_curve(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = config(tmp_path)
+    write(run, 0, 3)
+    write(run, 2, 4, positions=log_positions(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+    assert "nothing" not in events.Tags()["scalars"]
+    assert not (tmp_path / "trackers.json").exists()
+
+
+def test_mlflow_continues_the_same_run(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    run = config(tmp_path, mlflow=True)
+    write(run, 0, 2)
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    write(run, 2, 4, positions=log_positions(tmp_path))
+    assert json.loads((tmp_path / "trackers.json").read_text())["mlflow"] == run_id
+    client = MlflowClient((tmp_path / "mlruns").as_uri())
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "reward/mean")] == [(i, float(i)) for i in range(4)]
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"run.seed": "1", "algorithm.clip_low": "0.2"}
+    assert found.data.metrics["tag/a_b_/reward"] == 1.0
+
+
+def test_a_crash_is_marked_as_one(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    run = config(tmp_path, mlflow=True)
+    with pytest.raises(UserError), RunLog(tmp_path, trackers=open_trackers(run, "ampo", 0, CONFIG)):
+        raise UserError("stop")
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    assert MlflowClient((tmp_path / "mlruns").as_uri()).get_run(run_id).info.status == "FAILED"
+
+
+def test_wandb_offline_writes_runs_of_one_id(tmp_path: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    run = config(tmp_path, wandb=True)
+    write(run, 0, 2)
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
+    write(run, 2, 3, positions=log_positions(tmp_path))
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    points = []
+    for file in files:
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                points.append((row["step"], row["reward/mean"]))
+    assert sorted(points) == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_new_run_in_a_used_folder_gets_new_ids(tmp_path: Path) -> None:
+    run = config(tmp_path, mlflow=True)
+    write(run, 0, 1)
+    first = (tmp_path / "trackers.json").read_text()
+    write(run, 0, 1)
+    assert (tmp_path / "trackers.json").read_text() != first
+
+
+def test_wandb_without_a_key_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    with pytest.raises(ConfigError, match=r"run\.wandb: no API key"):
+        check_trackers(config(tmp_path, wandb=True))
+
+
+@pytest.mark.parametrize("key, wheel", [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
+def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, wheel: str) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == key else find(name))
+    with pytest.raises(ConfigError, match=rf"run.{key}: the package is not installed; pip install {wheel}"):
+        check_trackers(config(tmp_path, **{key: True}))
+    check_trackers(config(tmp_path))
+
+
+def test_an_unusable_mlflow_address_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://here")
+    with pytest.raises(ConfigError, match=r"run\.mlflow: nonsense://here"):
+        open_trackers(config(tmp_path, mlflow=True), "ampo", 0, CONFIG)
