@@ -19,9 +19,9 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPT
 from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
-from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig, Kl
+from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
 from nemo_ampo.forward import token_logprobs
-from nemo_ampo.loss import Totals, entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
+from nemo_ampo.loss import Totals, entropy_from_logits, token_loss, update_weights, weighted_sum
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""
@@ -59,27 +59,14 @@ class AmpoActor(MegatronGPTReinforceActorModel):
                 logprobs_BT = from_parallel_logits_to_logprobs(
                     vocab_parallel_logits=logits_BTV, target=tokens_BT, higher_stability=True
                 )
-                policy = surrogate(
-                    logprobs_BT,
-                    batch["old_logprobs_BT"],
-                    batch["advantages_BT"],
-                    mask_BT,
-                    algorithm.clip_low,
-                    algorithm.clip_high,
-                    algorithm.dual_clip,
-                    algorithm.ratio,
-                )
-                kl_BT = kl_estimate(logprobs_BT, batch["ref_logprobs_BT"], algorithm.kl_kind, mask_BT)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and algorithm.entropy_coef != 0):
                     entropy_BT = _entropy(logits_BTV)
-                pg_loss = weighted_sum(policy.loss_BT, weights_BT)
-                loss = pg_loss - algorithm.entropy_coef * weighted_sum(entropy_BT, weights_BT)
-                if algorithm.kl == Kl.in_loss:
-                    loss = loss + algorithm.kl_coef * weighted_sum(kl_BT, weights_BT)
-                terms = torch.stack([loss, pg_loss]).detach().double()
-                per_token = (kl_BT, entropy_BT, policy.clipped_BT, policy.capped_BT)
+                tokens = token_loss(logprobs_BT, entropy_BT, batch, algorithm)
+                loss = weighted_sum(tokens.loss_BT, weights_BT)
+                terms = torch.stack([loss, weighted_sum(tokens.policy.loss_BT, weights_BT)]).detach().double()
+                per_token = (tokens.kl_BT, entropy_BT, tokens.policy.clipped_BT, tokens.policy.capped_BT)
                 sums = torch.stack([v.detach().double()[mask_BT].sum() for v in per_token] + [mask_BT.sum().double()])
-                ratio_max = torch.where(mask_BT, policy.ratio_BT, 0.0).max().double()
+                ratio_max = torch.where(mask_BT, tokens.policy.ratio_BT, 0.0).max().double()
                 return loss, {"terms": terms, "sums": sums, "ratio_max": ratio_max}
 
             return logits_BTV, loss_func
@@ -120,17 +107,14 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
     def _weights(self, mask_BT: torch.Tensor, micro_batches: int) -> torch.Tensor:
         """Weight of each token in the loss of its micro-batch, float32 [B, T-1]."""
-        algorithm = self.algorithm
-        if algorithm.aggregate_over == AggregateOver.micro_batch:
-            parts = mask_BT.chunk(micro_batches)
-            weights = [token_weights(m, algorithm.aggregate, constant_tokens=algorithm.constant_tokens) for m in parts]
-            return torch.cat(weights).float()
-        own = Totals.of(mask_BT)
-        counts = torch.tensor([own.tokens, own.sequences], device=torch.cuda.current_device())
-        torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        totals = None
+        if self.algorithm.aggregate_over == AggregateOver.batch:
+            own = Totals.of(mask_BT)
+            counts = torch.tensor([own.tokens, own.sequences], device=torch.cuda.current_device())
+            torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+            totals = Totals(*counts.tolist())
         replicas = parallel_state.get_data_parallel_world_size()
-        weights_BT = token_weights(mask_BT, algorithm.aggregate, Totals(*counts.tolist()), algorithm.constant_tokens)
-        return (weights_BT * micro_batches * replicas).float()
+        return update_weights(mask_BT, micro_batches, self.algorithm, totals, replicas).float()
 
 
 def _metrics_of_job(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:

@@ -41,13 +41,17 @@ class Shares:
     mode_tokens: Sequence[tuple[int, int]] | None
 
     def per_token(self, mask_BT: Tensor) -> Tensor:
-        """Advantage of each token [B, T]; ``mask_BT`` is True on the response, one unbroken run in each row."""
+        """Advantage of each token [B, T]; what stands outside the response is for the loss to leave out.
+
+        Args:
+            mask_BT: True on the response, one unbroken run in each row.
+        """
         if self.mode_tokens is None:
             return (self.sample_B + self.mode_B)[:, None].expand(mask_BT.shape)
         position_BT = torch.arange(mask_BT.size(1)) - mask_BT.int().argmax(1, keepdim=True)
         spans_B2 = torch.tensor(self.mode_tokens).view(-1, 2)
         names_mode_BT = (position_BT >= spans_B2[:, :1]) & (position_BT < spans_B2[:, 1:])
-        return self.sample_B[:, None] + self.mode_B[:, None] * names_mode_BT
+        return self.sample_B[:, None] + names_mode_BT * self.mode_B[:, None]
 
 
 @dataclass(frozen=True)

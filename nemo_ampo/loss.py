@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nemo_ampo.algorithm import AlgorithmConfig, Kl
 from nemo_ampo.errors import ConfigError
 
 MAX_LOG_RATIO = 20.0
@@ -139,6 +140,31 @@ def token_weights(
     return torch.where(mask_BT, weights_B1, 0.0)
 
 
+def update_weights(
+    mask_BT: Tensor, micro_batches: int, rules: AlgorithmConfig, totals: Totals | None, replicas: int
+) -> Tensor:
+    """Weights of one replica's tokens in an update whose framework averages over micro-batches and replicas.
+
+    Over the whole batch they are :func:`token_weights` of the job times both counts, which undoes the two averages: the
+    loss is then the same however the batch is split. Over micro-batches each one has its own mean.
+
+    Args:
+        mask_BT: of this replica's rows; equal, unbroken parts of them are the micro-batches.
+        micro_batches: of this replica.
+        rules: ``aggregate`` and ``constant_tokens`` are read.
+        totals: of the rows of all replicas; None for means over each micro-batch.
+        replicas: of the job.
+
+    Returns:
+        float64 [B, T].
+    """
+    if totals is not None:
+        weights_BT = token_weights(mask_BT, rules.aggregate, totals, rules.constant_tokens)
+        return weights_BT * micro_batches * replicas
+    parts = mask_BT.chunk(micro_batches)
+    return torch.cat([token_weights(part, rules.aggregate, None, rules.constant_tokens) for part in parts])
+
+
 def weighted_sum(values_BT: Tensor, weights_BT: Tensor) -> Tensor:
     """Sum of weight times value, a scalar; a token of weight 0 contributes nothing, NaN and infinity included."""
     return (_masked(values_BT, weights_BT != 0) * weights_BT.to(values_BT.dtype)).sum()
@@ -228,6 +254,48 @@ def surrogate(
         clipped_BT=(clipped_BT > free_BT).detach() & mask_BT.bool(),
         capped_BT=capped_BT & mask_BT.bool(),
     )
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What is minimised at each token, [B, T], and what it is made of.
+
+    Attributes:
+        loss_BT: surrogate + kl_coef * KL (``kl=in_loss``) - entropy_coef * entropy.
+        policy: the surrogate.
+        kl_BT: estimate of KL(policy || reference), whether it is part of the loss or not.
+    """
+
+    loss_BT: Tensor
+    policy: Surrogate
+    kl_BT: Tensor
+
+
+def token_loss(logprobs_BT: Tensor, entropy_BT: Tensor, batch: Mapping[str, Tensor], rules: AlgorithmConfig) -> TokenLoss:
+    """The whole objective per token.
+
+    Args:
+        logprobs_BT: of the policy, with gradient.
+        entropy_BT: of its next-token distributions.
+        batch: ``old_logprobs_BT``, ``ref_logprobs_BT``, ``advantages_BT`` and ``mask_BT``.
+        rules: of the algorithm.
+    """
+    mask_BT = batch["mask_BT"]
+    policy = surrogate(
+        logprobs_BT,
+        batch["old_logprobs_BT"],
+        batch["advantages_BT"],
+        mask_BT,
+        rules.clip_low,
+        rules.clip_high,
+        rules.dual_clip,
+        rules.ratio,
+    )
+    kl_BT = kl_estimate(logprobs_BT, batch["ref_logprobs_BT"], rules.kl_kind, mask_BT)
+    loss_BT = policy.loss_BT - rules.entropy_coef * _masked(entropy_BT, mask_BT)
+    if rules.kl == Kl.in_loss:
+        loss_BT = loss_BT + rules.kl_coef * kl_BT
+    return TokenLoss(loss_BT, policy, kl_BT)
 
 
 def _of_token(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ _MODE_TERM_LABELS = {
     "invalid_sample": "off: a broken reply",
     "mode_absent": "off: a mode unused",
     "mode_too_small": "off: a mode used once",
+    "one_mode": "off: one mode only",
     "group_of_one": "off: group of one",
     "no_valid_sample": "off: no verdict",
     "off": "off: not AMPO",
