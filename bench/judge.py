@@ -3,7 +3,7 @@
 1. Limiter: 1,000 calls of 200 ms at 64 slots, against the ideal ceil(1000 / 64) x 0.2 s; beside it the same calls through
    a pool of 30 processes, as the reference implementation makes them, and through the OpenAI SDK if it is installed.
 2. Overlap: 256 calls beside a generation loop that uses the processor; what the judge adds to the loop's time, as a share
-   of what it takes when it starts after the loop. ``--full`` uses calls of 5 s, the default of 0.5 s with a loop scaled alike.
+   of what it takes when it starts after the loop. ``--full`` uses calls of 5 s instead of 0.5 s.
 3. Broker: leave to call, granted within the process and by the main rank over TCP.
 """
 
