@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nemo_ampo.errors import JudgeError
+from nemo_ampo.errors import BudgetError, JudgeError
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.types import JudgeRequest, Verdict
@@ -77,10 +77,16 @@ class JudgeThread:
         """Score ``requests`` concurrently and wait: one entry each, in order; no failure stops another."""
         return [_outcome(future) for future in [self.submit(request) for request in requests]]
 
-    def score_all_by_second(self, requests: Iterable[JudgeRequest]) -> list[Verdict | JudgeError]:
-        """The second judge's :meth:`score_all`."""
+    def score_all_by_second(self, requests: Iterable[JudgeRequest]) -> list[Verdict | JudgeError | BudgetError]:
+        """The second judge's :meth:`score_all`. A spent budget is a failure here; the first judge reports it."""
         assert self._second is not None
-        return [_outcome(future) for future in [self._schedule(self._second.score(request)) for request in requests]]
+        outcomes: list[Verdict | JudgeError | BudgetError] = []
+        for future in [self._schedule(self._second.score(request)) for request in requests]:
+            try:
+                outcomes.append(future.result())
+            except (JudgeError, BudgetError) as error:
+                outcomes.append(error)
+        return outcomes
 
     def check(self) -> None:
         """See :meth:`Judge.check`; of both judges."""

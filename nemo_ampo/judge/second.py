@@ -14,7 +14,7 @@ from statistics import fmean
 
 from nemo_ampo.judge.background import JudgeThread
 from nemo_ampo.judge.config import SecondJudgeConfig
-from nemo_ampo.types import JudgeRequest, Seat, Verdict
+from nemo_ampo.types import DialogueTurn, JudgeRequest, Seat, Verdict
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class FirstOpinion:
     request: JudgeRequest
     seat: Seat
     score: float
+
+    @classmethod
+    def of(cls, turn: DialogueTurn, answer: str | None, verdict: Verdict) -> FirstOpinion:
+        """The verdict on an answer to a turn; only replies with an answer are judged."""
+        assert answer is not None
+        return cls(JudgeRequest.about(turn, answer), turn.seat, verdict.of(turn.seat))
 
 
 class SecondJudge:
