@@ -278,9 +278,48 @@ def serve(arguments: PassedOn = None) -> None:
     raise typer.Exit(run(arguments or []))
 
 
+def estimate(
+    stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
+    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
+    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder of the judge's tokenizer; 4 characters a token without it.")
+    ] = None,
+    reply_tokens: Annotated[int, typer.Option(help="Tokens of a judge's reply.", min=1)] = 350,
+) -> None:
+    """Estimate a stage's judge before it starts: calls, tokens, dollars. Asks nobody."""
+    from nemo_ampo.judge import commands
+    from nemo_ampo.judge.estimate import estimate_table
+
+    rows, notes = commands.estimate(stage, config_name, overrides or [], config_dir, tokenizer, reply_tokens)
+    _show(estimate_table(rows, "4 characters a token" if tokenizer is None else str(tokenizer)))
+    for note in notes:
+        typer.echo(note)
+
+
+def check_judge(
+    stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
+    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
+    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    turns: Annotated[int, typer.Option(help="Dialogues of the stage's data to try each attack on.", min=1)] = 8,
+    max_gain: Annotated[float, typer.Option(help="Mean gain of an attack that is still fine, points of 10.")] = 1.0,
+) -> None:
+    """Measure what hostile replies gain with a stage's judge. Exit status 1 when one gains more than --max-gain."""
+    from nemo_ampo.judge import commands
+
+    results = commands.check_judge(stage, config_name, overrides or [], config_dir, turns)
+    _show(commands.injection_table(results))
+    if any(result.gain is not None and result.gain > max_gain for result in results):
+        raise typer.Exit(EXIT_NOT_OK)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "check-config": check_config,
+    "estimate": estimate,
+    "check-judge": check_judge,
     "score": score,
     "report": report,
     "plan": plan,

@@ -20,8 +20,10 @@ from nemo_aligner.utils.utils import clear_memory
 
 from nemo_ampo.deadline import Deadline
 from nemo_ampo.errors import JudgeOutageError, UserError
+from nemo_ampo.grammar import answer_of
 from nemo_ampo.guard import Streaks
 from nemo_ampo.interrupt import StopRequest
+from nemo_ampo.judge.second import FirstOpinion, SecondJudge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.metrics import continued
 from nemo_ampo.optimise import optimise
@@ -39,6 +41,7 @@ class AmpoTrainer(ReinforceTrainer):
         parts: what a step works with; the policy is this trainer itself.
         run_log: JSONL files of the run folder.
         log_rollouts: samples written per step, -1 for all.
+        second: scores some of the samples too, for the log; None for none.
         upstream: the remaining arguments of :class:`ReinforceTrainer` (cfg, model, optimizer, scheduler, logger,
             ckpt_callback, run_timer).
     """
@@ -50,6 +53,7 @@ class AmpoTrainer(ReinforceTrainer):
         parts: Parts,
         run_log: RunLog,
         log_rollouts: int,
+        second: SecondJudge | None = None,
         **upstream: Any,
     ) -> None:
         batches = SizedBatches(len(prompts), parts.rollout.prompts_per_step)
@@ -65,6 +69,7 @@ class AmpoTrainer(ReinforceTrainer):
         self.parts = parts
         self.run_log = run_log
         self.log_rollouts = log_rollouts
+        self.second = second
         self._saved_step = 0
         self._judge_before: dict[str, float] = {}
         self._streaks = self._streaks_before = Streaks()
@@ -167,8 +172,21 @@ class AmpoTrainer(ReinforceTrainer):
         ranks, guard = self.parts.ranks, self.parts.guard
         counts = ranks.gather([ranks.share(self.parts.judge.stats if ranks.is_leader else None)])
         metrics = continued(self._judge_before, JudgeStats.of(counts).metrics()) | result.metrics
+        metrics |= self._second_opinion(result)
         self._streaks_before, self._streaks = self._streaks, self._streaks.after(metrics, guard)
         return metrics | self._streaks.metrics(guard) | self.ckpt_callback.take_metrics()
+
+    def _second_opinion(self, result: StepResult) -> dict[str, float]:
+        """``judge/second_*`` on the main rank, in the steps that are compared."""
+        if self.second is None or not self.parts.ranks.is_main or not self.second.is_due(self.step):
+            return {}
+        prompts, strict = self._prompts_of_step(), self.parts.reward.strict_format
+        opinions = [
+            FirstOpinion.of(prompts[sample.group].turn, answer_of(sample.text, strict=strict), sample.verdict)
+            for sample in result.samples
+            if sample.verdict is not None
+        ]
+        return self.second.compare(self.step, opinions)
 
     def _stop_if_wrong(self, progress: Progress) -> None:
         """Warn of a mode that dies out.

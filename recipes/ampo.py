@@ -103,6 +103,7 @@ def run(cfg: DictConfig) -> bool:
 
         from nemo_ampo.actor import AmpoActor
         from nemo_ampo.checkpoint import save_nemo
+        from nemo_ampo.judge.second import SecondJudge
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import ENGINES
         from nemo_ampo.runlog import RunLog, write_provenance
@@ -138,6 +139,7 @@ def run(cfg: DictConfig) -> bool:
             ),
             run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
             log_rollouts=config.run.log_rollouts,
+            second=SecondJudge(judge, config.judge.second, config.run.seed) if config.judge.second else None,
             cfg=cfg.trainer.reinforce,
             **session.trainer_arguments,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import functools
 import json
 import time
 import urllib.request
@@ -129,6 +130,7 @@ async def _read(content: aiohttp.StreamReader) -> str | None:
     return b"".join(chunks).decode("utf-8", "replace")
 
 
+@functools.cache
 def _proxy_for(url: str) -> str | None:
     """The environment's proxy for ``url``. Not left to the library, which then also reads passwords from .netrc."""
     address = urlsplit(url)

@@ -8,7 +8,7 @@ A judge that gave no usable answer raises :class:`JudgeError`: its sample has no
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.judge.background import JudgeThread
 from nemo_ampo.judge.client import Judge
-from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig, SecondJudgeConfig
 from nemo_ampo.judge.job import open_judge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.judge.verdict import parse_verdict
@@ -21,6 +21,7 @@ __all__ = [
     "JudgeRequest",
     "JudgeStats",
     "JudgeThread",
+    "SecondJudgeConfig",
     "Verdict",
     "open_judge",
     "parse_verdict",

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nemo_ampo.errors import JudgeError
+from nemo_ampo.errors import BudgetError, JudgeError
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.types import JudgeRequest, Verdict
@@ -31,10 +31,15 @@ class JudgeThread:
         with JudgeThread(Judge(config)) as judge:
             futures = [judge.submit(request_of(rollout)) for rollout in engine.generate(prompts)]
             verdicts = [future.result() for future in futures]
+
+    Args:
+        judge: whose verdicts count.
+        second: another one for comparison, in the same event loop, so that both can share one limiter.
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, second: Judge | None = None) -> None:
         self._judge = judge
+        self._second = second
         self._lock = threading.Lock()
         self._open = True
         self._stop = asyncio.Event()
@@ -55,6 +60,11 @@ class JudgeThread:
         """Counts of the judge, at any time."""
         return self._judge.stats
 
+    @property
+    def second_stats(self) -> JudgeStats | None:
+        """Counts of the second judge; None without one."""
+        return self._second.stats if self._second is not None else None
+
     def submit(self, request: JudgeRequest) -> concurrent.futures.Future[Verdict]:
         """Ask for a verdict without waiting; the future raises JudgeError, or CancelledError after closing.
 
@@ -67,9 +77,21 @@ class JudgeThread:
         """Score ``requests`` concurrently and wait: one entry each, in order; no failure stops another."""
         return [_outcome(future) for future in [self.submit(request) for request in requests]]
 
+    def score_all_by_second(self, requests: Iterable[JudgeRequest]) -> list[Verdict | JudgeError | BudgetError]:
+        """The second judge's :meth:`score_all`. A spent budget is a failure here; the first judge reports it."""
+        assert self._second is not None
+        outcomes: list[Verdict | JudgeError | BudgetError] = []
+        for future in [self._schedule(self._second.score(request)) for request in requests]:
+            try:
+                outcomes.append(future.result())
+            except (JudgeError, BudgetError) as error:
+                outcomes.append(error)
+        return outcomes
+
     def check(self) -> None:
-        """See :meth:`Judge.check`."""
-        self._schedule(self._judge.check()).result()
+        """See :meth:`Judge.check`; of both judges."""
+        for judge in filter(None, (self._judge, self._second)):
+            self._schedule(judge.check()).result()
 
     def close(self) -> None:
         """Cancel what is unanswered, close the judge, end the thread. Closing twice does nothing."""
@@ -99,7 +121,8 @@ class JudgeThread:
         for task in unanswered:
             task.cancel()
         await asyncio.gather(*unanswered, return_exceptions=True)
-        await self._judge.aclose()
+        for judge in filter(None, (self._judge, self._second)):
+            await judge.aclose()
 
 
 def _outcome(future: concurrent.futures.Future[Verdict]) -> Verdict | JudgeError:

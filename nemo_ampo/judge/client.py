@@ -18,7 +18,13 @@ from nemo_ampo.errors import ChatError, JudgeError
 from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.judge.verdict import VERDICT_SCHEMA, parse_verdict
-from nemo_ampo.prompts import PromptTemplate, load_prompt, render_judge_prompt, require_judge_placeholders
+from nemo_ampo.prompts import (
+    PromptTemplate,
+    load_prompt,
+    render_judge_prompt,
+    require_judge_placeholders,
+    without_control_tokens,
+)
 from nemo_ampo.types import JudgeRequest, Verdict
 
 
@@ -69,7 +75,8 @@ class Judge:
             BudgetError: the job has no call or no money left.
             UserError: a replay holds no outcome of this question.
         """
-        question: list[dict[str, Any]] = [{"role": "user", "content": render_judge_prompt(self._template, request)}]
+        prompt = render_judge_prompt(self._template, without_control_tokens(request))
+        question: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         try:
             asked = await self._chat.ask(
                 question,

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from nemo_ampo.chat.config import EndpointConfig
+
+
+# Not frozen: OmegaConf makes an optional entry read-only while it still fills it.
+@dataclass
+class SecondJudgeConfig:
+    """A judge for comparison; its scores are logged and never rewarded. All else is as for the first one.
+
+    Attributes:
+        base_url, model, api_key_env: of its endpoint.
+        prompt: as in :class:`JudgeConfig`; null takes the first judge's.
+        every: it scores replies of every so many steps.
+        samples: so many of each such step.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = ""
+    prompt: str | None = None
+    every: int = 10
+    samples: int = 32
 
 
 @dataclass(frozen=True)
@@ -18,6 +38,7 @@ class JudgeConfig(EndpointConfig):
             tries.
         seed: sent with the first try, one more with each further one; null sends none.
         explain_parse_error: the second try shows the judge its unreadable reply and why it cannot be read.
+        second: another judge that scores some of the replies too, for comparison; null for none.
     """
 
     section: ClassVar[str] = "judge"
@@ -26,6 +47,7 @@ class JudgeConfig(EndpointConfig):
     temperatures: list[float] = field(default_factory=lambda: [0.0, 0.0, 1.0, 1.0, 1.0])
     seed: int | None = None
     explain_parse_error: bool = True
+    second: SecondJudgeConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,3 +55,20 @@ class JudgeConfig(EndpointConfig):
         self._check("temperatures", len(self.temperatures) > 0, "must name at least one try")
         for temperature in self.temperatures:
             self._check("temperatures", 0 <= temperature <= 2, f"must lie in 0..2, not {temperature}")
+        if self.second is not None:
+            for key in ("every", "samples"):
+                count = getattr(self.second, key)
+                self._check(f"second.{key}", count >= 1, f"must be at least 1, not {count}")
+            self.second_judge()
+
+    def second_judge(self) -> JudgeConfig:
+        """The second judge's settings: this judge's, but for the keys of :class:`SecondJudgeConfig`."""
+        assert self.second is not None
+        own = {name: getattr(self.second, name) for name in ("base_url", "model", "api_key_env")}
+        own |= {"prompt": self.second.prompt or self.prompt, "endpoints": [], "second": None}
+        return _SecondJudge(**{f.name: getattr(self, f.name) for f in fields(self)} | own)
+
+
+@dataclass(frozen=True)
+class _SecondJudge(JudgeConfig):
+    section: ClassVar[str] = "judge.second"

@@ -21,8 +21,9 @@ def open_judge(config: JudgeConfig, run_dir: str | Path) -> Iterator[JudgeThread
         ConfigError: key, prompt, cache or replay cannot be used.
         UserError: the main rank does not appear.
     """
-    with (
-        shared(config, run_dir, recording_of(config, load_prompt(config.prompt))) as job,
-        JudgeThread(Judge(config, limiter=job.limiter, cache=job.cache)) as judge,
-    ):
-        yield judge
+    with shared(config, run_dir, recording_of(config, load_prompt(config.prompt))) as job:
+        second = None
+        if config.second is not None:
+            second = Judge(config.second_judge(), limiter=job.limiter, cache=job.cache)
+        with JudgeThread(Judge(config, limiter=job.limiter, cache=job.cache), second) as judge:
+            yield judge

@@ -4,7 +4,12 @@ The shipped texts are our own words. A configuration may name another file inste
 loader and held to the same placeholders, so a misspelt one stops the run before any model loads.
 """
 
-from nemo_ampo.prompts.judging import read_judge_prompt, render_judge_prompt, require_judge_placeholders
+from nemo_ampo.prompts.judging import (
+    read_judge_prompt,
+    render_judge_prompt,
+    require_judge_placeholders,
+    without_control_tokens,
+)
 from nemo_ampo.prompts.template import PromptTemplate, load_prompt, utf8_safe
 
 __all__ = [
@@ -14,4 +19,5 @@ __all__ = [
     "render_judge_prompt",
     "require_judge_placeholders",
     "utf8_safe",
+    "without_control_tokens",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, says
 
-from nemo_ampo.chat import BudgetError, ChatError, Completion
+from nemo_ampo.chat import BudgetError, ChatClient, ChatError, Completion
 from nemo_ampo.chat.broker import Broker, BrokerClient, BrokerLostError
 from nemo_ampo.chat.cache import ReplyFile
 from nemo_ampo.chat.job import shared
@@ -228,15 +228,13 @@ def test_the_ranks_of_a_job_find_each_other_and_share_everything(server: Scripte
 def test_a_main_rank_that_does_not_come_is_one_clear_error(config: Any, tmp_path: Path) -> None:
     environment = {"WORLD_SIZE": "2", "RANK": "1"}
     with (
-        pytest.raises(UserError, match=r"endpoint_broker\.json: not written by the main rank within 0\.2 s"),
+        pytest.raises(UserError, match=r"endpoint_broker\.json: the main rank did not write it within 0\.2 s"),
         shared(config("http://127.0.0.1:9/v1"), tmp_path, {}, environment, timeout_s=0.2),
     ):
         pass
 
 
 def test_one_process_needs_no_server_and_remembers_what_it_spent(server: ScriptedChat, config: Any, tmp_path: Path) -> None:
-    from nemo_ampo.chat import ChatClient
-
     server.play(Act(says("hi")))
     settings = config(server.url, max_calls=5)
 

@@ -1,0 +1,252 @@
+"""How fast is the judge client? A local server answers after a fixed time; every line is a ratio measured in one run.
+
+1. Limiter: 1,000 calls of 200 ms at 64 slots, against the ideal ceil(1000 / 64) x 0.2 s; beside it the same calls through
+   a pool of 30 processes, as the reference implementation makes them, and through the OpenAI SDK if it is installed.
+2. Overlap: 256 calls beside a generation loop that uses the processor; what the judge adds to the loop's time, as a share
+   of what it takes when it starts after the loop. ``--full`` uses calls of 5 s instead of 0.5 s.
+3. Broker: leave to call, granted within the process and by the main rank over TCP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from nemo_ampo.chat.broker import Broker, BrokerClient
+from nemo_ampo.chat.limiter import Limiter, LocalLimiter
+from nemo_ampo.chat.limits import Limits
+from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+
+SLOTS = 64
+REFERENCE_PROCESSES = 30
+
+SERVER = """
+import asyncio, json, re, sys
+verdict = {"agent1": {"reasoning": "r " * 100, "score": 7}, "agent2": {"reasoning": "s " * 100, "score": 3}}
+usage = {"prompt_tokens": 800, "completion_tokens": 200}
+body = json.dumps({"choices": [{"message": {"content": json.dumps(verdict)}}], "usage": usage}).encode()
+answer = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body
+
+class Slow(asyncio.Protocol):
+    # No web framework: what is measured is the client.
+    def connection_made(self, transport):
+        self.transport, self.data = transport, b""
+    def data_received(self, data):
+        self.data += data
+        head, end, rest = self.data.partition(b"\\r\\n\\r\\n")
+        if end and len(rest) >= int(re.search(rb"(?i)content-length: (\\d+)", head)[1]):
+            self.data = b""
+            asyncio.get_running_loop().call_later(float(head.split(b"/")[1]), self.transport.write, answer)
+
+async def main():
+    server = await asyncio.get_running_loop().create_server(Slow, "127.0.0.1", 0, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+def request(number: int) -> JudgeRequest:
+    dialogue = "\n\n".join(f'Turn {k}: Ada said: "Could I have the car for day {number}, please?"' for k in range(12))
+    return JudgeRequest(dialogue, "Ada", "Ben", "Borrow the car for the weekend.", "Keep the car without a quarrel.")
+
+
+def config(port: int, latency_s: float) -> JudgeConfig:
+    # The latency stands in the path, so that one server serves all parts.
+    return JudgeConfig(f"http://127.0.0.1:{port}/{latency_s}", "bench", max_concurrency=SLOTS)
+
+
+async def ours(settings: JudgeConfig, calls: int, limiter: Limiter | None = None) -> float:
+    async with Judge(settings, limiter=limiter) as judge:
+        await judge.score(request(0))  # imports and the first connection
+        begin = time.monotonic()
+        await asyncio.gather(*[judge.score(request(n)) for n in range(calls)])
+        return time.monotonic() - begin
+
+
+async def bare(port: int, calls: int, latency_s: float) -> float:
+    """The floor: prepared bytes over 64 open connections, answers not looked at."""
+    body = json.dumps({"messages": [{"role": "user", "content": request(0).dialogue * 3}]}).encode()
+    head = f"POST /{latency_s}/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n\r\n"
+    left = iter(range(calls))
+
+    async def connection() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in left:
+            writer.write(head.encode() + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length"))
+            await reader.readexactly(int(length.split(b":")[1]))
+        writer.close()
+
+    begin = time.monotonic()
+    await asyncio.gather(*[connection() for _ in range(SLOTS)])
+    return time.monotonic() - begin
+
+
+async def sdk(settings: JudgeConfig, calls: int) -> float | None:
+    try:
+        import openai
+    except ImportError:
+        return None
+    from nemo_ampo.prompts import load_prompt, render_judge_prompt
+
+    template, slots = load_prompt("judge"), asyncio.Semaphore(SLOTS)
+    async with openai.AsyncOpenAI(api_key="none", base_url=settings.base_url, max_retries=0) as client:
+
+        async def one(number: int) -> None:
+            content = render_judge_prompt(template, request(number))
+            async with slots:
+                message: Any = {"role": "user", "content": content}
+                await client.chat.completions.create(model="bench", messages=[message], temperature=0.0)
+
+        await one(0)
+        begin = time.monotonic()
+        await asyncio.gather(*map(one, range(calls)))
+        return time.monotonic() - begin
+
+
+def reference_call(arguments: tuple[str, int]) -> None:
+    """One blocking call over a connection of its own, as a worker of the reference's pool makes it."""
+    url, number = arguments
+    body = json.dumps({"model": "bench", "messages": [{"role": "user", "content": request(number).dialogue}]}).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/chat/completions", body, headers)) as response:
+        json.load(response)
+
+
+def reference_pool(settings: JudgeConfig, calls: int) -> float:
+    with ProcessPoolExecutor(REFERENCE_PROCESSES, multiprocessing.get_context("forkserver")) as pool:
+        work = [(settings.base_url, number) for number in range(calls)]
+        list(pool.map(reference_call, work[:REFERENCE_PROCESSES]))  # start the processes
+        begin = time.monotonic()
+        list(pool.map(reference_call, work))
+        return time.monotonic() - begin
+
+
+def limiter_part(port: int, calls: int, latency_s: float) -> None:
+    settings, ideal_s = config(port, latency_s), math.ceil(calls / SLOTS) * latency_s
+    print(f"limiter   {calls} calls of {latency_s * 1000:.0f} ms, {SLOTS} slots, ideal {ideal_s:.2f} s")
+    floor_s = asyncio.run(bare(port, calls, latency_s))
+    print(f"  bare sockets, same server      {floor_s:6.2f} s   {floor_s / ideal_s:5.2f} x ideal")
+    took_s = asyncio.run(ours(settings, calls))
+    print(f"  this client                    {took_s:6.2f} s   {took_s / ideal_s:5.2f} x ideal")
+    remote_s = asyncio.run(through_broker(settings, calls))
+    print(f"  this client, limits of a job   {remote_s:6.2f} s   {remote_s / ideal_s:5.2f} x ideal")
+    sdk_s = asyncio.run(sdk(settings, calls))
+    if sdk_s is not None:
+        print(f"  OpenAI SDK, {SLOTS} slots           {sdk_s:6.2f} s   {sdk_s / ideal_s:5.2f} x ideal")
+    pool_s = reference_pool(settings, calls)
+    print(f"  {REFERENCE_PROCESSES} blocking processes          {pool_s:6.2f} s   {pool_s / ideal_s:5.2f} x ideal")
+
+
+async def through_broker(settings: JudgeConfig, calls: int) -> float:
+    broker = await asyncio.to_thread(Broker, LocalLimiter(Limits.of(settings)), None, "bench")
+    try:
+        return await ours(settings, calls, BrokerClient("127.0.0.1", broker.port, "bench"))
+    finally:
+        await asyncio.to_thread(broker.close)
+
+
+class Generation:
+    """Stands for decoding: matrix products as torch does them, and some Python between them."""
+
+    def __init__(self) -> None:
+        import numpy
+
+        self._state = numpy.full((256, 256), 0.01, dtype=numpy.float32)
+
+    def run(self, slices: int) -> None:
+        for _ in range(slices):
+            self._state = (self._state @ self._state).clip(-1, 1)
+            sum(range(2000))
+
+    def slices_for(self, seconds: float) -> int:
+        self.run(100)
+        begin = time.monotonic()
+        self.run(500)
+        return max(1, round(500 * seconds / (time.monotonic() - begin)))
+
+
+def overlap_part(port: int, latency_s: float) -> None:
+    """256 replies that end evenly over a generation as long as the judging; both one after the other, then at once."""
+    calls, settings, generation = 256, config(port, latency_s), Generation()
+    slices = generation.slices_for(math.ceil(calls / SLOTS) * latency_s / calls)
+    with JudgeThread(Judge(settings)) as judge:
+        judge.submit(request(0)).result()
+        begin = time.monotonic()
+        for _ in range(calls):
+            generation.run(slices)
+        generation_s = time.monotonic() - begin
+        begin = time.monotonic()
+        judge.score_all(request(n) for n in range(calls))
+        judge_s = time.monotonic() - begin
+        begin = time.monotonic()
+        futures = []
+        for number in range(calls):
+            generation.run(slices)
+            futures.append(judge.submit(request(number)))
+        for future in futures:
+            future.result()
+        together_s = time.monotonic() - begin
+    added_s = together_s - generation_s
+    print(f"overlap   {calls} calls of {latency_s:g} s, {SLOTS} slots, beside {generation_s:.1f} s of generation")
+    print(f"  the judge, after it            {judge_s:6.2f} s")
+    print(f"  the judge, beside it           {added_s:6.2f} s more; {added_s / judge_s:.0%} of the serial time")
+
+
+def broker_part(times: int) -> None:
+    async def per_lease(limiter: Limiter) -> float:
+        limiter.settle(await limiter.acquire(1, 0.0), 1, 0.0)
+        begin = time.monotonic()
+        for _ in range(times):
+            limiter.settle(await limiter.acquire(1, 0.0), 1, 0.0)
+        return (time.monotonic() - begin) / times
+
+    async def remote() -> float:
+        broker = await asyncio.to_thread(Broker, LocalLimiter(Limits(SLOTS)), None, "bench")
+        client = BrokerClient("127.0.0.1", broker.port, "bench")
+        try:
+            return await per_lease(client)
+        finally:
+            await client.aclose()
+            await asyncio.to_thread(broker.close)
+
+    local_s, remote_s = asyncio.run(per_lease(LocalLimiter(Limits(SLOTS)))), asyncio.run(remote())
+    print(
+        f"broker    leave to call: {local_s * 1e6:.0f} us in the process, {remote_s * 1e6:.0f} us from the main rank, ",
+        end="",
+    )
+    print(f"{remote_s / 0.2:.2%} of a call of 200 ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="calls of 5 s in the overlap part (about a minute)")
+    parser.add_argument("--calls", type=int, default=1000, help="of the limiter part")
+    arguments = parser.parse_args()
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            limiter_part(port, arguments.calls, 0.2)
+            overlap_part(port, 5.0 if arguments.full else 0.5)
+            broker_part(2000)
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
