@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plan_check import plan_error
 from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.checkpoint_store import Store
@@ -126,6 +127,11 @@ def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url:
     gap = largest_gap(broken.folder, straight.folder)
     print(f"{name}: largest differences {gap}")
     assert max(gap.values()) <= 1e-5
+    error = plan_error(
+        straight.folder, "ampo", "tiny", [*SMALL, *overrides], ranks, quickstart.folder / "bc" / "policy.nemo"
+    )
+    print(f"{name}: plan against measured sizes {error}")
+    assert max(map(abs, error.values())) < 0.1
 
 
 def largest_gap(ours: Path, theirs: Path) -> dict[str, float]:
