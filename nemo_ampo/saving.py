@@ -35,6 +35,7 @@ from nemo_ampo.checkpoint_store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.run_lock import hold
 from nemo_ampo.runlog import log_positions
 from nemo_ampo.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
 
@@ -209,14 +210,15 @@ class Saver:
     # --- restoring --------------------------------------------------------------------------------------------------
 
     def restore(self) -> Resumed | None:
-        """Put the newest intact checkpoint in place.
+        """Claim the run folder and put the newest intact checkpoint in place.
 
         Returns:
             where the run continues, or None without a checkpoint.
 
         Raises:
-            UserError: it cannot be loaded under this layout.
+            UserError: another job is in the folder, or the checkpoint cannot be loaded under this layout.
         """
+        self._claim()
         checkpoint = self._choose()
         if checkpoint is None:
             return None
@@ -238,6 +240,17 @@ class Saver:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
         self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
         return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
+
+    def _claim(self) -> None:
+        refused: list[str | None] = [None]
+        if self._rank == 0:
+            try:
+                self._lock = hold(self._run_dir)
+            except UserError as error:
+                refused = [str(error)]
+        torch.distributed.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise UserError(refused[0])
 
     def _choose(self) -> Checkpoint | None:
         """The newest one whose files have their hashes; what was passed over is said."""
