@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -98,6 +98,7 @@ class Saver:
         self._last_step: int | None = None
         self._failures = 0
         self._news: dict[str, float] = {}
+        self._lock: IO[str] | None = None
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -245,7 +246,7 @@ class Saver:
         refused: list[str | None] = [None]
         if self._rank == 0:
             try:
-                self._lock = hold(self._run_dir)
+                self._lock = self._lock or hold(self._run_dir)
             except UserError as error:
                 refused = [str(error)]
         torch.distributed.broadcast_object_list(refused)

@@ -74,7 +74,9 @@ def convert() -> None:
     assert hf_to_nemo.main(["--input", str(hf), "--output", str(FOLDER / "model.nemo"), "--no-verify"]) == 0
 
 
-def session(run_dir: Path, tensor: int = 1, pipeline: int = 1, **checkpoint: Any) -> Any:
+def session(
+    run_dir: Path, tensor: int = 1, pipeline: int = 1, nemo: str = str(FOLDER / "model.nemo"), **checkpoint: Any
+) -> Any:
     from nemo_ampo.actor import AmpoActor
     from nemo_ampo.checkpoint import unpack_assets
     from nemo_ampo.checkpoint_config import CheckpointConfig
@@ -83,7 +85,6 @@ def session(run_dir: Path, tensor: int = 1, pipeline: int = 1, **checkpoint: Any
 
     parallel = [f"model.tensor_model_parallel_size={tensor}", f"model.pipeline_model_parallel_size={pipeline}"]
     cfg = compose("ampo", "tiny", ["model.global_batch_size=8", "model.micro_batch_size=4", "run.dir=-", *parallel])
-    nemo = str(FOLDER / "model.nemo")
     prepare_config(cfg, run_dir, nemo, unpack_assets(nemo, FOLDER / "assets"), "cpu")
     keep = Keep(run_dir, CheckpointConfig(**checkpoint), {"run.seed": 1})
     return open_session(cfg, "reinforce", AmpoActor, nemo, 8, False, keep)
@@ -120,6 +121,18 @@ def copy_on(run_dir: Path, tensor: int, pipeline: int, step: int) -> None:
     s = session(run_dir, tensor, pipeline)
     assert s.resumed is not None and s.resumed.counters["step"] == step - 1
     save(s, step)
+
+
+def start_from_packed(checkpoint: Path, out: Path) -> None:
+    """A checkpoint packed as a ``.nemo`` file, opened by NeMo, against the same one restored."""
+    from nemo_ampo.checkpoint import pack_nemo
+
+    pack_nemo(checkpoint, FOLDER / "packed.nemo", FOLDER / "assets")
+    packed = session(FOLDER / "elsewhere", nemo=str(FOLDER / "packed.nemo"))
+    weights = [p.clone() for p in _weights(packed)]
+    packed.ckpt_callback.store.folder = checkpoint.parent
+    assert packed.ckpt_callback.restore().counters["step"] == 2
+    out.write_text(json.dumps(all(a.equal(b) for a, b in zip(weights, _weights(packed), strict=True))))
 
 
 def compare(one: Path, other: Path, out: Path) -> None:
@@ -238,6 +251,8 @@ def main() -> None:
         run(copy_on, there, 1, 1, 4)
         run(compare, first / "checkpoints/step-000002", there / "checkpoints/step-000004", FOLDER / "compared.json")
         results[name] = json.loads((FOLDER / "compared.json").read_text())
+    run(start_from_packed, first / "checkpoints/step-000002", FOLDER / "packed.json")
+    results["packed equals restored"] = json.loads((FOLDER / "packed.json").read_text())
     if small_disk != "-":
         run(fill_the_disk, FOLDER / "full", Path(small_disk) / "checkpoints", FOLDER / "full.json", ranks=2)
         results["full disk"] = json.loads((FOLDER / "full.json").read_text())

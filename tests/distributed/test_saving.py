@@ -51,6 +51,10 @@ def test_there_and_back_through_another_layout_changes_no_bit(results: dict[str,
     assert results[layout]["tensors"] > 30, "weights, fp32 copies and two moments of each"
 
 
+def test_a_checkpoint_packed_as_nemo_file_is_the_same_model(results: dict[str, Any]) -> None:
+    assert results["packed equals restored"] is True
+
+
 def test_a_full_disk_is_an_alarm_on_every_rank_and_the_old_checkpoint_stays(
     results: dict[str, Any], small_disk: Path | None
 ) -> None:
