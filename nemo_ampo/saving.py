@@ -68,6 +68,9 @@ class Saver:
         model, optimizer, scheduler: as the trainer holds them.
         settings: see :func:`nemo_ampo.run_identity.identity`.
         run_dir: where the logs are.
+
+    Attributes:
+        last_step: of the newest checkpoint of this run, None without one.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Saver:
         self._run_dir = run_dir
         self._rank = torch.distributed.get_rank()
         self._last_bytes: int | None = None
-        self._last_step: int | None = None
+        self.last_step: int | None = None
         self._failures = 0
         self._news: dict[str, float] = {}
         self._lock: IO[str] | None = None
@@ -124,7 +127,7 @@ class Saver:
             self._alarm(counters["step"], str(error))
         else:
             self._failures = 0
-            self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+            self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
             self._news = {
                 "checkpoint/save_s": time.monotonic() - begin,
                 "checkpoint/bytes": float(checkpoint.manifest.bytes),
@@ -190,7 +193,7 @@ class Saver:
     def _alarm(self, step: int, reason: str) -> None:
         self._failures += 1
         self._news = {"checkpoint/failed_saves": float(self._failures)}
-        stays = "there is none yet" if self._last_step is None else f"the one of step {self._last_step} stays"
+        stays = "there is none yet" if self.last_step is None else f"the one of step {self.last_step} stays"
         limit = self._config.max_failed_saves
         if self._rank == 0:
             # torch's writers hide why they failed ("unexpected pos ..."); the room left says it.
@@ -239,7 +242,7 @@ class Saver:
             _load_random_states(checkpoint.path / RANDOM_STATES / f"rank-{self._rank:05d}.pt")
         elif self._rank == 0:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
-        self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+        self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
         return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
 
     def _claim(self) -> None:
