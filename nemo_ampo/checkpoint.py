@@ -284,6 +284,33 @@ def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
     _barrier()
 
 
+def pack_nemo(folder: Path | str, path: Path | str, assets_dir: Path | str) -> None:
+    """Make a ``.nemo`` file of an unpacked one, such as a training checkpoint, without NeMo.
+
+    Args:
+        folder: holds ``model_config.yaml`` and ``model_weights/``.
+        path: the ``.nemo`` file, complete or absent.
+        assets_dir: Hugging Face files to pack with it.
+
+    Raises:
+        UserError: the folder is no unpacked ``.nemo``, or ``assets_dir`` has no config.json.
+    """
+    source, target = Path(folder), Path(path).absolute()
+    for name in (CONFIG_NAME, WEIGHTS_FOLDER):
+        if not (source / name).exists():
+            raise UserError(f"{source}: has no {name}; expected a training checkpoint (step-...)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.packing-{os.getpid()}")
+    try:
+        with tarfile.open(temporary, "w:") as tar:
+            for file in (source / CONFIG_NAME, *sorted((source / WEIGHTS_FOLDER).rglob("*"))):
+                tar.add(file, arcname=f"./{file.relative_to(source).as_posix()}", recursive=False, filter=_anonymous)
+        add_assets(temporary, assets_dir, atomic=False)
+        _publish(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
     """NeMo packs through the system's temporary folder, which is often too small for a model."""

@@ -57,6 +57,7 @@ class Manifest:
         score: value of ``checkpoint.best_metric``, None if the step had no such metric.
         logs: bytes of each log file when the checkpoint was written; a resume cuts them there.
         files: relative path -> bytes and sha256.
+        memory: bytes of ``weights``, ``gradients`` and ``optimizer`` on the fullest rank of that job.
         written: seconds since the epoch.
     """
 
@@ -68,6 +69,7 @@ class Manifest:
     score: float | None
     logs: dict[str, int]
     files: dict[str, dict[str, Any]]
+    memory: dict[str, int] = field(default_factory=dict)
     written: float = field(default_factory=time.time)
 
     @property

@@ -247,6 +247,20 @@ def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*
     typer.echo("\n".join(run.lines()))
 
 
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="A training checkpoint: RUN/checkpoints/step-...")],
+    output: Annotated[Path, typer.Option(help="The .nemo file to write.")],
+    assets: Annotated[Path | None, typer.Option(help="Hugging Face files. [default: RUN/hf_assets]")] = None,
+) -> None:
+    """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
+    from nemo_ampo.checkpoint import pack_nemo
+    from nemo_ampo.checkpoint_store import MANIFEST, Manifest, check_sizes
+
+    check_sizes(checkpoint, Manifest.load(checkpoint / MANIFEST))
+    pack_nemo(checkpoint, output, assets or checkpoint.absolute().parent.parent / "hf_assets")
+    typer.echo(f"wrote {output}")
+
+
 PassedOn = Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)]
 
 
@@ -323,6 +337,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "report": report,
     "plan": plan,
+    "pack": pack,
     "status": status,
     "demo-judge": demo_judge,
     "world": world,

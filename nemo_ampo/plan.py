@@ -132,8 +132,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum; fragmentation and communication buffers come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.engine
+        """Largest at one time: the engine's cache is gone when the backward pass begins. Fragmentation comes on top."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.engine)
 
 
 @dataclass(frozen=True)
@@ -468,7 +468,7 @@ def lines(plan: Plan) -> list[str]:
         f"(tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data})",
         "memory per GPU",
         *(f"  {name:<12} {value / GB:9.3g} GB  {kind}" for name, value, kind in _rows(m)),
-        f"  {'total':<12} {m.total / GB:9.3g} GB  {verdict} in {limit / GB:.0f} GB",
+        f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {limit / GB:.0f} GB",
         "one step of the job",
         f"  samples      {w.samples}",
         f"  tokens       {w.prompt_tokens} prompt, {w.new_tokens} generated (estimates)",

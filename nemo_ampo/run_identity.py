@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,20 @@ def identity(cfg: DictConfig, hashes: Mapping[str, str]) -> dict[str, Any]:
     return watched | dict(hashes)
 
 
-def inputs(data_hashes: Mapping[str, str], init_from: str) -> dict[str, str]:
-    """The files a run reads, as :func:`identity` takes them. The starting policy is also the reference of the KL term."""
+def inputs(data_hashes: Mapping[str, str], init_from: str, token_ids: Iterable[Sequence[int]]) -> dict[str, str]:
+    """What a run reads, as :func:`identity` takes it.
+
+    Args:
+        data_hashes: sha256 by file.
+        init_from: the starting policy, which is also the reference of the KL term.
+        token_ids: of every row: tokenizer, chat template and system prompt show here.
+    """
+    tokens = hashlib.sha256()
+    for row in token_ids:
+        tokens.update(array("q", (len(row), *row)).tobytes())
     return {
         "data": " ".join(data_hashes.values()),
+        "data.tokens": tokens.hexdigest(),
         "run.init_from": sha256_of(init_from),
     }
 

@@ -10,9 +10,9 @@ import random
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from nemo_ampo.checkpoint_store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.run_lock import hold
 from nemo_ampo.runlog import log_positions
 from nemo_ampo.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
 
@@ -67,6 +68,9 @@ class Saver:
         model, optimizer, scheduler: as the trainer holds them.
         settings: see :func:`nemo_ampo.run_identity.identity`.
         run_dir: where the logs are.
+
+    Attributes:
+        last_step: of the newest checkpoint of this run, None without one.
     """
 
     def __init__(
@@ -94,9 +98,10 @@ class Saver:
         self._run_dir = run_dir
         self._rank = torch.distributed.get_rank()
         self._last_bytes: int | None = None
-        self._last_step: int | None = None
+        self.last_step: int | None = None
         self._failures = 0
         self._news: dict[str, float] = {}
+        self._lock: IO[str] | None = None
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,7 @@ class Saver:
             self._alarm(counters["step"], str(error))
         else:
             self._failures = 0
-            self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+            self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
             self._news = {
                 "checkpoint/save_s": time.monotonic() - begin,
                 "checkpoint/bytes": float(checkpoint.manifest.bytes),
@@ -144,7 +149,19 @@ class Saver:
         together(lambda: _save_random_states(path / RANDOM_STATES / f"rank-{self._rank:05d}.pt"))
         together(lambda: OmegaConf.save(self._model.cfg, path / "model_config.yaml") if main else None)
         files = self._measure(path)
-        published: list[Any] = [together(lambda: self._publish(path, counters, metrics, files) if main else None)]
+        memory = fullest(held_bytes(self._model, self._optimizer))
+        manifest = Manifest(
+            stage=self._stage,
+            step=counters["step"],
+            counters=counters,
+            layout=layout(),
+            config=self._settings,
+            score=metrics.get(self._config.best_metric),
+            logs={},
+            files=files,
+            memory=memory,
+        )
+        published: list[Any] = [together(lambda: self._publish(path, manifest) if main else None)]
         torch.distributed.broadcast_object_list(published)
         return published[0]
 
@@ -156,23 +173,10 @@ class Saver:
         torch.distributed.all_gather_object(parts, mine)
         return dict(sorted((name, record) for part in parts for name, record in part.items()))
 
-    def _publish(
-        self, path: Path, counters: dict[str, int], metrics: dict[str, float], files: dict[str, dict[str, Any]]
-    ) -> Checkpoint:
-        score = metrics.get(self._config.best_metric)
-        if score is None and self._config.keep_best:
-            print(f"checkpoint.best_metric: step {counters['step']} has no {self._config.best_metric}", file=sys.stderr)
-        manifest = Manifest(
-            stage=self._stage,
-            step=counters["step"],
-            counters=counters,
-            layout=layout(),
-            config=self._settings,
-            score=score,
-            logs=log_positions(self._run_dir),
-            files=files,
-        )
-        checkpoint = self.store.publish(path, manifest)
+    def _publish(self, path: Path, manifest: Manifest) -> Checkpoint:
+        if manifest.score is None and self._config.keep_best:
+            print(f"checkpoint.best_metric: step {manifest.step} has no {self._config.best_metric}", file=sys.stderr)
+        checkpoint = self.store.publish(path, replace(manifest, logs=log_positions(self._run_dir)))
         self.store.prune(self._config)
         return checkpoint
 
@@ -189,13 +193,15 @@ class Saver:
     def _alarm(self, step: int, reason: str) -> None:
         self._failures += 1
         self._news = {"checkpoint/failed_saves": float(self._failures)}
-        stays = "there is none yet" if self._last_step is None else f"the one of step {self._last_step} stays"
+        stays = "there is none yet" if self.last_step is None else f"the one of step {self.last_step} stays"
         limit = self._config.max_failed_saves
         if self._rank == 0:
+            # torch's writers hide why they failed ("unexpected pos ..."); the room left says it.
+            free = free_bytes(self.store.folder) / 1e9
             self.store.sweep()
             print(
-                f"ALARM: checkpoint of step {step} not written ({reason}); {stays}; failed saves in a row: "
-                f"{self._failures} of {limit}",
+                f"ALARM: checkpoint of step {step} not written ({reason}; {free:.3g} GB were free then); {stays}; failed "
+                f"saves in a row: {self._failures} of {limit}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -208,14 +214,15 @@ class Saver:
     # --- restoring --------------------------------------------------------------------------------------------------
 
     def restore(self) -> Resumed | None:
-        """Put the newest intact checkpoint in place.
+        """Claim the run folder and put the newest intact checkpoint in place.
 
         Returns:
             where the run continues, or None without a checkpoint.
 
         Raises:
-            UserError: it cannot be loaded under this layout.
+            UserError: another job is in the folder, or the checkpoint cannot be loaded under this layout.
         """
+        self._claim()
         checkpoint = self._choose()
         if checkpoint is None:
             return None
@@ -235,8 +242,19 @@ class Saver:
             _load_random_states(checkpoint.path / RANDOM_STATES / f"rank-{self._rank:05d}.pt")
         elif self._rank == 0:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
-        self._last_bytes, self._last_step = checkpoint.manifest.bytes, checkpoint.step
+        self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
         return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
+
+    def _claim(self) -> None:
+        refused: list[str | None] = [None]
+        if self._rank == 0:
+            try:
+                self._lock = self._lock or hold(self._run_dir)
+            except UserError as error:
+                refused = [str(error)]
+        torch.distributed.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise UserError(refused[0])
 
     def _choose(self) -> Checkpoint | None:
         """The newest one whose files have their hashes; what was passed over is said."""
@@ -279,6 +297,29 @@ def layout() -> Layout:
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         data=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def held_bytes(model: Any, optimizer: Any) -> dict[str, int]:
+    """Bytes of training state on this rank; what :mod:`nemo_ampo.plan` predicts."""
+    inner = optimizer.mcore_optimizer
+    parts = getattr(inner, "chained_optimizers", [inner])
+    moments = [t for part in parts for state in part.optimizer.state.values() for t in state.values()]
+    masters = [t for part in parts for group in part.shard_fp32_from_float16_groups for t in group]
+    wrapped = model.model if isinstance(model.model, list) else [model.model]
+    gradients = [buffer.grad_data for module in wrapped for buffer in (*module.buffers, *module.expert_parallel_buffers)]
+    weights = {p.data_ptr(): p for m in model.get_model_module_list() for p in m.parameters()}
+    return {
+        "weights": sum(p.nbytes for p in weights.values()),
+        "gradients": sum(g.nbytes for g in gradients),
+        "optimizer": sum(t.nbytes for t in (*moments, *masters) if isinstance(t, torch.Tensor)),
+    }
+
+
+def fullest(mine: dict[str, int]) -> dict[str, int]:
+    """The largest value of each entry over all ranks."""
+    everyone: list[dict[str, int]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, mine)
+    return {name: max(ranks[name] for ranks in everyone) for name in mine}
 
 
 def expected_bytes(model: Any) -> int:

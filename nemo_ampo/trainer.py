@@ -160,7 +160,7 @@ class AmpoTrainer(ReinforceTrainer):
 
     def _save(self, metrics: dict[str, float]) -> None:
         self.save(metrics)
-        self._saved_step = self.step
+        self._saved_step = self.ckpt_callback.last_step or 0
 
     def _keep_progress(self, metrics: dict[str, float]) -> None:
         """Save the steps done since the last checkpoint; the one that failed is done again by the next start."""

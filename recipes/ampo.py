@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> bool:
     system = system_prompt(assets, config.data.system_prompt)
     turns, data_hashes = read_training_turns(config)
     prompts = encode_turns(turns, tokenizer, system, config)
-    settings = identity(cfg, inputs(data_hashes, config.run.init_from))
+    settings = identity(cfg, inputs(data_hashes, config.run.init_from, [p.token_ids for p in prompts]))
     check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(

@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> bool:
         )
 
     hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
-    settings = identity(cfg, inputs(hashes, config.run.init_from))
+    settings = identity(cfg, inputs(hashes, config.run.init_from, [e.tokens for e in train.examples]))
     check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
 
     from nemo_ampo import compat

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plan_check import plan_error
 from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.checkpoint_store import Store
@@ -109,7 +110,8 @@ def judge_url() -> Iterator[str]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url: str, tmp_path: Path, name: str) -> None:
     ranks, overrides = LAYOUTS[name]
-    straight = Job(quickstart, tmp_path / "straight", judge_url, ranks, overrides).start()
+    verdicts = tmp_path / "verdicts.sqlite"
+    straight = Job(quickstart, tmp_path / "straight", judge_url, ranks, overrides).start(f"judge.cache={verdicts}")
     broken = Job(quickstart, tmp_path / "broken", judge_url, ranks, overrides).start()
     try:
         broken.wait_for_steps(KILLED_AFTER)
@@ -117,8 +119,9 @@ def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url:
         broken.wait()
         assert KILLED_AFTER <= len(broken.steps) < STEPS
         assert not (broken.folder / "policy.nemo").exists()
-        assert broken.start().wait() == 0, broken.said[-4000:]
         assert straight.wait() == 0, straight.said[-4000:]
+        # Nobody is asked any more: a prompt or reply that differed from the straight run's would end this one.
+        assert broken.start(f"judge.replay={verdicts}").wait() == 0, broken.said[-4000:]
     finally:
         straight.stop()
         broken.stop()
@@ -126,6 +129,11 @@ def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url:
     gap = largest_gap(broken.folder, straight.folder)
     print(f"{name}: largest differences {gap}")
     assert max(gap.values()) <= 1e-5
+    error = plan_error(
+        straight.folder, "ampo", "tiny", [*SMALL, *overrides], ranks, quickstart.folder / "bc" / "policy.nemo"
+    )
+    print(f"{name}: plan against measured sizes {error}")
+    assert max(map(abs, error.values())) < 0.1
 
 
 def largest_gap(ours: Path, theirs: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from plan_check import plan_error
 from stage_runs import ROOT, run
 
 from nemo_ampo.runlog import read_jsonl
@@ -33,6 +34,13 @@ def test_two_steps_on_real_weights(folder: Path) -> None:
         assert row["policy/ratio_max"] == pytest.approx(1, abs=1e-3)
     cloned = [r["bc/loss"] for r in read_jsonl(folder / "bc" / "metrics.jsonl") if r["kind"] == "train"]
     assert cloned[-1] < cloned[0]
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_the_plan_knew_the_sizes(folder: Path, stage: str) -> None:
+    error = plan_error(folder / stage, stage, "smollm2_135m", [], 1, folder / "nemo" / "base.nemo")
+    print(f"{stage}: plan against measured sizes {error}")
+    assert max(map(abs, error.values())) < 0.1
 
 
 @pytest.mark.skipif(not SOTOPIA.is_dir(), reason=f"no SOTOPIA folder at {SOTOPIA} (set NEMO_AMPO_SOTOPIA_DIR)")

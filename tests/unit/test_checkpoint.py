@@ -11,6 +11,7 @@ import yaml
 from nemo_ampo.checkpoint import (
     add_assets,
     load_overrides,
+    pack_nemo,
     read_model_config,
     save_nemo,
     unpack_assets,
@@ -166,3 +167,15 @@ def test_members_that_would_leave_the_folder_are_refused(tmp_path: Path, assets:
     with pytest.raises(UserError, match="unsafe member name"):
         unpack_assets(evil, tmp_path / "out")
     assert not (tmp_path / "outside").exists()
+
+
+def test_an_unpacked_file_packs_to_the_same_content(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    unpacked = unpack_weights(nemo, tmp_path / "checkpoint")
+    pack_nemo(unpacked, tmp_path / "new" / "packed.nemo", assets)
+    assert content(unpack_weights(tmp_path / "new" / "packed.nemo", tmp_path / "again")) == content(unpacked)
+    assert content(unpack_assets(tmp_path / "new" / "packed.nemo", tmp_path / "hf_again"))["config.json"] == ODD_BYTES
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["packed.nemo"]
+    with pytest.raises(UserError, match=r"hf: has no model_config\.yaml"):
+        pack_nemo(assets, tmp_path / "x.nemo", assets)
+    assert not (tmp_path / "x.nemo").exists()

@@ -84,9 +84,12 @@ def test_a_key_an_older_version_did_not_know_is_no_change() -> None:
 def test_inputs_follow_content_not_place(tmp_path: Path) -> None:
     for name in ("a.nemo", "b.nemo"):
         (tmp_path / name).write_text("weights")
-    assert inputs({"/x": "h"}, str(tmp_path / "a.nemo")) == inputs({"/y": "h"}, str(tmp_path / "b.nemo"))
+    a, b = str(tmp_path / "a.nemo"), str(tmp_path / "b.nemo")
+    assert inputs({"/x": "h"}, a, [(1, 2), (3,)]) == inputs({"/y": "h"}, b, [[1, 2], [3]])
+    assert inputs({"/x": "h"}, a, [(1, 2), (3,)]) != inputs({"/x": "h"}, a, [(1,), (2, 3)])
+    assert inputs({"/x": "h"}, a, []) != inputs({"/x": "i"}, a, [])
     (tmp_path / "b.nemo").write_text("others")
-    assert inputs({"/x": "h"}, str(tmp_path / "a.nemo")) != inputs({"/x": "h"}, str(tmp_path / "b.nemo"))
+    assert inputs({"/x": "h"}, a, []) != inputs({"/x": "h"}, b, [])
 
 
 def test_a_run_folder_is_checked_against_its_newest_checkpoint(tmp_path: Path) -> None:
