@@ -285,12 +285,14 @@ def _check_layout(model: Any, ranks: int) -> None:
     replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
     if ranks % replica:
         raise ConfigError(
-            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not divide the {ranks} ranks"
+            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not "
+            f"divide the {ranks} ranks"
         )
     batch, micro = int(model.global_batch_size), int(model.micro_batch_size)
     if batch % (micro * (ranks // replica)):
         raise ConfigError(
-            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times {ranks // replica} replicas"
+            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times "
+            f"{ranks // replica} replicas"
         )
 
 

@@ -203,15 +203,8 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
 
     assert [row["step"] for row in read_jsonl(story.ampo / "metrics.jsonl")] == list(range(STEPS))
     ends = [row["reason"] for row in AttemptLog(run_dir).rows() if row["event"] == "end"]
-    asked = "asked to stop before the time limit"
-    assert ends == [
-        "stopped at a checkpoint before the time limit",
-        asked,
-        asked,
-        "the judge died",
-        "ampo failed",
-        "finished",
-    ]
+    limit, asked = "stopped at a checkpoint before the time limit", "asked to stop before the time limit"
+    assert ends == [limit, asked, asked, "the judge died", "ampo failed", "finished"]
     assert {path.name for path in (run_dir / "logs").iterdir()} == {f"{job}-{attempt}" for attempt in range(6)}
     assert (run_dir / "evaluate" / "ampo.json").exists()
 
