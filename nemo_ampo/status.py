@@ -108,7 +108,9 @@ def _steps(folder: Path, name: str) -> str:
     trained = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl") if row.get("kind", "train") == "train"]
     if not trained:
         return ""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) if (folder / "config.yaml").exists() else {}
+    config = (
+        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) if (folder / "config.yaml").exists() else {}
+    )
     total = config.get("trainer", {}).get(MAX_STEPS[name], {}).get("max_steps", -1)
     text = f"{max(trained) + 1}" + (f" of {total}" if total > 0 else "")
     saved = checkpoint_step(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
             print(OmegaConf.to_yaml(cfg))
             return 0
         finished = run(cfg)
-        _leave_together()
+        _leave_together(finished)
     except UserError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
@@ -69,8 +70,13 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
     return 0
 
 
-def _leave_together() -> None:
-    """No rank leaves before all have saved: under Slurm the first one that ends with a status ends the others."""
+def _leave_together(finished: bool) -> None:
+    """No rank leaves before all have saved; one that stopped keeps its exit status.
+
+    Under Slurm the first rank that ends with a status has the others terminated.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.barrier()
+    if not finished:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -176,7 +176,10 @@ def _check(recipe: PipelineConfig) -> None:
             raise ConfigError("data.rl_train, data.sotopia_dir: give exactly one of the two")
         if not recipe.checkpoint:
             raise ConfigError("checkpoint: a Hugging Face folder is required (or data.world=true)")
-        for key, path in (("checkpoint", recipe.checkpoint), *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data))):
+        for key, path in (
+            ("checkpoint", recipe.checkpoint),
+            *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data)),
+        ):
             if isinstance(path, str) and not Path(path).exists():
                 raise ConfigError(f"{key}: nothing at {path}")
     if recipe.judge.mode is JudgeMode.external and not recipe.judge.base_url:
@@ -282,19 +285,27 @@ def _check_layout(model: Any, ranks: int) -> None:
     replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
     if ranks % replica:
         raise ConfigError(
-            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not divide the {ranks} ranks"
+            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not "
+            f"divide the {ranks} ranks"
         )
     batch, micro = int(model.global_batch_size), int(model.micro_batch_size)
     if batch % (micro * (ranks // replica)):
         raise ConfigError(
-            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times {ranks // replica} replicas"
+            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times "
+            f"{ranks // replica} replicas"
         )
 
 
 def line_of(stage: Stage) -> str:
     """Name, processes, MPI, output and command of a stage, separated by tabs."""
     wants_mpi = "rollout.engine=trtllm" in stage.command
-    parts = (stage.name, "all" if stage.name in TRAINING else "one", "mpi" if wants_mpi else "plain", str(stage.output), *stage.command)
+    parts = (
+        stage.name,
+        "all" if stage.name in TRAINING else "one",
+        "mpi" if wants_mpi else "plain",
+        str(stage.output),
+        *stage.command,
+    )
     return "\t".join(parts)
 
 
@@ -332,7 +343,14 @@ def show_command(args: argparse.Namespace) -> None:
 def get_command(args: argparse.Namespace) -> None:
     """Print what the shell needs to know of the recipe, one value a line."""
     recipe = read_recipe(args.recipe, args.overrides)
-    print(recipe.run_dir, recipe.judge.mode.value, recipe.judge.base_url or "-", recipe.judge.port, recipe.judge.start_s, sep="\n")
+    print(
+        recipe.run_dir,
+        recipe.judge.mode.value,
+        recipe.judge.base_url or "-",
+        recipe.judge.port,
+        recipe.judge.start_s,
+        sep="\n",
+    )
 
 
 def begin_command(args: argparse.Namespace) -> None:
@@ -350,7 +368,9 @@ def end_command(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line for the shell scripts; exit status 2 for what the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.slurm", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.slurm", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     commands = parser.add_subparsers(required=True)
 
     def command(name: str, function: Any) -> argparse.ArgumentParser:

@@ -131,7 +131,9 @@ class Cluster:
         return done.stdout.split().count("idle")
 
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=self.environment | environment, capture_output=True, text=True, cwd=cwd, timeout=60)
+        return subprocess.run(
+            command, env=self.environment | environment, capture_output=True, text=True, cwd=cwd, timeout=60
+        )
 
     def check(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
         done = self.call(*command, cwd=cwd, **environment)
