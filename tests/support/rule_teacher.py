@@ -44,6 +44,7 @@ class RuleTeacher:
         broken: of 100 questions, how many get a bad first reply.
         judge_fails: the judge answers in prose.
         asked: body of a call to how often it came; answered: likewise, of calls that got their answer.
+        waiting: calls that wait; one whose caller is gone is dropped.
     """
 
     hang_after: int | None = None
@@ -52,6 +53,7 @@ class RuleTeacher:
     released: threading.Event = field(default_factory=threading.Event)
     asked: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
+    waiting: int = 0
     base_url: str = ""
 
     def reply(self, messages: list[dict[str, str]]) -> str:
@@ -65,7 +67,8 @@ class RuleTeacher:
         except DataError:
             if len(messages) == 1 and draw(user, 100) < self.broken:
                 return '""'
-            return f'"I say {draw(user, 1000)}."' if draw(user, 12) else '"left the conversation"'
+            stays = "Turn 2:" not in user or draw(user, 12)
+            return f'"I say {draw(user, 1000)}."' if stays else '"left the conversation"'
         if self.judge_fails:
             return "They are both doing fine."
         scores = {agent: draw(f"{agent} {request.dialogue}", 11) for agent in ("agent1", "agent2")}
@@ -94,10 +97,14 @@ class RuleTeacher:
             key = json.dumps(body, sort_keys=True)
             self.asked[key] += 1
             if self.hang_after is not None and sum(self.answered.values()) >= self.hang_after:
-                while not self.released.is_set():
-                    if await request.is_disconnected():
-                        return JSONResponse({}, 499)
-                    await _pause()
+                self.waiting += 1
+                try:
+                    while not self.released.is_set():
+                        if await request.is_disconnected():
+                            return JSONResponse({}, 499)
+                        await _pause()
+                finally:
+                    self.waiting -= 1
             self.answered[key] += 1
             text = self.reply(body["messages"])
             usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
