@@ -116,7 +116,7 @@ def _agent(config: AgentConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "top_p": config.top_p,
         "max_tokens": config.max_tokens,
-        "mode_bias": {str(mode): bias for mode, bias in config.mode_bias.items()},
+        "mode_bias": {str(mode): bias for mode, bias in (config.mode_bias or {}).items()},
         "extra_body": config.extra_body,
     }
 
