@@ -138,7 +138,7 @@ class Chat(Protocol):
 
     async def complete(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[dict[str, str]],
         *,
         temperature: float,
         seed: int | None = None,
