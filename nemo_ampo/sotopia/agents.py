@@ -29,7 +29,8 @@ SILENT = "silent"
 CHARACTERS_PER_TOKEN = 4
 """For an endpoint whose tokenizer is not at hand."""
 
-_TRACE_OF_GRAMMAR = re.compile(r"<\|(?:begin|end)(?:_|$)|Thinking Level:")
+_LEVEL_LINE = "Thinking Level"
+_TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
 
@@ -177,7 +178,9 @@ def hear(reply: str, modes: bool) -> Heard:
             mode, failed = NO_MODE, error.rule
     quoted = spoken_text(reply, thinking=modes)
     words = _LINE_BREAK.sub(" ", quoted.strip(QUOTE).strip()) if quoted is not None else ""
-    if not words or _TRACE_OF_GRAMMAR.search(words):
+    # A reply of a few tokens may be cut off in its first word, which reads like speech.
+    cut_at_once = modes and _LEVEL_LINE.startswith(reply.strip())
+    if not words or cut_at_once or _TRACE_OF_GRAMMAR.search(words):
         return Heard(None, mode, SILENT)
     return Heard(words, mode, failed)
 

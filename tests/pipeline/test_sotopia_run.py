@@ -303,4 +303,4 @@ def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> Non
             assert 0 < turn.completion_tokens <= 24 and turn.prompt_tokens > 300 and turn.mode is None
             assert not re.search(r"<\|\w+|Thinking Level|^(?:Intent|Style|Response):$", turn.text, re.MULTILINE)
     words_spoken = " ".join(spoken).lower().split()
-    assert len(spoken) >= 8 and len(set(words_spoken)) > 25, "a broken server repeats itself or writes noise"
+    assert len(spoken) >= 5 and len(set(words_spoken)) > 20, "a broken server repeats itself or writes noise"
