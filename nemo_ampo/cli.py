@@ -100,11 +100,13 @@ def _with_existing_files(config: Any) -> Iterator[Any]:
         file.touch()
 
         def section(values: Any) -> Any:
-            given = {f.name for f in fields(values) if getattr(values, f.name) is not None}
-            paths = {name: str(file) for name in stand_ins if name in given}
-            return replace(values, **paths, **({"checkpoint": folder} if "checkpoint" in given else {}))
+            given = {f.name for f in fields(values) if getattr(values, f.name)}
+            files = {name: str(file) for name in stand_ins if name in given}
+            folders = {name: folder for name in ("checkpoint", "sotopia_dir", "tokenizer") if name in given}
+            return replace(values, **files, **folders)
 
-        yield replace(config, run=section(config.run), data=section(config.data))
+        named = [f.name for f in fields(config) if f.name in ("run", "data", "policy", "partner")]
+        yield replace(config, **{name: section(getattr(config, name)) for name in named})
 
 
 def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -18,6 +19,7 @@ def run(cfg: DictConfig) -> bool:
 
     from rich.console import Console
 
+    from nemo_ampo.sotopia.commands import report
     from nemo_ampo.sotopia.estimate import estimate_table
     from nemo_ampo.sotopia.plan import make_plan
     from nemo_ampo.sotopia.run import estimate, evaluate
@@ -30,8 +32,14 @@ def run(cfg: DictConfig) -> bool:
     outcome = evaluate(plan)
     for failure in outcome.failures:
         print(failure, file=sys.stderr)
-    print(outcome.line(), flush=True)
-    return outcome.complete
+    if not outcome.played:
+        print(outcome.line(), flush=True)
+        return False
+    table, lines, partial = report([Path(config.run.dir)], judge=config.judge.name)
+    console.print(table)
+    for line in (*lines, outcome.line()):
+        print(line, flush=True)
+    return outcome.complete and not partial
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -29,7 +29,8 @@ SILENT = "silent"
 CHARACTERS_PER_TOKEN = 4
 """For an endpoint whose tokenizer is not at hand."""
 
-_TRACE_OF_GRAMMAR = re.compile(r"<\|(?:begin|end)(?:_|$)|Thinking Level:")
+_LEVEL_LINE = "Thinking Level"
+_TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
 
@@ -49,7 +50,7 @@ class AgentConfig(EndpointConfig):
         temperature: 0 takes the most likely token.
         top_p: nucleus of the sampling distribution; 1 samples from all of it.
         mode_bias: mode to a number added to the logit of its digit where the mode is chosen: the mode dial. Only the
-            embedded server can do that.
+            embedded server can do that. Null for none.
     """
 
     section: ClassVar[str] = "agent"
@@ -63,16 +64,17 @@ class AgentConfig(EndpointConfig):
     tokenizer: str = ""
     temperature: float = 0.7
     top_p: float = 1.0
-    mode_bias: dict[int, float] = field(default_factory=dict)
+    mode_bias: dict[int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.base_url:
             super().__post_init__()
         self._check("temperature", 0 <= self.temperature <= 2, f"must lie in 0..2, not {self.temperature}")
         self._check("top_p", 0 < self.top_p <= 1, f"must lie in 0..1 and not be 0, not {self.top_p}")
-        unknown = [str(mode) for mode in self.mode_bias if mode not in MODES]
+        bias_of = self.mode_bias or {}
+        unknown = [str(mode) for mode in bias_of if mode not in MODES]
         self._check("mode_bias", not unknown, f"there is no mode {', '.join(unknown)}; the modes are 1..{max(MODES)}")
-        finite = all(math.isfinite(bias) for bias in self.mode_bias.values())
+        finite = all(math.isfinite(bias) for bias in bias_of.values())
         self._check("mode_bias", finite, "must hold finite numbers")
         self._check("mode_bias", self.modes or not self.mode_bias, f"needs {self.section}.modes=true")
 
@@ -137,7 +139,7 @@ class Chat(Protocol):
 
     async def complete(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[dict[str, str]],
         *,
         temperature: float,
         seed: int | None = None,
@@ -176,7 +178,9 @@ def hear(reply: str, modes: bool) -> Heard:
             mode, failed = NO_MODE, error.rule
     quoted = spoken_text(reply, thinking=modes)
     words = _LINE_BREAK.sub(" ", quoted.strip(QUOTE).strip()) if quoted is not None else ""
-    if not words or _TRACE_OF_GRAMMAR.search(words):
+    # A reply of a few tokens may be cut off in its first word, which reads like speech.
+    cut_at_once = modes and _LEVEL_LINE.startswith(reply.strip())
+    if not words or cut_at_once or _TRACE_OF_GRAMMAR.search(words):
         return Heard(None, mode, SILENT)
     return Heard(words, mode, failed)
 

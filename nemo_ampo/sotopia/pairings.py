@@ -66,7 +66,7 @@ def opposite(pairing: Pairing, policy: PolicyConfig, partner: PartnerConfig) -> 
         return None
     if pairing is Pairing.vs_base and not partner.given:
         same = {f.name: getattr(policy, f.name) for f in fields(PartnerConfig)}
-        return PartnerConfig(**(same | {"modes": False, "system_prompt": None, "mode_bias": {}}))
+        return PartnerConfig(**(same | {"modes": False, "system_prompt": None, "mode_bias": None}))
     return partner
 
 

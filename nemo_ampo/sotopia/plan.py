@@ -12,10 +12,10 @@ from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
 from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt
 from nemo_ampo.sotopia.episode import EpisodeRules
-from nemo_ampo.sotopia.pairings import chosen, opposite, planned
+from nemo_ampo.sotopia.pairings import Subset, chosen, opposite, planned, policy_seats
 from nemo_ampo.sotopia.prompts import load_texts
 from nemo_ampo.sotopia.records import EpisodeKey
-from nemo_ampo.sotopia.scenarios import OFFICIAL_COUNTS, Scenario, load_scenarios, other_seat
+from nemo_ampo.sotopia.scenarios import Scenario, load_scenarios, other_seat
 from nemo_ampo.types import Seat
 
 
@@ -27,7 +27,7 @@ class Plan:
         config: as given.
         scenarios: to be played, by ``env_id``.
         whole: they are the whole subset of the folder.
-        official: the folder has the sizes of the published evaluation set.
+        sizes: pairings of each subset of the folder.
         sha256: digests of the folder's files, by name.
         rules: of the dialogues.
         model: hash of the policy.
@@ -37,7 +37,7 @@ class Plan:
     config: SotopiaConfig
     scenarios: Mapping[int, Scenario]
     whole: bool
-    official: bool
+    sizes: Mapping[str, int]
     sha256: Mapping[str, str]
     rules: EpisodeRules
     model: str
@@ -69,7 +69,7 @@ def make_plan(config: SotopiaConfig) -> Plan:
         config=config,
         scenarios={scenario.env_id: scenario for scenario in scenarios},
         whole=len(scenarios) == len(chosen(pack, run.subset)),
-        official=pack.counts == OFFICIAL_COUNTS,
+        sizes={Subset.all.value: pack.counts.scenarios, Subset.hard.value: pack.counts.hard},
         sha256=pack.sha256,
         rules=EpisodeRules(episode.view.value, texts, episode.leave_rule, episode.max_turns, episode.max_prompt_tokens),
         model=model_hash(config.policy),
@@ -77,11 +77,22 @@ def make_plan(config: SotopiaConfig) -> Plan:
     )
 
 
-def protocol(plan: Plan) -> dict[str, Any]:
-    """Everything an episode depends on but its key; the result folder is held to it."""
+def protocol(plan: Plan, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything an episode depends on but its key; the result folder is held to it.
+
+    Args:
+        plan: of this run.
+        old: the folder's protocol. What was asked for before is still asked for: ``subsets`` (by seed) and ``episodes``
+            (their number) only grow, and a folder with fewer scores than that is PARTIAL.
+    """
     episode, texts = plan.config.episode, plan.rules.texts
     policy, other = plan.agents
+    subsets = {str(seed): plan.config.run.subset.value for seed in plan.config.run.seeds}
+    for seed, subset in (old or {}).get("subsets", {}).items():
+        subsets[seed] = subset if subset == Subset.all.value else subsets.get(seed, subset)
     return {
+        "subsets": dict(sorted(subsets.items())),
+        "episodes": sum(plan.sizes[s] for s in subsets.values()) * len(policy_seats(episode.pairing)),
         "pairing": episode.pairing.value,
         "view": episode.view.value,
         "leave_rule": episode.leave_rule.value,
@@ -116,7 +127,7 @@ def _agent(config: AgentConfig) -> dict[str, Any]:
         "temperature": config.temperature,
         "top_p": config.top_p,
         "max_tokens": config.max_tokens,
-        "mode_bias": {str(mode): bias for mode, bias in config.mode_bias.items()},
+        "mode_bias": {str(mode): bias for mode, bias in (config.mode_bias or {}).items()},
         "extra_body": config.extra_body,
     }
 

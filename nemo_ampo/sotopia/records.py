@@ -35,6 +35,8 @@ FORMAT = 1
 """Version of the records."""
 PROTOCOL_FILE = "protocol.json"
 EPISODES_FOLDER = "episodes"
+GROWING = ("subsets", "episodes")
+"""Keys of the protocol that say how much was asked for so far: a folder may get more seeds, or all after the hard ones."""
 LEAVING_WORDS = "left the conversation"
 
 
@@ -327,7 +329,7 @@ class EpisodeStore:
         """Write down what new records are made with; hold old ones to it.
 
         Args:
-            protocol: JSON values.
+            protocol: JSON values. Those of :data:`GROWING` may change from run to run.
             name: file; a scoring has one of its own.
             write: False only compares.
 
@@ -336,16 +338,15 @@ class EpisodeStore:
         """
         old = self.protocol(name)
         new = json.loads(json.dumps(protocol))
-        if old is None:
-            if name == PROTOCOL_FILE and (self.folder / EPISODES_FOLDER).exists():
-                raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
-            if write:
-                write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
-            return
-        differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        if old is None and name == PROTOCOL_FILE and (self.folder / EPISODES_FOLDER).exists():
+            raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
+        known = new if old is None else old
+        differing = [key for key in sorted({*known, *new} - set(GROWING)) if known.get(key) != new.get(key)]
         if differing:
-            shown = "; ".join(f"{key} was {old.get(key)!r}, is now {new.get(key)!r}" for key in differing)
+            shown = "; ".join(f"{key} was {known.get(key)!r}, is now {new.get(key)!r}" for key in differing)
             raise ConfigError(f"run.dir: {self.folder / name} records another protocol: {shown}")
+        if write and old != new:
+            write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

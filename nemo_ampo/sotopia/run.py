@@ -123,7 +123,7 @@ def evaluate(plan: Plan) -> Outcome:
 
 def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:
     judge = plan.config.judge
-    store.keep_protocol(protocol(plan), write=write)
+    store.keep_protocol(protocol(plan, store.protocol()), write=write)
     store.keep_protocol(judge_protocol(judge), f"judge-{judge.name}.json", write=write)
 
 

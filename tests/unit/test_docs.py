@@ -121,7 +121,7 @@ def test_every_key_of_ours_exists(page: str) -> None:
     known = set().union(*(config_keys(schema) for schema in STAGES.values()))
     sections = "|".join(sorted({key.split(".")[0] for key in known}))
     used = set(re.findall(rf"[`\s]((?:{sections})\.[a-z]\w*)(?:=[^`\s]*)?[`\s]", text_of(page)))
-    files = {name for name in used if name.endswith((".md", ".py"))}
+    files = {name for name in used if name.endswith((".md", ".py", ".nemo"))}
     assert sorted(used - known - files) == []
 
 
