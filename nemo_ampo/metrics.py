@@ -78,6 +78,7 @@ DESCRIPTIONS: dict[str, str] = {
     "policy/grad_norm": "gradient norm before clipping",
     "policy/lr": "learning rate of the update",
     "engine/logprob_gap": "mean |log-probability of engine - of trainer| on drawn tokens",
+    "engine/duplicate_fraction": "share of responses that repeat another one of their prompt, on this replica",
     "time/{phase}_s": "seconds of a phase",
     "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
 }
