@@ -55,7 +55,7 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
         }
     if dtype is not None and config.torch_dtype != dtype:
         _set_torch_dtype(folder / "config.json", dtype)
-    _save_shards(state, folder)
+    save_shards(state, folder)
 
 
 def _set_torch_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -64,7 +64,7 @@ def _set_torch_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_shards(state: dict[str, Tensor], folder: Path) -> None:
+def save_shards(state: dict[str, Tensor], folder: Path) -> None:
     """Safetensors files and index as ``save_pretrained`` names them."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

@@ -99,17 +99,67 @@ class AmpoDataConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Greedy comparison of an engine's own copy of the weights with the trainer, after every sync.
+
+    Attributes:
+        prompts: of the data, the same ones every time.
+        new_tokens: drawn for each.
+        max_gap: largest mean |log-probability of engine - of trainer| on them; above it the run stops.
+    """
+
+    prompts: int = 2
+    new_tokens: int = 16
+    max_gap: float = 0.1
+
+
+@dataclass
+class TrtLlmConfig:
+    """``rollout.engine=trtllm``: TensorRT-LLM 0.17 inside the training processes.
+
+    Attributes:
+        engine_dir: where the built engine is written; null takes ``trtllm_engine`` in the run folder. Best on a local disk.
+        unload_during_training: free the engine's memory while the trainer works, at the price of loading it every step.
+    """
+
+    engine_dir: str | None = None
+    unload_during_training: bool = True
+
+
+@dataclass
+class TrtLlmServerConfig:
+    """``rollout.engine=trtllm_server``: TensorRT-LLM 1.2 or later in a container of its own.
+
+    Attributes:
+        url: of the server, or of several separated by commas, one or more per data-parallel rank.
+        weights_dir: folder both containers see, where each weight version is published; null takes ``rollout_weights`` in
+            the run folder.
+        keep_versions: published versions kept on disk.
+        timeout_s: for one call that draws responses.
+        load_timeout_s: for one call that loads weights.
+    """
+
+    url: str = ""
+    weights_dir: str | None = None
+    keep_versions: int = 2
+    timeout_s: float = 1800.0
+    load_timeout_s: float = 600.0
+
+
+@dataclass
 class RolloutConfig:
     """How responses are drawn.
 
     Attributes:
-        engine: ``megatron`` or ``trtllm``.
+        engine: ``megatron``, ``trtllm`` or ``trtllm_server``; docs/engines.md compares them.
         prompts_per_step: distinct prompts of one step, whole job.
         group_size: responses per prompt (G).
         max_prompt_tokens: a longer prompt stops the run at start-up, tokens.
         max_new_tokens: a response is cut here, tokens.
         temperature: of the sampling distribution; log-probabilities are taken under the same temperature only at 1.0.
         batch_size: responses decoded at once on one replica.
+        probe: of engines that hold their own copy of the weights.
+        trtllm, trtllm_server: keys of these engines alone.
     """
 
     engine: str = "megatron"
@@ -119,6 +169,9 @@ class RolloutConfig:
     max_new_tokens: int = 2048
     temperature: float = 1.0
     batch_size: int = 128
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    trtllm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
+    trtllm_server: TrtLlmServerConfig = field(default_factory=TrtLlmServerConfig)
 
 
 @dataclass
@@ -314,10 +367,10 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    from nemo_ampo.rollout import check_engine_name
+    from nemo_ampo.rollout import check_rollout
 
     check_algorithm(config.algorithm)
-    check_engine_name(config.rollout.engine)
+    check_rollout(config.rollout)
     check_checkpoint(config.checkpoint)
     _file("run.init_from", config.run.init_from)
     if (config.data.train is None) == (config.data.sotopia_dir is None):

@@ -122,7 +122,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("gguf", "gguf", False, "for converters.gguf_to_hf; pip install gguf"),
     Package("transformer-engine", "transformer_engine", False, "GPU layers; part of the NeMo container"),
     Package("apex", "apex", False, "GPU optimizer kernels; part of the NeMo container"),
-    Package("tensorrt-llm", "tensorrt_llm", False, "rollout.engine=trtllm is not available in this version"),
+    Package("tensorrt-llm", "tensorrt_llm", False, "for rollout.engine=trtllm, needs 0.17; see docs/engines.md"),
 )
 
 

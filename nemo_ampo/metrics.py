@@ -87,6 +87,7 @@ DESCRIPTIONS: dict[str, str] = {
     "policy/grad_norm": "gradient norm before clipping",
     "policy/lr": "learning rate of the update",
     "engine/logprob_gap": "mean |log-probability of engine - of trainer| on drawn tokens",
+    "engine/duplicate_fraction": "share of responses that repeat another one of their prompt, on this replica",
     "mismatch/error": "mean exp|log-probability of trainer - of engine| on drawn tokens, 1 when they agree",
     "mismatch/kl": "estimated KL divergence of the trainer from the engine per drawn token, nats (k3)",
     "mismatch/sequence_max": "largest mean error of one response",

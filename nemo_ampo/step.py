@@ -34,6 +34,7 @@ from nemo_ampo.rollout.engine import (
     pack,
     request_seed,
 )
+from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, all_verdicts
 
@@ -148,6 +149,7 @@ class Parts:
     pad_id: int
     seed: int
     guard: GuardConfig = field(default_factory=GuardConfig)
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,11 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
     """
     clock = Clock()
     requests, turns = expand(step, prompts, parts)
-    with clock("rollout"):
-        responses, pending = roll_out(requests, turns, parts)
+    with released_after(parts.engine):
+        with clock("sync"):
+            sync_and_probe(parts.engine, step, policy.logprobs, parts.probe)
+        with clock("rollout"):
+            responses, pending = roll_out(requests, turns, parts)
     with clock("judge_wait"):
         verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard)
     samples = [
@@ -211,6 +216,7 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         | mode_choice(everyone, packed, old_logprobs_BT, parts.ranks)
         | {"engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
         | mismatch_metrics(parts.ranks.gather([mismatch]))
+        | {"engine/duplicate_fraction": duplicate_fraction(requests, responses)}
         | credit.metrics()
         | policy_metrics
         | clock.metrics(everyone)

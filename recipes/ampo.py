@@ -63,6 +63,10 @@ def run(cfg: DictConfig) -> bool:
     check_ampo(config, cfg, world_size())
     check_trackers(config.run)
 
+    from nemo_ampo.rollout import require_engine
+
+    require_engine(config.rollout.engine)
+
     from transformers import AutoTokenizer
 
     from nemo_ampo.checkpoint import read_model_config, unpack_assets
@@ -101,11 +105,13 @@ def run(cfg: DictConfig) -> bool:
 
         device = compat.setup(config.run.device, config.run.verbose)
 
+        from converters.live import publish_weights
         from nemo_ampo.actor import AmpoActor
         from nemo_ampo.checkpoint import save_nemo
         from nemo_ampo.judge.second import SecondJudge
         from nemo_ampo.ranks import MegatronRanks
-        from nemo_ampo.rollout import ENGINES
+        from nemo_ampo.rollout import EngineSetup, make_engine
+        from nemo_ampo.rollout.probe import Probe
         from nemo_ampo.runlog import RunLog, write_provenance
         from nemo_ampo.session import Keep, open_session, prepare_config
         from nemo_ampo.trainer import AmpoTrainer
@@ -122,10 +128,23 @@ def run(cfg: DictConfig) -> bool:
         if ranks.is_main:
             write_provenance(run_dir, resolved, data_hashes)
         trackers = open_trackers(config.run, "ampo", first_step, resolved) if ranks.is_main else []
+        stops = stop_token_ids(assets, tokenizer)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        engine = make_engine(
+            EngineSetup(
+                model=session.model,
+                rollout=config.rollout,
+                decode=tokenizer.decode,
+                ranks=ranks,
+                run_dir=run_dir,
+                publish=lambda model, folder: publish_weights(model, assets, folder),
+            )
+        )
+        fixed = tuple(p.token_ids for p in prompts[: config.rollout.probe.prompts])
         trainer = AmpoTrainer(
             prompts=prompts,
             parts=Parts(
-                engine=ENGINES[config.rollout.engine](session.model, config.rollout.batch_size),
+                engine=engine,
                 judge=judge,
                 tokenizer=tokenizer,
                 ranks=ranks,
@@ -133,9 +152,10 @@ def run(cfg: DictConfig) -> bool:
                 reward=config.reward,
                 algorithm=config.algorithm,
                 guard=config.guard,
-                stop_token_ids=stop_token_ids(assets, tokenizer),
-                pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                stop_token_ids=stops,
+                pad_id=pad_id,
                 seed=config.run.seed,
+                probe=Probe(fixed, config.rollout.probe.new_tokens, config.rollout.probe.max_gap, stops, pad_id),
             ),
             run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
             log_rollouts=config.run.log_rollouts,

@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.bc_trainer import BcParts, BcTrainer
     from nemo_ampo.checkpoint import save_nemo
     from nemo_ampo.ranks import MegatronRanks
-    from nemo_ampo.rollout import ENGINES
+    from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.session import Keep, open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
@@ -88,7 +88,7 @@ def run(cfg: DictConfig) -> bool:
             train=train.examples,
             heldout=heldout.examples,
             tokenizer=tokenizer,
-            engine=ENGINES["megatron"](session.model, int(cfg.model.data.validation_ds.global_batch_size)),
+            engine=MegatronEngine(session.model, int(cfg.model.data.validation_ds.global_batch_size)),
             ranks=ranks,
             run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
             data=data,

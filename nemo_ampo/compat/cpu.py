@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import os
 import queue
@@ -136,8 +137,13 @@ def _stub_module(name: str, **attributes: Any) -> None:
     sys.modules[name] = module
 
 
-@STUBS.add("nemo_aligner.utils.trt_llm", "nemo-aligner 0.7.0", "imports tensorrt_llm at module level")
+@STUBS.add("nemo_aligner.utils.trt_llm", "nemo-aligner 0.7.0", "imports tensorrt_llm at module level, if there is none")
 def _trt_llm() -> None:
+    if importlib.util.find_spec("tensorrt_llm") is not None:
+        # NeMo refuses to load an engine where TensorRT-LLM may choose the device; Aligner sets this only after its import.
+        os.environ.setdefault("DISABLE_TORCH_DEVICE_SET", "1")
+        return
+
     class GPTGenerateTRTLLM:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise RuntimeError("TensorRT-LLM is not installed on this machine; set rollout.engine=megatron")
@@ -387,13 +393,18 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
-@FACTORIES.add("torch factory functions", "torch 2.13", "device='cuda' is written out in optimizer and mask code")
+@FACTORIES.add(
+    "torch factory functions",
+    "torch 2.13",
+    "device='cuda' is written out in optimizer and mask code, pin_memory=True in the weight exporter",
+)
 def _factories() -> None:
     def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 
         return wrapped

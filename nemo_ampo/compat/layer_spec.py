@@ -32,20 +32,33 @@ class SdpaAttention(DotProductAttention):
     ) -> torch.Tensor:
         """Mask is True where attention is forbidden; None means causal (or one new token over its whole cache)."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        if q.shape[2] == 1 and q.shape[1] != k.shape[1]:
+            # One new token: the heads that share keys become rows of one query, so that the cache is read once for all.
+            q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
         out = torch.nn.functional.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=None if attention_mask is None else ~attention_mask.bool(),
-            is_causal=attention_mask is None and q.shape[2] > 1,
+            is_causal=attention_mask is None and query.shape[0] > 1,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        out = out.reshape(query.shape[1], query.shape[2], query.shape[0], -1)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
 class RotatedCacheSelfAttention(SelfAttention):
-    """Stores keys in the cache after rotation, so that a step rotates one position and not the whole cache."""
+    """Stores keys in the cache after rotation, so that a step rotates one position and not the whole cache.
+
+    The cache is laid out by row and head, [B, heads, S, head dim], and shown to Megatron as [S, B, heads, head dim]: what
+    one head reads in a step then lies together in memory.
+    """
+
+    def _allocate_memory(self, max_length: int, rows: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        heads = self.num_query_groups_per_partition
+        device = torch.cuda.current_device()
+        return torch.zeros(rows, heads, max_length, dim, dtype=dtype, device=device).permute(2, 0, 1, 3)
 
     def _adjust_key_value_for_inference(
         self,

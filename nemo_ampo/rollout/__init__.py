@@ -3,35 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from nemo_ampo.config import RolloutConfig
+    from nemo_ampo.ranks import Ranks
+    from nemo_ampo.rollout.engine import Decode, Engine
 
 
-def _megatron(model: Any, batch_size: int) -> Engine:
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine may need of a run.
+
+    Attributes:
+        model: the NeMo model being trained.
+        rollout: the run's ``rollout`` section.
+        decode: tokens to text, for stop strings.
+        ranks: this process's place in the job.
+        run_dir: run folder, where an engine without a folder of its own puts its files.
+        publish: writes the model's current weights as a Hugging Face folder; called by every rank of the job.
+    """
+
+    model: Any
+    rollout: RolloutConfig
+    decode: Decode
+    ranks: Ranks
+    run_dir: Path
+    publish: Callable[[Any, Path], None]
+
+
+def _megatron(setup: EngineSetup) -> Engine:
     from nemo_ampo.rollout.megatron import MegatronEngine
 
-    return MegatronEngine(model, batch_size)
+    return MegatronEngine(setup.model, setup.rollout.batch_size, setup.decode)
 
 
-def _trtllm(model: Any, batch_size: int) -> Engine:
-    raise ConfigError(
-        "rollout.engine: trtllm is not available in this version; set rollout.engine=megatron (TensorRT-LLM engines "
-        "are the next milestone)"
+def _trtllm(setup: EngineSetup) -> Engine:
+    from nemo_ampo.rollout.trtllm_refit import TrtLlmRefitEngine
+
+    own = setup.rollout.trtllm
+    return TrtLlmRefitEngine(
+        setup.model,
+        engine_dir=Path(own.engine_dir) if own.engine_dir else setup.run_dir / "trtllm_engine",
+        max_batch=setup.rollout.batch_size,
+        max_prompt=setup.rollout.max_prompt_tokens,
+        max_new_tokens=setup.rollout.max_new_tokens,
+        unload_during_training=own.unload_during_training,
+        decode=setup.decode,
     )
 
 
-ENGINES: dict[str, Callable[[Any, int], Engine]] = {"megatron": _megatron, "trtllm": _trtllm}
+def _trtllm_server(setup: EngineSetup) -> Engine:
+    from nemo_ampo.rollout.trtllm_server import TrtLlmServerEngine
+
+    own = setup.rollout.trtllm_server
+    return TrtLlmServerEngine(
+        own,
+        publish=lambda folder: setup.publish(setup.model, folder),
+        weights_dir=Path(own.weights_dir) if own.weights_dir else setup.run_dir / "rollout_weights",
+        ranks=setup.ranks,
+        max_batch=setup.rollout.batch_size,
+        decode=setup.decode,
+    )
 
 
-def check_engine_name(name: str) -> None:
-    """Refuse an unknown or unavailable engine before any model loads.
+ENGINES: dict[str, Callable[[EngineSetup], Engine]] = {
+    "megatron": _megatron,
+    "trtllm": _trtllm,
+    "trtllm_server": _trtllm_server,
+}
+"""Name in ``rollout.engine`` to what makes it."""
+
+
+def make_engine(setup: EngineSetup) -> Engine:
+    """The engine the run's config names."""
+    return ENGINES[setup.rollout.engine](setup)
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Rules between the keys of the ``rollout`` section that need no engine.
 
     Raises:
         ConfigError: naming the key.
     """
-    if name not in ENGINES:
-        raise ConfigError(f"rollout.engine: expected one of {sorted(ENGINES)}, got {name!r}")
+    if rollout.engine not in ENGINES:
+        raise ConfigError(f"rollout.engine: expected one of {', '.join(ENGINES)}, got {rollout.engine!r}")
+    if rollout.probe.prompts < 1 or rollout.probe.new_tokens < 1 or rollout.probe.max_gap <= 0:
+        raise ConfigError("rollout.probe: prompts and new_tokens must be at least 1 and max_gap above 0")
+    server = rollout.trtllm_server
+    if rollout.engine == "trtllm_server" and not server.url:
+        raise ConfigError("rollout.trtllm_server.url: a value is required with rollout.engine=trtllm_server")
+    if server.keep_versions < 1:
+        raise ConfigError(f"rollout.trtllm_server.keep_versions: at least 1, got {server.keep_versions}")
+
+
+def require_engine(name: str) -> None:
+    """Refuse, before any model loads, an engine this machine cannot run.
+
+    Raises:
+        ConfigError: saying what is missing.
+    """
     if name == "trtllm":
-        _trtllm(None, 0)
+        from nemo_ampo.rollout.trtllm_version import require_tensorrt_llm
+
+        require_tensorrt_llm()

@@ -1,14 +1,19 @@
 """Generation with the trainer's own Megatron model: KV-cached, batched, seeded per request. [nemo]
 
-Rows of unequal prompts share a batch without padding on the left: the cache is filled up to the shortest prompt, and
-longer prompts are fed token by token while shorter ones already answer. A finished row leaves the batch, so a step costs
-what the living rows cost. Every model-parallel rank runs the same loop; the last pipeline stage draws and broadcasts.
-Legend: B rows, T positions, V vocabulary.
+Prompts of unequal length stand right-aligned in one batch, so that one forward pass fills the cache for all of them and
+every row draws its first token in the same step. What stands left of a short prompt is masked; rotary angles follow the
+column and not the position in the prompt, which is the same attention, because it only sees differences. Equal prompts
+(the G responses of a group) are computed once and their cache is copied. A finished row leaves the batch, so a step costs
+what the living rows cost. Memory is bounded by ``batch_size`` rows of (longest prompt + max_new_tokens) columns.
+
+Every model-parallel rank runs the same loop; the last pipeline stage draws and broadcasts.
+Legend: B rows, T columns, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,18 +21,29 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference_params import InferenceParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from nemo_ampo.compat.layer_spec import SdpaAttention
 from nemo_ampo.forward import inference_mode
 from nemo_ampo.padding import vocab_size
+from nemo_ampo.rollout.collective import check_equal_on_replica
 from nemo_ampo.rollout.engine import (
+    Caps,
+    Decode,
     OnFinish,
     Request,
     Response,
     SamplingSpec,
+    SyncReport,
+    batches_by_length,
+    check_complete,
     check_requests,
+    finish_response,
 )
+from nemo_ampo.rollout.sampling import draw, uniform_draws
 
 _COMPACT_BELOW = 0.85
 """The cache is rewritten without its finished rows once fewer than this share of its rows is alive."""
+_PREFILL_TOKENS = 16384
+"""Prompt tokens, padding included, of one prefill pass: bounds its activations and its mask."""
 
 
 class MegatronEngine:
@@ -36,89 +52,135 @@ class MegatronEngine:
     Args:
         model: the NeMo model; its current weights are the ones that answer.
         batch_size: rows decoded at once; bounds the memory of the cache.
+        decode: tokens to text, only needed for stop strings.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int, decode: Decode | None = None) -> None:
         self._model = model
-        self._batch_size = batch_size
-        self._max_total = int(model.cfg.max_position_embeddings)
-        self._vocab_size = vocab_size(model)
+        self._decode = decode
+        self._weight_version = 0
+        max_total = int(model.cfg.max_position_embeddings)
+        self.caps = Caps(
+            logprob_kind="raw",
+            seeded=True,
+            max_batch=batch_size,
+            max_prompt=max_total,
+            max_total=max_total,
+            vocab_size=vocab_size(model),
+            collective=True,
+            own_weights=False,
+        )
+
+    def sync(self, weight_version: int) -> SyncReport:
+        """Nothing moves: the trainer's weights are the engine's."""
+        self._weight_version = weight_version
+        return SyncReport(weight_version, 0, 0, 0.0)
+
+    def release(self) -> None:
+        """Nothing to give back: the cache lives only within a call."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None
     ) -> list[Response]:
         """See :meth:`nemo_ampo.rollout.engine.Engine.generate`."""
-        check_requests(requests, sampling, self._max_total, self._vocab_size)
+        check_equal_on_replica(requests, sampling)
+        check_requests(requests, sampling, self.caps)
         finished: dict[int, Response] = {}
-        with inference_mode(self._model):
-            for begin in range(0, len(requests), self._batch_size):
-                for response in self._decode(requests[begin : begin + self._batch_size], sampling):
+        with inference_mode(self._model), _last_column_only(self._model), _attention_with_mask(self._model):
+            for batch in batches_by_length(requests, self.caps.max_batch):
+                for response in self._answer(batch, sampling):
                     finished[response.request_id] = response
                     if on_finish is not None:
                         on_finish(response)
-        return [finished[r.request_id] for r in requests]
+        return check_complete(requests, finished, self._weight_version)
 
-    def _decode(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[Response]:
+    def _answer(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[Response]:
         """Yield each response of one batch as soon as it is complete."""
         device = torch.cuda.current_device()
-        prompt_lengths = [len(r.prompt_ids) for r in requests]
-        width = max(prompt_lengths) + sampling.max_new_tokens
-        tokens_BT = torch.zeros((len(requests), width), dtype=torch.long, device=device)
-        for row, request in enumerate(requests):
-            tokens_BT[row, : prompt_lengths[row]] = torch.tensor(request.prompt_ids, device=device)
-        draws_BT = _uniform_draws(requests, sampling.max_new_tokens).to(device)
-        logprobs_BT = torch.zeros((len(requests), width), dtype=torch.float32, device=device)
-        lengths_B = torch.tensor(prompt_lengths, device=device)
+        limit = sampling.max_new_tokens
+        cache, logits_BV, padding_B = self._prefill(requests, limit)
+        draws_BT = uniform_draws([r.seed for r in requests], limit).to(device)
+        tokens_BT = torch.zeros((len(requests), limit), dtype=torch.long, device=device)
+        logprobs_BT = torch.zeros((len(requests), limit), dtype=torch.float32, device=device)
         stops = torch.tensor(sampling.stop_token_ids, device=device)
-
-        cache = InferenceParams(len(requests), width)
         alive = torch.arange(len(requests), device=device)  # rows of the cache, as indices into the batch
         running = torch.ones(len(requests), dtype=torch.bool, device=device)
-        begin, end = 0, min(prompt_lengths)
-        while end < width:
-            logits_BV = self._forward(tokens_BT[alive, begin:end], begin, cache)
-            answering = lengths_B[alive] <= end
-            drawn, logprobs = self._draw(
-                logits_BV,
-                draws_BT[alive, (end - lengths_B[alive]).clamp(min=0)],
-                sampling.temperature,
-                len(alive),
-            )
-            tokens_BT[alive, end] = torch.where(answering, drawn, tokens_BT[alive, end])
-            logprobs_BT[alive, end] = torch.where(answering, logprobs, logprobs_BT[alive, end])
-            stopped = answering & torch.isin(drawn, stops)
-            spent = end + 1 - lengths_B[alive] >= sampling.max_new_tokens
-            done = (stopped | (answering & spent)) & running[alive]
+        columns = max(len(r.prompt_ids) for r in requests)
+        for count in range(limit):
+            drawn, logprobs = self._draw(logits_BV, draws_BT[alive, count], sampling)
+            tokens_BT[alive, count] = drawn
+            logprobs_BT[alive, count] = logprobs
+            done = torch.isin(drawn, stops) if count + 1 < limit else torch.ones_like(drawn, dtype=torch.bool)
+            if sampling.stop_strings:
+                done |= self._text_stops(tokens_BT[alive, : count + 1], sampling)
+            done &= running[alive]
             for row in alive[done].tolist():
-                begin_response = prompt_lengths[row]
-                answer = tokens_BT[row, begin_response : end + 1].tolist()
-                yield Response(
-                    request_id=requests[row].request_id,
-                    token_ids=tuple(answer),
-                    logprobs=logprobs_BT[row, begin_response : end + 1].cpu(),
-                    finish="eos" if answer[-1] in sampling.stop_token_ids else "length",
-                )
+                ids, values = tokens_BT[row, : count + 1].tolist(), logprobs_BT[row, : count + 1].cpu()
+                yield finish_response(requests[row], ids, values, sampling, self.caps, self._decode, self._weight_version)
             running[alive[done]] = False
             survivors = running[alive]
             if not survivors.any():
                 return
             if survivors.float().mean() < _COMPACT_BELOW:
-                _keep_rows(cache, survivors)
-                alive = alive[survivors]
-            begin, end = end, end + 1
+                _select_rows(cache, survivors.nonzero().squeeze(1))
+                alive, drawn, padding_B = alive[survivors], drawn[survivors], padding_B[survivors]
+            logits_BV = self._forward(drawn.unsqueeze(1), columns + count, cache, padding_B)
 
-    def _forward(self, tokens_BT: torch.Tensor, offset: int, cache: InferenceParams) -> torch.Tensor | None:
-        """Feed positions ``offset ..`` and return the last position's full-vocabulary logits [B, V].
+    def _text_stops(self, tokens_BT: torch.Tensor, sampling: SamplingSpec) -> torch.Tensor:
+        """Which rows' last tokens complete a stop string, bool [B]."""
+        assert self._decode is not None  # finish_response refuses stop strings without it, at the first response
+        # A token holds at least one byte, so this many hold the longest string and what merged into its ends.
+        window = max(len(s.encode()) for s in sampling.stop_strings) + 2
+        texts = [self._decode(ids) for ids in tokens_BT[:, -window:].tolist()]
+        return torch.tensor([any(s in text for s in sampling.stop_strings) for text in texts], device=tokens_BT.device)
+
+    def _prefill(
+        self, requests: Sequence[Request], max_new_tokens: int
+    ) -> tuple[InferenceParams, torch.Tensor | None, torch.Tensor]:
+        """Fill the cache with all prompts, each distinct one computed once.
+
+        Returns:
+            The cache of B rows; the logits of every row's first token [B, V] (None but on the last pipeline stage); how
+            many columns are padding, int64 [B].
+        """
+        device = torch.cuda.current_device()
+        distinct = list(dict.fromkeys(r.prompt_ids for r in requests))
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        row_of = torch.tensor([place[r.prompt_ids] for r in requests], device=device)
+        width = max(map(len, distinct))
+        padding_U = torch.tensor([width - len(p) for p in distinct], device=device)
+        cache = InferenceParams(len(requests), width + max_new_tokens)
+        parts = []
+        rows = max(1, _PREFILL_TOKENS // width)
+        for begin in range(0, len(distinct), rows):
+            prompts = distinct[begin : begin + rows]
+            tokens_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+            chunk = InferenceParams(len(prompts), width)
+            parts.append(self._forward(tokens_BT, 0, chunk, padding_U[begin : begin + rows]))
+            wanted = ((row_of >= begin) & (row_of < begin + rows)).nonzero().squeeze(1)
+            _copy_rows(chunk, row_of[wanted] - begin, cache, wanted)
+        logits_BV = None if parts[0] is None else torch.cat(parts)[row_of]
+        return cache, logits_BV, padding_U[row_of]
+
+    def _forward(
+        self, tokens_BT: torch.Tensor, offset: int, cache: InferenceParams, padding_B: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Feed columns ``offset ..`` and return the last one's full-vocabulary logits [B, V].
 
         None on all but the last pipeline stage.
         """
         rows, width = tokens_BT.shape
-        positions = torch.arange(offset, offset + width, device=tokens_BT.device).expand(rows, -1)
+        columns = torch.arange(offset, offset + width, device=tokens_BT.device)
+        positions = (columns - padding_B.unsqueeze(1)).clamp(min=0)
+        mask = attention_mask(columns, padding_B) if bool(padding_B.any()) else None
         cache.sequence_len_offset = offset
 
         def forward_step(iterator: Any, model: Any) -> Any:
-            output = model(tokens_BT, positions, None, inference_params=cache)
+            output = model(tokens_BT, positions, mask, inference_params=cache)
             return output, lambda tensor, **kwargs: tensor
 
         outputs = get_forward_backward_func()(
@@ -133,19 +195,18 @@ class MegatronEngine:
         )
         if not parallel_state.is_pipeline_last_stage():
             return None
-        logits = outputs[0][:, -1:].contiguous()
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-        return logits[:, 0, : self._vocab_size].float()
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(outputs[0].contiguous())
+        return logits[:, 0, : self.caps.vocab_size].float()
 
     def _draw(
-        self, logits_BV: torch.Tensor | None, draws_B: torch.Tensor, temperature: float, rows: int
+        self, logits_BV: torch.Tensor | None, draws_B: torch.Tensor, sampling: SamplingSpec
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Next token and its log-probability, [B] each, equal on every model-parallel rank."""
         if logits_BV is not None:
-            tokens, logprobs = draw(logits_BV, draws_B, temperature)
+            tokens, logprobs = draw(logits_BV, draws_B, sampling)
         else:
-            tokens = torch.empty(rows, dtype=torch.long, device=draws_B.device)
-            logprobs = torch.empty(rows, dtype=torch.float32, device=draws_B.device)
+            tokens = torch.empty(len(draws_B), dtype=torch.long, device=draws_B.device)
+            logprobs = torch.empty(len(draws_B), dtype=torch.float32, device=draws_B.device)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             group = parallel_state.get_pipeline_model_parallel_group()
@@ -154,34 +215,69 @@ class MegatronEngine:
         return tokens, logprobs
 
 
-def draw(logits_BV: torch.Tensor, draws_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF sampling: the token whose cumulative probability interval holds the uniform draw.
+def attention_mask(columns: torch.Tensor, padding_B: torch.Tensor) -> torch.Tensor:
+    """True where a column may not look, bool [B, 1, T, last column + 1].
 
-    The outcome depends on the row's own logits and draw alone, never on what else is in the batch.
-
-    Args:
-        logits_BV: float32.
-        draws_B: uniform in [0, 1), float64.
-        temperature: above 0.
-
-    Returns:
-        token ids int64 [B] and their log-probabilities under softmax(logits / temperature), float32 [B].
+    A column sees itself and what stands left of it down to its row's padding. A padding column sees only itself: its
+    result is never read, but a softmax over nothing would be NaN and spread.
     """
-    logprobs_BV = torch.log_softmax(logits_BV / temperature, dim=-1)
-    cdf_BV = logprobs_BV.double().exp().cumsum(dim=-1)
-    tokens_B = torch.searchsorted(cdf_BV, (draws_B * cdf_BV[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    tokens_B = tokens_B.clamp(max=logits_BV.size(-1) - 1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+    seen = torch.arange(int(columns[-1]) + 1, device=columns.device)
+    hidden = (seen > columns.unsqueeze(1)) | (seen < padding_B[:, None, None])
+    return (hidden & (seen != columns.unsqueeze(1))).unsqueeze(1)
 
 
-def _uniform_draws(requests: Sequence[Request], count: int) -> torch.Tensor:
-    """``count`` uniform numbers per request from its own seed, float64 [B, count]."""
-    rows = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
-    return torch.stack(rows)
+@contextmanager
+def _last_column_only(model: Any) -> Iterator[None]:
+    """The output layer sees one column: logits of a whole prompt would be [B, T, V], gigabytes nobody reads."""
+    hooks = [
+        module.output_layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0][-1:], *inputs[1:]))
+        for module in model.get_model_module_list()
+        if hasattr(module, "output_layer")
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _keep_rows(cache: InferenceParams, keep: torch.Tensor) -> None:
-    """Drop finished rows from every layer's keys and values."""
-    for layer, (keys, values) in cache.key_value_memory_dict.items():
-        cache.key_value_memory_dict[layer] = (keys[:, keep].contiguous(), values[:, keep].contiguous())
-    cache.max_batch_size = cache.current_batch_size = int(keep.sum())
+@contextmanager
+def _attention_with_mask(model: Any) -> Iterator[None]:
+    """Transformer Engine's causal attention ignores a mask; torch's takes its place while we generate."""
+    replaced = []
+    for module in model.get_model_module_list():
+        for layer in module.decoder.layers:
+            attention = layer.self_attention
+            if not isinstance(attention.core_attention, SdpaAttention):
+                replaced.append((attention, attention.core_attention))
+                attention.core_attention = SdpaAttention(
+                    config=attention.config,
+                    layer_number=attention.layer_number,
+                    attn_mask_type=attention.attn_mask_type,
+                    attention_type=attention.attention_type,
+                ).eval()
+    try:
+        yield
+    finally:
+        for attention, core in replaced:
+            attention.core_attention = core
+
+
+def _copy_rows(source: InferenceParams, rows: torch.Tensor, target: InferenceParams, places: torch.Tensor) -> None:
+    """Copy a prefilled cache's rows into the first columns of a larger one, allocating it at the first call."""
+    for layer, pair in source.key_value_memory_dict.items():
+        if layer not in target.key_value_memory_dict:
+            length, batch = target.max_sequence_length, target.max_batch_size
+            target.key_value_memory_dict[layer] = tuple(
+                t.new_zeros(batch, t.size(2), length, t.size(3)).permute(2, 0, 1, 3) for t in pair
+            )
+        for old, new in zip(pair, target.key_value_memory_dict[layer], strict=True):
+            new.permute(1, 2, 0, 3)[places, :, : old.size(0)] = old.permute(1, 2, 0, 3)[rows]
+
+
+def _select_rows(cache: InferenceParams, rows: torch.Tensor) -> None:
+    """Keep only these rows of every layer's keys and values."""
+    for layer, pair in cache.key_value_memory_dict.items():
+        # The caches are [B, heads, S, head dim] in memory (see compat.layer_spec) and must stay so.
+        cache.key_value_memory_dict[layer] = tuple(t.permute(1, 2, 0, 3)[rows].permute(2, 0, 1, 3) for t in pair)
+    cache.max_batch_size = cache.current_batch_size = len(rows)

@@ -170,7 +170,7 @@ def test_an_override_arrives_with_its_consequences() -> None:
         (["ampo", "--no-files", "algorithm.advantage=amop"], "algorithm.advantage: Invalid value 'amop'"),
         (["ampo", "--no-files", "algorithm.preset=ppo"], "algorithm.preset: expected one of ampo-paper, ampo,"),
         (["ampo", "--no-files", "rollout.group_size=1"], "rollout.group_size"),
-        (["ampo", "--no-files", "rollout.engine=trtllm"], "rollout.engine: trtllm is not available"),
+        (["ampo", "--no-files", "rollout.engine=vllm"], "rollout.engine: expected one of megatron, trtllm, trtllm_server"),
         (["ampo", "--no-files", "--ranks", "3"], "model.global_batch_size"),
         (["evaluate"], "data.turns: no such file: t.json"),
         (["evaluate", "--no-files", "data.samples=0"], "data.samples"),

@@ -13,7 +13,7 @@ from nemo_ampo.config import AlgorithmConfig, RolloutConfig
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
-from nemo_ampo.rollout.engine import OnFinish, Request, Response, SamplingSpec
+from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step, expand
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 
@@ -39,11 +39,23 @@ class Script:
 
     texts: list[str]
     requests: list[Request] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    caps: Caps = field(default_factory=lambda: Caps("raw", True, 8, 99, 99, 300, True, False))
+
+    def sync(self, weight_version: int) -> SyncReport:
+        self.calls.append(f"sync {weight_version}")
+        return SyncReport(weight_version, 0, 0, 0.0)
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+    def close(self) -> None: ...
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None
     ) -> list[Response]:
         self.requests = list(requests)
+        self.calls.append("generate")
         responses = []
         for request in requests:
             ids = (*map(ord, self.texts[request.request_id]), EOS)
@@ -204,3 +216,8 @@ def test_seeds_follow_the_sample_not_the_rank() -> None:
 def test_only_the_leader_asks_the_judge() -> None:
     with pytest.raises(TypeError):  # nobody shared verdicts with this rank: OneProcess.share gives back its own None
         run([GOOD.format(10)] * 4, OneProcess(is_leader=False))
+
+
+def test_the_engine_gets_the_weights_first_and_gives_its_memory_back() -> None:
+    _, _, engine, _ = run([GOOD.format(i) for i in range(4)])
+    assert engine.calls == ["sync 3", "generate", "release"]

@@ -18,7 +18,7 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig, combine, goal_gain
-from nemo_ampo.rollout.engine import OnFinish, Request, Response, SamplingSpec
+from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
 from nemo_ampo.types import DialogueTurn, JudgeRequest
 
@@ -47,6 +47,15 @@ class Characters:
 
 class Scripted:
     """An engine whose every reply is different, so that every question to the judge is."""
+
+    caps = Caps("raw", True, 8, 99, 99, 300, True, False)
+
+    def sync(self, weight_version: int) -> SyncReport:
+        return SyncReport(weight_version, 0, 0, 0.0)
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None

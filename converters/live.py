@@ -1,0 +1,51 @@
+"""The weights of a running NeMo model as a Hugging Face folder, for an engine in another container. [nemo]
+
+Megatron's own distributed save gathers tensor- and pipeline-parallel shards and the export table of the converters does the
+rest, so that a folder published in training holds exactly what ``converters.nemo_to_hf`` would write from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from converters.hf_folder import read_config
+from converters.mapping import bind
+from converters.model_config import model_shape
+from converters.nemo_to_hf import save_shards
+from converters.nemo_weights import NemoWeights
+from nemo_ampo.checkpoint import WEIGHTS_FOLDER
+
+
+def publish_weights(model: Any, assets: Path, folder: Path) -> None:
+    """Write the model's current weights and the policy's other files. Every rank of the job must call it.
+
+    Args:
+        model: a NeMo ``MegatronGPTModel``.
+        assets: config.json, tokenizer and the like of the policy.
+        folder: exists, is empty, and is seen by every rank.
+    """
+    shards = folder / WEIGHTS_FOLDER
+    main = torch.distributed.get_rank() == 0
+    if main:
+        shards.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(), str(shards))
+    torch.distributed.barrier()
+    if main:
+        for file in assets.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+        config, family = read_config(folder)
+        shape = model_shape(config)
+        bindings = bind(family.rows, shape)
+        stored = NemoWeights(folder)
+        stored.check(bindings, shape)
+        kind = stored.dtype()
+        save_shards({name: t.to(kind, copy=True).contiguous() for name, t in stored.hf_tensors(bindings, shape)}, folder)
+        shutil.rmtree(shards)
+    torch.distributed.barrier()

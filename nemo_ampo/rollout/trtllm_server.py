@@ -1,0 +1,305 @@
+"""Rollouts on a TensorRT-LLM server (1.2 or later) in a container of its own: weights over files, responses over HTTP.
+
+The NeMo container and TensorRT-LLM's current one cannot share a process, a CUDA version or an NCCL communicator, so each
+weight version is published as a Hugging Face folder that appears complete under its name or not at all, and the server
+is told to load it. Only the replica's leader talks to the server; what it got, or why it got nothing, is shared with the
+other ranks. Every reply names the weights it was drawn with; one of another version ends the call.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import torch
+from pydantic import ValidationError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from nemo_ampo.config import TrtLlmServerConfig
+from nemo_ampo.errors import EngineError
+from nemo_ampo.rollout.engine import (
+    Caps,
+    Decode,
+    OnFinish,
+    ReplyError,
+    Request,
+    Response,
+    SamplingSpec,
+    StaleWeightsError,
+    SyncReport,
+    UnavailableError,
+    check_complete,
+    check_requests,
+    finish_response,
+)
+from nemo_ampo.rollout.server_api import Drawn, GenerateCall, Line, LoadCall, Loaded, Prompt, Sampling, State
+from nemo_ampo.rollout.trtllm_version import require_server_version
+
+if TYPE_CHECKING:
+    from nemo_ampo.ranks import Ranks
+
+_CONNECT_ATTEMPTS = 5
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class TrtLlmServerEngine:
+    """An engine behind HTTP; see the module's docstring.
+
+    Args:
+        config: addresses and time limits.
+        publish: writes the trainer's current weights into the folder it is given; every rank of the job calls it.
+        weights_dir: parent of the published folders, on a file system that trainer and server see under one path.
+        ranks: this process's place in the job.
+        max_batch: requests of one HTTP call.
+        decode: tokens to text, only needed for stop strings.
+
+    Raises:
+        UnavailableError: the server cannot be reached.
+        ConfigError: its TensorRT-LLM is too old.
+    """
+
+    def __init__(
+        self,
+        config: TrtLlmServerConfig,
+        publish: Callable[[Path], None],
+        weights_dir: Path,
+        ranks: Ranks,
+        max_batch: int,
+        decode: Decode | None = None,
+    ) -> None:
+        urls = [url.strip() for url in config.url.split(",") if url.strip()]
+        self._config = config
+        self._publish = publish
+        self._weights_dir = weights_dir
+        self._ranks = ranks
+        self._decode = decode
+        self._weight_version: int | None = None
+        self._client = httpx.Client(
+            base_url=urls[ranks.data_rank % len(urls)],
+            timeout=httpx.Timeout(config.timeout_s, connect=_CONNECT_TIMEOUT_S),
+        )
+        state: State = self._on_leader(lambda: self._read(State, self._call("GET", "/state")))
+        require_server_version(state.tensorrt_llm)
+        self.caps = Caps(
+            logprob_kind="raw",
+            seeded=True,
+            max_batch=max_batch,
+            max_prompt=state.max_prompt,
+            max_total=state.max_total,
+            vocab_size=state.vocab_size,
+            collective=True,
+            own_weights=True,
+        )
+
+    def sync(self, weight_version: int) -> SyncReport:
+        """Publish the weights as a folder, let the server load it, and believe it only when it says so."""
+        begin = time.monotonic()
+        self._weight_version = None
+        folder = self._publish_folder(weight_version)
+        loaded: Loaded = self._on_leader(lambda: self._load(folder, weight_version))
+        if loaded.weight_version != weight_version:
+            raise StaleWeightsError(f"the server loaded weights {loaded.weight_version}, {weight_version} were published")
+        self._weight_version = weight_version
+        self._prune()
+        return SyncReport(weight_version, loaded.num_tensors, loaded.num_bytes, time.monotonic() - begin)
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None
+    ) -> list[Response]:
+        """See :meth:`nemo_ampo.rollout.engine.Engine.generate`. Responses arrive one by one, as they end."""
+        version = self._weight_version
+        if version is None:
+            raise StaleWeightsError("the server holds no weights of the trainer: sync() comes before generate()")
+        check_requests(requests, sampling, self.caps)
+        if sampling.stop_strings and self._decode is None:
+            finish_response(requests[0], [0], None, sampling, self.caps, None, version)  # raises
+
+        def ask() -> dict[int, Response]:
+            finished: dict[int, Response] = {}
+            for begin in range(0, len(requests), self.caps.max_batch):
+                for response in self._stream(requests[begin : begin + self.caps.max_batch], sampling, version):
+                    if response.request_id in finished:
+                        raise ReplyError(f"response {response.request_id} came twice")
+                    finished[response.request_id] = response
+                    if on_finish is not None:
+                        on_finish(response)
+            return finished
+
+        finished = self._on_leader(ask)
+        if on_finish is not None and not self._ranks.is_leader:
+            for response in finished.values():
+                on_finish(response)
+        return check_complete(requests, finished, version)
+
+    def release(self) -> None:
+        """The server gives back its cache; the next :meth:`sync` gets it again."""
+        self._on_leader(lambda: self._call("POST", "/release").status_code)
+
+    def close(self) -> None:
+        """Close the connection; the server lives on."""
+        self._client.close()
+
+    def _stream(self, requests: Sequence[Request], sampling: SamplingSpec, version: int) -> Iterator[Response]:
+        by_id = {r.request_id: r for r in requests}
+        call = GenerateCall(
+            weight_version=version,
+            sampling=Sampling(
+                max_new_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                greedy=sampling.greedy,
+                want_logprobs=sampling.want_logprobs,
+            ),
+            requests=[Prompt(request_id=r.request_id, prompt_ids=list(r.prompt_ids), seed=r.seed) for r in requests],
+        )
+        count = 0
+        for line in self._read_lines(call):
+            if line.error is not None:
+                raise ReplyError(f"rollout server: {line.error}")
+            if line.count is not None:
+                if line.count != count or count != len(requests):
+                    raise ReplyError(f"rollout server: {len(requests)} requests, {count} lines, it says {line.count}")
+                return
+            assert line.drawn is not None
+            count += 1
+            yield self._response(line.drawn, by_id, sampling, version)
+        raise ReplyError(f"rollout server: the reply broke off after {count} of {len(requests)} responses")
+
+    def _read_lines(self, call: GenerateCall) -> Iterator[Line]:
+        content = call.model_dump_json()
+        headers = {"content-type": "application/json"}
+        with _as_engine_errors(), self._client.stream("POST", "/generate", content=content, headers=headers) as reply:
+            if reply.status_code != httpx.codes.OK:
+                reply.read()
+                _refuse(reply)
+            for text in reply.iter_lines():
+                try:
+                    line = Line.model_validate_json(text)
+                except ValidationError as error:
+                    raise ReplyError(f"rollout server: unreadable line: {_first_line(error)}") from None
+                if (line.drawn is None) + (line.count is None) + (line.error is None) != 2:
+                    raise ReplyError(f"rollout server: a line without meaning: {text[:80]}")
+                yield line
+
+    def _response(self, drawn: Drawn, by_id: dict[int, Request], sampling: SamplingSpec, version: int) -> Response:
+        if drawn.weight_version != version:
+            raise StaleWeightsError(
+                f"response {drawn.request_id} was drawn by weights {drawn.weight_version}, expected {version}"
+            )
+        if drawn.request_id not in by_id:
+            raise ReplyError(f"response {drawn.request_id} was not asked for")
+        logprobs = None if drawn.logprobs is None else torch.tensor(drawn.logprobs, dtype=torch.float32)
+        request = by_id[drawn.request_id]
+        return finish_response(request, drawn.token_ids, logprobs, sampling, self.caps, self._decode, version)
+
+    def _publish_folder(self, weight_version: int) -> Path:
+        """Write beside the target, then rename: a folder with this name is complete."""
+        folder = self._weights_dir / f"v{weight_version}"
+        staging = self._weights_dir / f".v{weight_version}.partial"
+        if self._ranks.is_main:
+            for leftover in (staging, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._ranks.any(False)  # nobody writes before the folder is there
+        self._publish(staging)
+        if self._ranks.is_main:
+            _flush(staging)
+            staging.rename(folder)
+            _flush(self._weights_dir)
+        self._ranks.any(False)  # nobody asks for it before it has its name
+        return folder
+
+    def _prune(self) -> None:
+        if not self._ranks.is_main:
+            return
+        versions = sorted(int(p.name[1:]) for p in self._weights_dir.glob("v*") if p.name[1:].isdigit())
+        for version in versions[: -self._config.keep_versions]:
+            shutil.rmtree(self._weights_dir / f"v{version}", ignore_errors=True)
+
+    def _load(self, folder: Path, weight_version: int) -> Loaded:
+        call = LoadCall(folder=str(folder.resolve()), weight_version=weight_version)
+        return self._read(Loaded, self._call("POST", "/load", call.model_dump_json(), self._config.load_timeout_s))
+
+    def _call(self, method: str, path: str, content: str | None = None, timeout_s: float | None = None) -> httpx.Response:
+        timeout = httpx.Timeout(timeout_s or self._config.timeout_s, connect=_CONNECT_TIMEOUT_S)
+        headers = {"content-type": "application/json"}
+        with _as_engine_errors():
+            # Only a connection that never came about is tried again: then nothing can have happened over there.
+            for attempt in Retrying(
+                retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
+                stop=stop_after_attempt(_CONNECT_ATTEMPTS),
+                wait=wait_exponential(multiplier=0.2, max=5),
+                reraise=True,
+            ):
+                with attempt:
+                    reply = self._client.request(method, path, content=content, headers=headers, timeout=timeout)
+        if reply.status_code != httpx.codes.OK:
+            _refuse(reply)
+        return reply
+
+    @staticmethod
+    def _read(kind: Any, reply: httpx.Response) -> Any:
+        try:
+            return kind.model_validate_json(reply.content)
+        except ValidationError as error:
+            raise ReplyError(f"rollout server: unreadable {kind.__name__}: {_first_line(error)}") from None
+
+    def _on_leader(self, work: Callable[[], Any]) -> Any:
+        """Run on the replica's leader; every rank of the replica gets its result or raises its error."""
+        outcome: tuple[Any, EngineError | None] = (None, None)
+        if self._ranks.is_leader:
+            try:
+                outcome = (work(), None)
+            except EngineError as error:
+                outcome = (None, error)
+        result, failure = self._ranks.share(outcome)
+        if failure is not None:
+            raise failure
+        return result
+
+
+@contextmanager
+def _as_engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise UnavailableError(f"rollout server: no answer in time ({type(error).__name__}) from {_url(error)}") from None
+    except httpx.TransportError as error:
+        raise UnavailableError(f"rollout server: {type(error).__name__} at {_url(error)}: {error}") from None
+
+
+def _url(error: httpx.HTTPError) -> str:
+    try:
+        return str(error.request.url)
+    except RuntimeError:  # httpx: the request was never made
+        return "its address"
+
+
+def _refuse(reply: httpx.Response) -> None:
+    text = f"rollout server: {reply.status_code} at {reply.request.url.path}: {reply.text[:200]}"
+    if reply.status_code == httpx.codes.CONFLICT:
+        raise StaleWeightsError(text)
+    raise UnavailableError(text)
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'reply'}: {first['msg']}"
+
+
+def _flush(folder: Path) -> None:
+    """Make a folder's files and names durable before they are relied on."""
+    for path in (*(p for p in folder.iterdir() if p.is_file()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
