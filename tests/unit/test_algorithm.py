@@ -118,7 +118,19 @@ def test_impossible_knobs_are_named(overrides: list[str], words: str) -> None:
 def sample(group: int, reward: float | None, mode: int, tokens: int, goal: float | None) -> Sample:
     valid = reward is not None
     parts = RewardParts(reward, goal, None, mode, valid, None if mode else "level")
-    return Sample(group, "row", "", None, "", tokens, tokens // 2, "eos", parts, mode_tokens=(0, 2) if mode else (0, 0))
+    return Sample(
+        group=group,
+        row_id="row",
+        turn=0,
+        dialogue="",
+        tag=None,
+        text="",
+        num_tokens=tokens,
+        answer_tokens=tokens // 2,
+        finish="eos",
+        parts=parts,
+        mode_tokens=(0, 2) if mode else (0, 0),
+    )
 
 
 SAMPLES = [

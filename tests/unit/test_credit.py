@@ -18,7 +18,19 @@ from nemo_ampo.step import Sample
 
 def sample(group: int, reward: float | None, goal: float | None = None, mode: int = 1) -> Sample:
     parts = RewardParts(reward, goal, None, mode, reward is not None)
-    return Sample(group, "row", "", None, "", 10, 5, "eos", parts, mode_tokens=(1, 3))
+    return Sample(
+        group=group,
+        row_id="row",
+        turn=0,
+        dialogue="",
+        tag=None,
+        text="",
+        num_tokens=10,
+        answer_tokens=5,
+        finish="eos",
+        parts=parts,
+        mode_tokens=(1, 3),
+    )
 
 
 # Group 0: a verdict is missing. Group 1: every goal is the same, though length told the rewards apart.
