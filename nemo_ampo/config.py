@@ -157,6 +157,9 @@ class RolloutConfig:
         max_prompt_tokens: a longer prompt stops the run at start-up, tokens.
         max_new_tokens: a response is cut here, tokens.
         temperature: of the sampling distribution; log-probabilities are taken under the same temperature only at 1.0.
+        top_p: draw from the smallest set of most likely tokens with this probability; 1 keeps all.
+        top_k: draw from that many most likely tokens; 0 keeps all.
+        allow_unreproducible_sampling: let the two above cut tokens off, which the trainer's probabilities know nothing of.
         batch_size: responses decoded at once on one replica.
         probe: of engines that hold their own copy of the weights.
         trtllm, trtllm_server: keys of these engines alone.
@@ -168,6 +171,9 @@ class RolloutConfig:
     max_prompt_tokens: int = 6144
     max_new_tokens: int = 2048
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    allow_unreproducible_sampling: bool = False
     batch_size: int = 128
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trtllm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
@@ -395,6 +401,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             f"rollout.temperature: log-probabilities are computed at temperature 1.0, got {rollout.temperature}; the "
             "ratio of new to old policy would be wrong"
         )
+    _check_filters(rollout)
     model = nemo.model
     replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
     if world_size % replica:
@@ -421,6 +428,22 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             f"model.reinforce.forward_micro_batch_size: {forward} does not divide the {samples // data_size} samples "
             "of one data-parallel rank"
         )
+
+
+def _check_filters(rollout: RolloutConfig) -> None:
+    """Filters draw from another distribution than the one that is trained; the loss cannot tell."""
+    if not 0 < rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p: must be above 0 and at most 1, got {rollout.top_p}")
+    if rollout.top_k < 0:
+        raise ConfigError(f"rollout.top_k: must be 0 or more, got {rollout.top_k}")
+    for key, off in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(rollout, key)
+        if value != off and not rollout.allow_unreproducible_sampling:
+            raise ConfigError(
+                f"rollout.{key}: {value} draws from a cut-off distribution that the trainer's log-probabilities do not "
+                "reproduce, so the policy gradient would be biased; leave it at "
+                f"{off:g}, or set rollout.allow_unreproducible_sampling=true"
+            )
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -259,7 +259,10 @@ def roll_out(
         if answer is not None and parts.ranks.is_leader:
             pending[i] = PendingVerdict(parts.judge, JudgeRequest.about(turns[i], answer))
 
-    sampling = SamplingSpec(parts.rollout.max_new_tokens, parts.stop_token_ids, parts.rollout.temperature)
+    rollout = parts.rollout
+    sampling = SamplingSpec(
+        rollout.max_new_tokens, parts.stop_token_ids, rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+    )
     return parts.engine.generate(requests, sampling, on_finish), pending
 
 

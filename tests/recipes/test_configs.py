@@ -107,6 +107,10 @@ def ampo(tmp_path: Path, *overrides: str) -> None:
         ("rollout.group_size=many", "rollout.group_size"),
         ("rollout.group_size=1", "rollout.group_size"),
         ("rollout.temperature=0.7", "rollout.temperature"),
+        ("rollout.top_p=0.9", "rollout.top_p: 0.9 draws from a cut-off distribution"),
+        ("rollout.top_k=50", "rollout.top_k: 50 draws from a cut-off distribution"),
+        ("rollout.top_p=0", "rollout.top_p: must be above 0"),
+        ("rollout.repetition_penalty=1.1", "rollout.repetition_penalty"),
         ("rollout.engine=vllm", "rollout.engine"),
         ("+rollout.trtllm.engine_folder=x", "rollout.trtllm.engine_folder"),
         ("rollout.engine=trtllm_server", "rollout.trtllm_server.url"),
@@ -129,6 +133,10 @@ def ampo(tmp_path: Path, *overrides: str) -> None:
 def test_a_bad_key_is_named(tmp_path: Path, override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         ampo(tmp_path, override)
+
+
+def test_filters_can_be_allowed_by_name(tmp_path: Path) -> None:
+    ampo(tmp_path, "rollout.top_p=0.9", "rollout.top_k=50", "rollout.allow_unreproducible_sampling=true")
 
 
 def test_a_missing_value_is_named() -> None:

@@ -9,8 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from nemo_ampo.algorithm import AlgorithmConfig
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.loss import AGGREGATES, KL_KINDS, entropy_from_logits, kl_estimate, policy_loss
+from nemo_ampo.loss import (
+    AGGREGATES,
+    KL_KINDS,
+    Totals,
+    entropy_from_logits,
+    kl_estimate,
+    policy_loss,
+    surrogate,
+    token_loss,
+    token_weights,
+    update_weights,
+    weighted_sum,
+)
 
 LOG2 = math.log(2)
 
@@ -131,7 +144,9 @@ VALUES = rows([1.0, 2.0, 3.0], [10.0, math.nan, math.inf], [math.nan, math.nan, 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
 
 
-@pytest.mark.parametrize(("name", "expected"), [("token_mean", 16 / 4), ("sequence_mean", (2 + 10) / 2)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("token_mean", 16 / 4), ("sequence_mean", (2 + 10) / 2), ("constant", (6 + 10) / 3 / 2)]
+)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
 def test_aggregates_by_hand(name: str, expected: float, mask_dtype: torch.dtype) -> None:
     assert AGGREGATES[name](VALUES, MASK.to(mask_dtype)) == pytest.approx(expected)
@@ -280,6 +295,107 @@ def test_absurd_ratios_stay_finite(log_ratio: float, advantage: float) -> None:
     assert loss.isfinite()
     assert gradient.item() == 0
     assert metrics["ratio_max"] <= math.exp(20) * 1.000001
+
+
+# token weights
+
+
+def test_weights_of_tokens_by_hand() -> None:
+    """Three tokens and one, in the mask; four rows and ten tokens in the job; Dr. GRPO's constant 8."""
+    totals = Totals(tokens=10, sequences=4)
+    found = {name: token_weights(MASK, name, totals, 8)[:, 0].tolist() for name in AGGREGATES}
+    assert found["token_mean"] == pytest.approx([1 / 10, 1 / 10, 0])
+    assert found["sequence_mean"] == pytest.approx([1 / 12, 1 / 4, 0])
+    assert found["constant"] == pytest.approx([1 / 32, 1 / 32, 0])
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATES))
+@pytest.mark.parametrize(("replicas", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2)])
+def test_one_mean_however_the_batch_is_split(name: str, replicas: int, micro_batches: int) -> None:
+    """What Megatron does: mean over the micro-batches of a replica, then over the replicas."""
+    g = torch.Generator().manual_seed(2)
+    values = torch.randn(12, 7, generator=g, dtype=torch.float64)
+    mask = torch.rand(12, 7, generator=g) < torch.linspace(0, 1, 12)[:, None]
+    rules = AlgorithmConfig(aggregate=name, aggregate_over="batch", constant_tokens=7)  # type: ignore[arg-type]
+    losses = []
+    for rows, own in zip(values.chunk(replicas), mask.chunk(replicas), strict=True):
+        weights = update_weights(own, micro_batches, rules, Totals.of(mask), replicas)
+        parts = zip(rows.chunk(micro_batches), weights.chunk(micro_batches), strict=True)
+        losses.append(sum(float(weighted_sum(v, w)) for v, w in parts) / micro_batches)
+    assert sum(losses) / replicas == pytest.approx(float(AGGREGATES[name](values, mask)))
+
+
+def test_a_mean_over_micro_batches_depends_on_the_split() -> None:
+    values, mask = rows([1.0, 1.0, 1.0], [4.0, 0.0, 0.0]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    weights = update_weights(mask, 2, AlgorithmConfig(), None, 1)
+    assert float(weighted_sum(values, weights)) / 2 == pytest.approx((1 + 4) / 2)
+    assert float(AGGREGATES["token_mean"](values, mask)) == pytest.approx(7 / 4)
+
+
+# the other surrogates
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "capped"),
+    [
+        pytest.param(5.0, -1.0, 3.0, True, id="bad, far above: capped at 3"),
+        pytest.param(2.0, -1.0, 2.0, False, id="bad, above: free"),
+        pytest.param(5.0, 1.0, -1.2, False, id="good: the cap is for bad tokens"),
+        pytest.param(5.0, -2.0, 6.0, True, id="the cap scales with the advantage"),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, capped: bool) -> None:
+    logprobs = rows([math.log(ratio)], grad=True)
+    found = surrogate(logprobs, rows([0.0]), rows([advantage]), torch.ones(1, 1), 0.2, 0.2, dual_clip=3.0)
+    found.loss_BT.sum().backward()
+    assert logprobs.grad is not None
+    assert found.loss_BT.item() == pytest.approx(loss)
+    assert bool(found.capped_BT) == capped
+    assert (logprobs.grad.item() == 0) == (capped or advantage > 0)
+
+
+def test_sequence_ratio_by_hand() -> None:
+    """Log-ratios 0.2 and 0.4 (and rubbish in the padding): ratio exp(0.3) for both tokens, each with its own gradient."""
+    logprobs = rows([0.2, 0.4, 50.0], [0.0, math.nan, math.nan], grad=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = surrogate(logprobs, torch.zeros(2, 3).double(), rows([-1.0], [1.0]), mask, 0.9, 9.0, ratio="sequence")
+    assert found.ratio_BT[0, :2].tolist() == pytest.approx([math.exp(0.3)] * 2)
+    assert found.loss_BT[0].tolist() == pytest.approx([math.exp(0.3)] * 2 + [0.0])
+    found.loss_BT.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([math.exp(0.3)] * 2 + [0.0])
+    assert logprobs.grad[1].tolist() == pytest.approx([-1.0, 0.0, 0.0])
+
+
+def test_a_sequence_is_clipped_as_a_whole() -> None:
+    """Token ratios 2 and 1/2 cancel: none is clipped, where both would be on their own."""
+    inputs = (rows([math.log(2), -math.log(2)]), rows([0.0, 0.0]), rows([1.0, -1.0]), torch.ones(1, 2), 0.2, 0.2)
+    assert surrogate(*inputs).clipped_BT.tolist() == [[True, True]]
+    assert surrogate(*inputs, ratio="sequence").clipped_BT.tolist() == [[False, False]]
+
+
+def test_the_objective_by_hand() -> None:
+    """Ratio 1, A = 2: surrogate -2. x = ref - logprob = 1: k2 = 0.5. Entropy 3. Coefficients 0.1 and 0.01."""
+    batch = {
+        "old_logprobs_BT": rows([-1.0]),
+        "ref_logprobs_BT": rows([0.0]),
+        "advantages_BT": rows([2.0]),
+        "mask_BT": torch.ones(1, 1, dtype=torch.bool),
+    }
+    rules = {"kl_coef": 0.1, "kl_kind": "k2", "entropy_coef": 0.01}
+    by_place = {
+        kl: token_loss(rows([-1.0]), rows([3.0]), batch, AlgorithmConfig(kl=kl, **rules)).loss_BT.item()  # type: ignore[arg-type]
+        for kl in ("in_loss", "in_reward", "off")
+    }
+    assert by_place == pytest.approx({"in_loss": -2 + 0.05 - 0.03, "in_reward": -2.03, "off": -2.03})
+
+
+def test_impossible_surrogates_are_refused() -> None:
+    inputs = (rows([0.0]), rows([0.0]), rows([1.0]), torch.ones(1, 1), 0.2, 0.2)
+    with pytest.raises(ConfigError, match=r"algorithm\.dual_clip"):
+        surrogate(*inputs, dual_clip=1.0)
+    with pytest.raises(ConfigError, match=r"algorithm\.ratio.*token, sequence"):
+        surrogate(*inputs, ratio="word")
 
 
 def test_metrics_are_detached() -> None:

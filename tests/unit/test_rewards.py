@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.grammar import render_reply
-from nemo_ampo.rewards import RewardConfig, answer_length_score, combine, goal_gain, score_reply
+from nemo_ampo.rewards import Combine, RewardConfig, answer_length_score, combine, goal_gain, score_reply
 from nemo_ampo.types import DialogueTurn, Verdict
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -155,6 +155,49 @@ def test_the_penalty_and_the_strict_check_are_configured() -> None:
     assert (parts.reward, parts.format_rule) == (-1.0, "outside")
 
 
+@pytest.mark.parametrize(
+    ("config", "goal", "length", "reward"),
+    [
+        (RewardConfig(), 0.8, 0.5, 0.4),
+        (RewardConfig(combine=Combine.additive), 0.8, 0.5, 0.65),
+        (RewardConfig(combine=Combine.additive, length_weight=0.25), 0.8, 0.4, 0.72),
+        (RewardConfig(combine=Combine.additive, length_weight=0.0), 0.8, 0.4, 0.8),
+        (RewardConfig(combine=Combine.gated), 0.8, 0.5, 0.4),
+        (RewardConfig(combine=Combine.gated), 0.5, 0.1, 0.5),
+        (RewardConfig(combine=Combine.gated), 0.2, 0.5, 0.1),
+    ],
+)
+def test_variants_by_hand(config: RewardConfig, goal: float, length: float, reward: float) -> None:
+    assert combine(goal, length, config) == pytest.approx(reward)
+
+
+def test_the_variant_reaches_the_reward() -> None:
+    """Goal 0.75 (4 -> 7 of 10) and length 0.4 (265 tokens); then an unmoved goal, where the gate forgives the length."""
+    for variant, moved, unmoved in (("product", 0.3, 0.2), ("additive", 0.575, 0.45), ("gated", 0.3, 0.5)):
+        config = RewardConfig(combine=Combine(variant))
+        assert score_reply(turn(), GOOD, Verdict(7, 5), 265, config).reward == pytest.approx(moved)
+        assert score_reply(turn(), GOOD, Verdict(4, 5), 265, config).reward == pytest.approx(unmoved)
+
+
+@pytest.mark.parametrize("variant", list(Combine))
+@pytest.mark.parametrize(("tokens", "zero"), [(2, True), (4, True), (5, False)])
+def test_an_answer_below_the_minimum_earns_nothing_in_any_variant(variant: Combine, tokens: int, zero: bool) -> None:
+    parts = score_reply(turn(), GOOD, Verdict(7, 5), tokens, RewardConfig(combine=variant, min_answer_tokens=5))
+    assert (parts.reward == 0) == zero
+    assert (parts.mode, parts.valid, parts.goal) == (1, True, 0.75)
+
+
+def test_the_paper_has_no_variant() -> None:
+    config = RewardConfig()
+    assert (config.combine, config.min_answer_tokens, config.strict_format) == ("product", 0, False)
+
+
+@given(SCORES.map(lambda s: s / 10), SCORES.map(lambda s: s / 10), st.sampled_from(Combine), st.floats(0, 5))
+def test_every_variant_stays_in_range(goal: float, length: float, variant: Combine, weight: float) -> None:
+    config = RewardConfig(combine=variant, length_weight=weight if variant == Combine.additive else 1.0)
+    assert 0 <= combine(goal, length, config) <= 1 + 1e-12
+
+
 def test_records_are_frozen() -> None:
     for record in (RewardConfig(), score_reply(turn(), BAD, None, 0)):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -167,6 +210,10 @@ def test_records_are_frozen() -> None:
         ("answer_midpoint_tokens", 0.0),
         ("answer_half_width_tokens", -1.0),
         ("answer_half_width_tokens", math.inf),
+        ("length_weight", -1.0),
+        ("length_weight", 2.0),
+        ("min_answer_tokens", -1),
+        ("min_answer_tokens", 250),
         ("format_failure_reward", 0.5),
         ("format_failure_reward", -math.inf),
     ],
