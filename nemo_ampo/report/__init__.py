@@ -1,7 +1,7 @@
 """A run folder as one self-contained HTML page, and the same tables for the terminal.
 
-Read :mod:`.inputs` for what is read, :mod:`.charts` for which metric goes where, :mod:`.plots`
-for how it is drawn and :mod:`.html` for the page. Nothing here needs torch or NeMo.
+Read :mod:`.inputs` for what is read, :mod:`.charts` for which metric goes where, :mod:`.judge` for the judge's
+figures and the alarms, :mod:`.plots` for how it is drawn and :mod:`.html` for the page. Nothing here needs torch or NeMo.
 """
 
 from nemo_ampo.report.html import write_report

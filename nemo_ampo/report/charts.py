@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemo_ampo.modes import MODES
 from nemo_ampo.report.inputs import MetricsLog, Series
-from nemo_ampo.report.plots import SERIES_COLOURS, Layer, Line, area_chart, line_chart
+from nemo_ampo.report.plots import SERIES_COLOURS, Layer, Line, area_chart, bar_chart, line_chart
 
 BROKEN = "broken format"
 _MODE_TERM_LABELS = {
@@ -25,6 +25,9 @@ _MODE_TERM_LABELS = {
     "off": "off: not AMPO",
 }
 """Reasons of :class:`nemo_ampo.advantage.ModeTerm` in a reader's words."""
+
+MAX_TURNS = 24
+"""Bars of the chart by turn."""
 
 MAX_TAGS = 6
 """Labels drawn beside the overall line; there are as many colours."""
@@ -165,25 +168,101 @@ def grad_norm(log: MetricsLog) -> Chart | None:
     return _lines("Gradient norm", "L2", [line], bottom=0)
 
 
-def logprob_gap(log: MetricsLog) -> Chart | None:
-    """Whether engine and trainer hold the same model."""
-    line = Line("mean |gap|", "series-1", log.series("engine/logprob_gap"))
-    return _lines("Engine against trainer", "log-probability, nats", [line], bottom=0)
+def mode_entropy(log: MetricsLog) -> Chart | None:
+    """How undecided the policy is about its mode, for one prompt and over all of them."""
+    lines = [
+        Line("over all prompts", "text", log.series("mode/entropy_overall")),
+        Line("for one prompt", "series-1", log.series("mode/entropy")),
+        Line("difference: the prompt decides", "series-2", log.series("mode/adaptivity")),
+    ]
+    return _lines("Entropy of the mode", "nats; 1.39 means all four alike", lines, bottom=0)
+
+
+def modes_by_turn(log: MetricsLog) -> Chart | None:
+    """Share of the modes at each turn of the dialogues, over the last quarter of the steps."""
+    names = [n.split("/")[1] for n in log.names("turn/") if n.endswith("/samples")]
+    turns = sorted(int(name) for name in names)[:MAX_TURNS]
+    steps = log.counts("reward/mean").steps
+    if not turns or not steps:
+        return None
+    late = steps[-max(1, len(steps) // 4) :][0]
+    counts: list[float] = []
+    shares: dict[int, list[float]] = {k: [] for k in MODES}
+    for turn in turns:
+        samples = log.counts(f"turn/{turn}/samples")
+        weights = [n if step >= late else 0.0 for step, n in zip(samples.steps, samples.values, strict=True)]
+        counts.append(sum(weights))
+        for k in MODES:
+            at_steps = log.counts(f"turn/{turn}/mode/{k}/share").values
+            total = sum(w * share for w, share in zip(weights, at_steps, strict=True))
+            shares[k].append(total / counts[-1] if counts[-1] else 0.0)
+    layers = [Layer(f"mode {k}", f"mode-{k}", tuple(shares[k])) for k in MODES]
+    broken = tuple(max(0.0, 1.0 - sum(shares[k][i] for k in MODES)) if counts[i] else 0.0 for i in range(len(turns)))
+    layers.append(Layer(BROKEN, "bad", broken))
+    legend = tuple(LegendEntry(layer.label, layer.colour, "") for layer in layers if any(layer.values))
+    labels = [str(turn) for turn in turns]
+    return Chart("Modes by turn", "turn of the dialogue; last quarter of the run", bar_chart(labels, layers), legend)
 
 
 def judge_latency(log: MetricsLog) -> Chart | None:
-    """Waiting time of a verdict."""
+    """Seconds of one HTTP call to the judge."""
     lines = [
         Line("median", "series-1", log.series("judge/latency_p50_s")),
         Line("95th percentile", "series-2", log.series("judge/latency_p95_s")),
     ]
-    return _lines("Judge latency", "seconds", lines, bottom=0)
+    return _lines("Latency of a call", "seconds", lines, bottom=0)
 
 
-def judge_failures(log: MetricsLog) -> Chart | None:
-    """Verdicts that could not be had."""
-    line = Line("failed", "bad", log.series("judge/failed_fraction"))
-    return _lines("Judge failures", "share of asked verdicts", [line], percent=True, bottom=0)
+def judge_wait(log: MetricsLog) -> Chart | None:
+    """Seconds until a verdict is there, retries and queueing included."""
+    lines = [
+        Line("median", "series-1", log.series("judge/wait_p50_s")),
+        Line("95th percentile", "series-2", log.series("judge/wait_p95_s")),
+    ]
+    return _lines("From reply to verdict", "seconds, retries included", lines, bottom=0)
+
+
+def judge_retries(log: MetricsLog) -> Chart | None:
+    """Repeated calls of each step, by cause."""
+    if not log.series("judge/calls"):
+        return None
+    colours = iter((*SERIES_COLOURS, "muted"))
+    causes = {name: _increments(log.counts(name)) for name in log.names("judge/retries/")}
+    layers = [
+        Layer(name.removeprefix("judge/retries/").replace("_", " "), next(colours, "grid"), values)
+        for name, values in causes.items()
+    ]
+    steps = log.counts("judge/calls").steps
+    return _areas("Repeated calls", "per step, by cause", steps, layers or [Layer("none", "series-1", (0.0,) * len(steps))])
+
+
+def left_out(log: MetricsLog) -> Chart | None:
+    """Samples that a step does not learn from because of the judge."""
+    lines = [
+        Line("no verdict", "bad", log.series("guard/masked_samples")),
+        Line("in a group too small", "series-2", log.series("guard/skipped_samples")),
+    ]
+    if not any(line.series for line in lines):
+        return _lines(
+            "Judge failures", "share of verdicts", [Line("failed", "bad", log.series("judge/failed_fraction"))], True, 0
+        )
+    return _lines("Samples left out", "per step", lines, bottom=0)
+
+
+def judge_cost(log: MetricsLog) -> Chart | None:
+    """What the judge has cost since the run began, where prices are known."""
+    cost = log.series("judge/cost_usd")
+    if not any(cost.values):
+        return None
+    return _lines("Cost of the judge", "dollars since the run began", [Line("total", "series-1", cost)], bottom=0)
+
+
+def mismatch(log: MetricsLog) -> Chart | None:
+    """Whether the rollout engine samples from the policy that is trained."""
+    line = Line("KL(engine, trainer)", "series-1", log.series("mismatch/kl"))
+    if not line.series:  # an older log
+        line = Line("mean |difference|", "series-1", log.series("engine/logprob_gap"))
+    return _lines("Engine against trainer", "nats per token", [line])
 
 
 def phases(log: MetricsLog) -> Chart | None:
@@ -238,12 +317,15 @@ def bc_optimizer(log: MetricsLog) -> Chart | None:
     return _lines("Gradient norm", "L2", [Line("training", "series-1", log.series("bc/grad_norm"))], bottom=0)
 
 
+MODE_PANELS = (mode_entropy, modes_by_turn)
+"""Beside the shares of the modes."""
+
 AMPO_PANELS: dict[str, tuple[Callable[[MetricsLog], Chart | None], ...]] = {
-    "Reward": (reward, reward_parts, mode_rewards),
-    "Length and format": (response_tokens, mode_tokens, format_failures),
-    "Advantage": (mode_term, mode_advantages, reward_spread),
-    "Policy": (kl, entropy, grad_norm, logprob_gap),
-    "Judge": (judge_latency, judge_failures),
+    "Each mode": (mode_rewards, mode_tokens, mode_advantages),
+    "Reward": (reward, reward_parts, reward_spread),
+    "Advantage, length and format": (mode_term, response_tokens, format_failures),
+    "Policy": (kl, entropy, grad_norm, mismatch),
+    "Judge": (judge_latency, judge_wait, judge_retries, left_out, judge_cost),
     "Time": (phases, throughput),
 }
 """Sections of the page below the mode shares, in order."""
@@ -286,6 +368,11 @@ def _mode_share(log: MetricsLog, title: str, pattern: str, kind: str = "train") 
     layers = [Layer(f"mode {k}", f"mode-{k}", columns[k - 1]) for k in MODES]
     layers.append(Layer(BROKEN, "bad", tuple(max(0.0, 1.0 - sum(at_step)) for at_step in zip(*columns, strict=True))))
     return _areas(title, "share of samples", steps, layers, percent=True)
+
+
+def _increments(totals: Series) -> tuple[float, ...]:
+    """What each step added to a count that only grows."""
+    return tuple(max(0.0, now - before) for before, now in zip((0.0, *totals.values), totals.values, strict=False))
 
 
 def _at(series: Series, steps: Sequence[int]) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 from nemo_ampo.errors import FormatError
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import MODES, NO_MODE
-from nemo_ampo.report import charts, tables
+from nemo_ampo.report import charts, judge, tables
 from nemo_ampo.report.inputs import ALL_TAGS, NO_TAG, Evaluation, Run, ShownSample, StageRun, read_run
 from nemo_ampo.report.plots import SMOOTH_FROM
 from nemo_ampo.runlog import write_once
@@ -133,7 +133,9 @@ def context(run: Run) -> dict[str, Any]:
         "evaluations": run.evaluations,
         "comparisons": comparisons(run.evaluations),
         "ampo_steps": ampo.log.num_steps if ampo else 0,
-        "mode_charts": charts.mode_shares(ampo.log) if ampo else [],
+        "mode_charts": [*charts.mode_shares(ampo.log), *charts.draw(charts.MODE_PANELS, ampo.log)] if ampo else [],
+        "alarms": judge.alarms(ampo.log) if ampo else [],
+        "judge_figures": judge.judge_figures(ampo.log) if ampo else [],
         "ampo_sections": _sections(ampo),
         "training_rows": tables.training_rows(ampo.log) if ampo else [],
         "bc_charts": charts.draw(charts.BC_PANELS, bc.log) if bc else [],

@@ -113,6 +113,28 @@ def area_chart(steps: Sequence[int], layers: Sequence[Layer], percent: bool = Fa
     return _svg(figure, axes, percent)
 
 
+def bar_chart(labels: Sequence[str], layers: Sequence[Layer]) -> str:
+    """Stacked bars of shares, one per label; ``values`` of a layer line up with the labels."""
+    figure, axes = _axes()
+    places = list(range(len(labels)))
+    below = [0.0] * len(labels)
+    for layer in layers:
+        axes.bar(
+            places,
+            layer.values,
+            bottom=below,
+            width=0.72,
+            color=_STAND_INS[layer.colour],
+            edgecolor=_STAND_INS[SURFACE],
+            linewidth=0.6,
+        )
+        below = [under + value for under, value in zip(below, layer.values, strict=True)]
+    axes.set_xticks(places, labels)
+    axes.set_xlim(-0.6, max(len(labels), 4) - 0.4)  # a few bars do not become walls
+    axes.set_ylim(0, 1)
+    return _svg(figure, axes, percent=True)
+
+
 def rolling_mean(values: Sequence[float], width: int) -> list[float]:
     """Centred mean over ``width`` values on either side, fewer at the ends."""
     return [

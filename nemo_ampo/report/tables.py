@@ -30,8 +30,9 @@ TRAINING_METRICS = (
     *("reward/mean", "reward/goal", "reward/length", "format/failed_fraction", "format/cut_fraction"),
     *("tokens/response", "tokens/answer"),
     *(f"mode/{k}/share" for k in MODES),
-    *("mode_term/active_fraction", "policy/kl", "policy/entropy", "policy/grad_norm"),
-    *("engine/logprob_gap", "judge/failed_fraction", "judge/latency_p95_s", "time/step_s"),
+    *("mode/entropy", "mode/adaptivity", "mode_term/active_fraction"),
+    *("policy/kl", "policy/entropy", "policy/grad_norm", "mismatch/kl", "engine/logprob_gap"),
+    *("judge/failed_fraction", "guard/masked_samples", "judge/latency_p95_s", "time/step_s"),
 )
 """Rows of the training table, names as in :data:`nemo_ampo.metrics.DESCRIPTIONS`."""
 

@@ -46,7 +46,7 @@ class FaultJudge:
 
     Attributes:
         percent: share of questions that fail, 0..100; may be changed while running.
-        asked: calls by prompt.
+        asked: calls by prompt (the first message; a re-ask adds others behind it).
         answered: prompts that got a verdict, with it.
     """
 
@@ -98,7 +98,7 @@ class FaultJudge:
 
             def do_POST(self) -> None:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fault, text = judge._decide(payload["messages"][-1]["content"])
+                fault, text = judge._decide(payload["messages"][0]["content"])
                 if fault == "hang_up":
                     self.close_connection = True
                 elif fault == "status":

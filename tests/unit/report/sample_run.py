@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 import torch
 
 from nemo_ampo.advantage import ampo_with_report
+from nemo_ampo.algorithm import JudgeFailure
+from nemo_ampo.chat.stats import StatsRecorder
 from nemo_ampo.errors import FormatError
 from nemo_ampo.grammar import parse_reply, render_reply
-from nemo_ampo.metrics import step_metrics
+from nemo_ampo.guard import GuardConfig, Streaks
+from nemo_ampo.judge.stats import JudgeStats
+from nemo_ampo.metrics import guard_metrics, step_metrics
+from nemo_ampo.mode_choice import choice_metrics
 from nemo_ampo.modes import MODES
 from nemo_ampo.rewards import RewardConfig, score_reply
 from nemo_ampo.runlog import RunLog
@@ -23,11 +29,11 @@ from nemo_ampo.types import DialogueTurn, Verdict
 GROUP = 16
 
 
-def turn(row_id: str, tag: str) -> DialogueTurn:
+def turn(row_id: str, tag: str, index: int = 1) -> DialogueTurn:
     return DialogueTurn(
         row_id=row_id,
-        dialog=('Turn 0: Ada said: "Shall we share the cake?"\n', "Turn 1: Ben said:"),
-        turn=1,
+        dialog=('Turn 0: Ada said: "Shall we share the cake?"\n', f"Turn {index}: Ben said:"),
+        turn=index,
         instruction="...",
         agent1_name="Ada",
         agent2_name="Ben",
@@ -47,7 +53,7 @@ def draw_sample(rng: random.Random, group: int, tag: str, late: float) -> Sample
     text = render_reply(mode, '"Thank you for the cake."', sections)
     if rng.random() < 0.02:
         text = text.replace("<|end_of_answer|>", "")
-    row = turn(f"{tag}-{group}", tag)
+    row = turn(f"{tag}-{group}", tag, 1 + 2 * (group % 3))
     verdict = None if rng.random() < 0.01 else Verdict(5.0, 5.0 + 4 * rng.random())
     answer_tokens = 8
     valid_format = _obeys(text)
@@ -55,6 +61,7 @@ def draw_sample(rng: random.Random, group: int, tag: str, late: float) -> Sample
         group=group,
         row_id=row.row_id,
         tag=tag,
+        turn=row.turn,
         dialogue="\n".join(row.dialog),
         text=text,
         num_tokens=20 + 30 * mode + rng.randint(0, 9),
@@ -82,9 +89,33 @@ def sample_row(sample: Sample, advantage: float) -> dict[str, Any]:
     return row | parts | scores | {"advantage": advantage}
 
 
+def ask(judge: StatsRecorder, sample: Sample, rng: random.Random) -> None:
+    """What the client counts for one sample."""
+    if sample.verdict is None and sample.judge_error is None:
+        return
+    judge.asked()
+    for cause in ("rate_limit", "timeout", "parse"):
+        if rng.random() < 0.02:
+            judge.called()
+            judge.repeated(cause)
+            if cause == "parse":
+                judge.unreadable()
+    if sample.verdict is None:
+        judge.called()
+        judge.failed("timeout")
+    elif rng.random() < 0.1:
+        judge.hit()
+        judge.solved()
+    else:
+        judge.called()
+        judge.answered(0.1 + rng.random(), 900, 120, 0.0004)
+        judge.solved()
+
+
 def write_ampo(folder: Path, steps: int, extra_rows: tuple[dict[str, Any], ...] = ()) -> None:
     rng = random.Random(0)
     log = RunLog(folder)
+    judge, streaks, guard = StatsRecorder(), Streaks(), GuardConfig(min_mode_share=0.12, collapse_steps=5)
     for step in range(steps):
         samples = [
             draw_sample(rng, group, tag, step / steps)
@@ -98,15 +129,22 @@ def write_ampo(folder: Path, steps: int, extra_rows: tuple[dict[str, Any], ...] 
             torch.tensor([s.group for s in samples]),
             torch.tensor([s.parts.valid for s in samples]),
         )
+        for sample in samples:
+            ask(judge, sample, rng)
+        logprobs = [math.log(0.25 + 0.5 * step / steps) if s.parts.mode else None for s in samples]
         policy = {"kl": 0.001 * step, "entropy": 1.0 - 0.005 * step, "grad_norm": 1.5, "lr": 1e-6, "loss": 0.1}
         times = {"rollout": 3.0, "judge_wait": 0.5, "logprobs": 1.0, "reference": 0.9, "update": 2.5, "step": 8.0}
-        log.metrics(
-            step,
+        metrics = (
             step_metrics(samples, advantages_B, report)
+            | guard_metrics(samples, 0, JudgeFailure.mask)
+            | choice_metrics([s.group for s in samples], [s.parts.mode for s in samples], logprobs)
+            | JudgeStats.of([judge.snapshot()]).metrics()
             | {f"policy/{name}": value for name, value in policy.items()}
             | {f"time/{name}_s": value for name, value in times.items()}
-            | {"engine/logprob_gap": 1e-6, "throughput/rollout_tokens_per_s": 400.0},
+            | {"engine/logprob_gap": 1e-6, "mismatch/kl": 1e-7, "throughput/rollout_tokens_per_s": 400.0}
         )
+        streaks = streaks.after(metrics, guard)
+        log.metrics(step, metrics | streaks.metrics(guard))
         rows = [sample_row(s, a) for s, a in zip(samples, advantages_B.tolist(), strict=True)]
         log.rollouts(step, [*extra_rows, *rows] if step == 0 else rows)
 
