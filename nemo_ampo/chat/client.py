@@ -147,6 +147,7 @@ class ChatClient:
         self._cache = cache or open_cache(config, recording or {})
         self._stats = stats or StatsRecorder()
         self._running: dict[str, asyncio.Task[Completion]] = {}
+        self._told: set[str] = set()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.config.model!r}, base_url={self.config.base_url!r})"
@@ -251,7 +252,7 @@ class ChatClient:
                 seed=seed, schema=schema, max_tokens=max_tokens, stop=stop, extra_body=extra_body,
             )  # fmt: skip
         except ChatError as error:
-            self._stats.failed(error.kind)
+            self._give_up(error)
             raise
         self._stats.solved()
         return asked
@@ -454,6 +455,14 @@ class ChatClient:
     def _repeat(self, cause: str, reason: str) -> None:
         self._stats.repeated(cause)
         _log.info("%s %s: asking again: %s", self.config.section, self.config.model, reason)
+
+    def _give_up(self, failure: ChatError) -> None:
+        """Count a question that stays without an answer; the first of each kind is told to whoever watches the run."""
+        self._stats.failed(failure.kind)
+        if failure.kind not in self._told:
+            self._told.add(failure.kind)
+            section = self.config.section
+            _log.warning("%s: no answer: %s (others of kind %s are only counted)", section, failure, failure.kind)
 
     def _explain(self, endpoint: Endpoint, failure: CallError) -> str:
         section = self.config.section

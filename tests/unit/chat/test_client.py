@@ -67,6 +67,19 @@ def test_the_schedule_of_temperatures_and_seeds(server: ScriptedChat, config: An
     assert "seed" not in server.calls[0].payload
 
 
+def test_the_first_failure_of_each_kind_is_told(server: ScriptedChat, config: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server.play(Act('{"error": "the key has been revoked"}', status=401))
+
+    async def work(client: ChatClient) -> None:
+        for _ in range(3):
+            with pytest.raises(ChatError):
+                await client.ask(HELLO, int, temperatures=[0.0])
+
+    with_client(config(server.url), work)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "endpoint: no answer: status 401" in told and "the key has been revoked" in told
+
+
 def test_other_errors_of_the_reader_are_not_hidden(server: ScriptedChat, config: Any) -> None:
     server.play(Act(says("7")))
 

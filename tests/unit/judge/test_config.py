@@ -8,6 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_ampo.chat import PoolMember, Price
+from nemo_ampo.config import EvaluateConfig, read_config
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge import JudgeConfig
 
@@ -27,6 +29,8 @@ def test_default_schedule_is_the_reference_one() -> None:
         ("base_url", ""), ("base_url", "host:8000"), ("base_url", "ftp://host/v1"), ("base_url", "http://"),
         ("base_url", "http://[broken/v1"), ("base_url", "http://host:port/v1"),
         ("model", " "), ("prompt", ""), ("temperatures", []), ("temperatures", [0.0, -0.1]),
+        ("requests_per_minute", -1), ("tokens_per_minute", -1), ("retry_after_max_s", 0.0), ("structured", "maybe"),
+        ("max_calls", 0), ("max_usd", 0.0), ("max_usd", 5.0), ("replay", "r"), ("price", {"other": Price(1.0, 1.0)}),
         ("temperatures", [float("nan")]), ("temperatures", [2.5]), ("max_tokens", 0), ("max_concurrency", 0),
         ("connection_retries", -1), ("timeout_s", 0.0), ("timeout_s", float("nan")),
         ("timeout_s", float("inf")), ("backoff_initial_s", -1.0), ("backoff_max_s", 0.5),
@@ -34,7 +38,58 @@ def test_default_schedule_is_the_reference_one() -> None:
 )  # fmt: skip
 def test_a_bad_value_is_refused_naming_its_key(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^judge\.{key}: "):
-        config(**{key: value})
+        config(**{key: value, **({"cache": "c"} if key == "replay" else {})})
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"endpoints": [PoolMember("http://a/v1"), PoolMember("b")]}, r"endpoints\[1\]\.base_url"),
+        ({"endpoints": [PoolMember("http://sk-secret@a/v1")]}, r"endpoints\[0\]\.base_url"),
+        ({"price": {"m": Price(-1.0, 1.0)}}, r"price\.m\.input_per_million"),
+        ({"price": {"m": Price(1.0, float("nan"))}}, r"price\.m\.output_per_million"),
+        ({"price": {"m": Price(1.0, 1.0)}, "endpoints": [PoolMember("http://a/v1", model="n")]}, "price"),
+    ],
+)
+def test_a_bad_value_deeper_down_is_named(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^judge\.{key}: ") as caught:
+        config(**changes)
+    assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "read"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
+def test_yaml_makes_a_truth_value_of_on(given: object, read: str) -> None:
+    assert config(structured=given).structured == read
+
+
+def test_members_of_the_pool_inherit_model_and_key() -> None:
+    pool = [PoolMember("http://a/v1"), PoolMember("http://b/v1", model="n", api_key_env="")]
+    members = config(api_key_env="KEY", endpoints=pool).members
+    assert [(m.base_url, m.model, m.api_key_env) for m in members] == [
+        ("http://host:8000/v1", "m", "KEY"), ("http://a/v1", "m", "KEY"), ("http://b/v1", "n", ""),
+    ]  # fmt: skip
+
+
+def test_every_kind_of_value_is_read_from_yaml() -> None:
+    yaml = """
+    judge:
+      base_url: http://host/v1
+      model: gpt-4.1
+      structured: on
+      endpoints: [{base_url: http://b/v1}, {base_url: http://c/v1, model: other}]
+      price: {gpt-4.1: {input_per_million: 2, output_per_million: 8}, other: {input_per_million: 1, output_per_million: 1}}
+      max_usd: 10
+      extra_body: {chat_template_kwargs: {enable_thinking: false}, max_tokens: null}
+      second: {base_url: http://d/v1, model: other, every: 5}
+    data: {turns: t}
+    run: {dir: r, name: n, checkpoint: c}
+    """
+    judge = read_config(OmegaConf.create(yaml), EvaluateConfig).judge
+    assert judge.structured == "on" and judge.price["gpt-4.1"].usd(1_000_000, 1_000_000) == 10.0
+    assert [member.model for member in judge.members] == ["gpt-4.1", "gpt-4.1", "other"]
+    assert judge.extra_body == {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": None}
+    assert judge.second is not None and (judge.second.every, judge.second_judge().model) == (5, "other")
+    assert judge.second_judge().endpoints == [] and judge.second_judge().max_usd == 10.0
 
 
 @pytest.mark.parametrize(
