@@ -143,7 +143,7 @@ def restore_damaged(run_dir: Path, out: Path) -> None:
 
     from nemo_ampo.errors import UserError
 
-    older, newest = sorted((run_dir / "checkpoints").glob("step-*"))
+    *_, older, newest = sorted((run_dir / "checkpoints").glob("step-*"))
     file = newest / "optimizer" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     said = io.StringIO()
