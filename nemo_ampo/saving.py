@@ -220,7 +220,8 @@ class Saver:
             where the run continues, or None without a checkpoint.
 
         Raises:
-            UserError: another job is in the folder, or the checkpoint cannot be loaded under this layout.
+            UserError: another job is in the folder, all checkpoints are damaged, or the one to continue from cannot be
+                loaded under this layout.
         """
         self._claim()
         checkpoint = self._choose()
@@ -259,15 +260,17 @@ class Saver:
     def _choose(self) -> Checkpoint | None:
         """The newest one whose files have their hashes; what was passed over is said."""
         main = self._rank == 0
-        found: list[list[Checkpoint]] = [[]]
+        found: list[Any] = [[], False]
         if main:
             self.store.sweep()
-            for bad in self.store.scan()[1]:
+            complete, incomplete = self.store.scan()
+            for bad in incomplete:
                 print(f"resume: {bad.path.name} is incomplete and ignored ({bad.reason})", file=sys.stderr)
-            found = [self.store.resumable()]
+            found = [self.store.resumable(), bool(complete or incomplete)]
         torch.distributed.broadcast_object_list(found)
+        candidates, run_exists = found
         size = torch.distributed.get_world_size()
-        for checkpoint in found[0]:
+        for checkpoint in candidates:
             names = sorted(checkpoint.manifest.files)
             try:
                 bad_files = together(lambda c=checkpoint, n=names: damaged(c.path, c.manifest, n[self._rank :: size]))  # type: ignore[misc]
@@ -279,6 +282,11 @@ class Saver:
             if main:
                 print(f"resume: continuing from {checkpoint.path}", file=sys.stderr)
             return checkpoint
+        if run_exists:
+            # Starting anew would wipe the logs of a run somebody may still want to save.
+            raise UserError(
+                f"{self.store.folder}: none of its checkpoints can be continued from; move it away to start anew"
+            )
         return None
 
     def _optimizer_state(self, is_loading: bool) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests/unit/converters")]
 FOLDER = Path(sys.argv[1])
-LAYOUTS = {"data 2": (2, 1, 1), "tensor 2": (2, 2, 1), "pipeline 2": (2, 1, 2)}
+LAYOUTS = {
+    "data 2": (2, 1, 1, False),
+    "tensor 2": (2, 2, 1, False),
+    "pipeline 2": (2, 1, 2, False),
+    "bf16, data 2": (2, 1, 1, True),
+    "bf16, tensor 2": (2, 2, 1, True),
+}
+"""Ranks, tensor- and pipeline-parallel size, bf16 weights with fp32 copies in the optimizer (the setting for GPUs)."""
 KILLS = 10
 
 
@@ -75,7 +82,12 @@ def convert() -> None:
 
 
 def session(
-    run_dir: Path, tensor: int = 1, pipeline: int = 1, nemo: str = str(FOLDER / "model.nemo"), **checkpoint: Any
+    run_dir: Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    half: bool = False,
+    nemo: str = str(FOLDER / "model.nemo"),
+    **checkpoint: Any,
 ) -> Any:
     from nemo_ampo.actor import AmpoActor
     from nemo_ampo.checkpoint import unpack_assets
@@ -84,6 +96,7 @@ def session(
     from nemo_ampo.session import Keep, open_session, prepare_config
 
     parallel = [f"model.tensor_model_parallel_size={tensor}", f"model.pipeline_model_parallel_size={pipeline}"]
+    parallel += ["trainer.precision=bf16", "model.megatron_amp_O2=true"] if half else []
     cfg = compose("ampo", "tiny", ["model.global_batch_size=8", "model.micro_batch_size=4", "run.dir=-", *parallel])
     prepare_config(cfg, run_dir, nemo, unpack_assets(nemo, FOLDER / "assets"), "cpu")
     keep = Keep(run_dir, CheckpointConfig(**checkpoint), {"run.seed": 1})
@@ -109,18 +122,40 @@ def save(s: Any, step: int, **metrics: float) -> None:
     s.ckpt_callback.custom_save(counters | metrics)
 
 
-def write(run_dir: Path) -> None:
-    s = session(run_dir)
+def write(run_dir: Path, half: bool) -> None:
+    s = session(run_dir, half=half)
     for step in (1, 2):
         train_step(s, step)
     save(s, 2, **{"reward/mean": 0.25})
 
 
-def copy_on(run_dir: Path, tensor: int, pipeline: int, step: int) -> None:
+def copy_on(run_dir: Path, tensor: int, pipeline: int, half: bool, step: int) -> None:
     """Restore and write again, under this layout."""
-    s = session(run_dir, tensor, pipeline)
+    s = session(run_dir, tensor, pipeline, half)
     assert s.resumed is not None and s.resumed.counters["step"] == step - 1
     save(s, step)
+
+
+def restore_damaged(run_dir: Path, out: Path) -> None:
+    """The newest of two checkpoints has a changed byte, then the older one lacks one."""
+    import contextlib
+    import io
+
+    from nemo_ampo.errors import UserError
+
+    *_, older, newest = sorted((run_dir / "checkpoints").glob("step-*"))
+    file = newest / "optimizer" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        s = session(run_dir)
+        step = s.resumed.counters["step"]
+        os.truncate(older / "model_weights" / ".metadata", 10)
+        try:
+            s.ckpt_callback.restore()
+        except UserError as error:
+            refused = str(error)
+    out.write_text(json.dumps({"step": step, "said": said.getvalue().splitlines(), "refused": refused}))
 
 
 def start_from_packed(checkpoint: Path, out: Path) -> None:
@@ -242,15 +277,19 @@ def main() -> None:
 
     run(convert)
     first = FOLDER / "first"
-    run(write, first)
+    run(write, first, False)
+    run(write, FOLDER / "first bf16", True)
     results: dict[str, Any] = {}
-    for name, (ranks, tensor, pipeline) in LAYOUTS.items():
-        there = FOLDER / name
-        shutil.copytree(first, there)
-        run(copy_on, there, tensor, pipeline, 3, ranks=ranks)
-        run(copy_on, there, 1, 1, 4)
-        run(compare, first / "checkpoints/step-000002", there / "checkpoints/step-000004", FOLDER / "compared.json")
-        results[name] = json.loads((FOLDER / "compared.json").read_text())
+    for name, (ranks, tensor, pipeline, half) in LAYOUTS.items():
+        begin, there = FOLDER / "first bf16" if half else first, FOLDER / name
+        shutil.copytree(begin, there)
+        run(copy_on, there, tensor, pipeline, half, 3, ranks=ranks)
+        run(copy_on, there, 1, 1, half, 4)
+        run(compare, begin / "checkpoints/step-000002", there / "checkpoints/step-000004", FOLDER / "compared.json")
+        manifest = json.loads((there / "checkpoints/step-000003/manifest.json").read_text())
+        results[name] = json.loads((FOLDER / "compared.json").read_text()) | {"memory": manifest["memory"]}
+    run(restore_damaged, FOLDER / "data 2", FOLDER / "damaged.json")
+    results["damaged"] = json.loads((FOLDER / "damaged.json").read_text())
     run(start_from_packed, first / "checkpoints/step-000002", FOLDER / "packed.json")
     results["packed equals restored"] = json.loads((FOLDER / "packed.json").read_text())
     if small_disk != "-":

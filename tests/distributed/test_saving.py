@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nemo_ampo.plan import ModelShape, state_bytes
+
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 SMALL_DISK_BYTES = 3_200_000
@@ -45,10 +47,39 @@ def results(tmp_path_factory: pytest.TempPathFactory, small_disk: Path | None) -
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("layout", ["data 2", "tensor 2", "pipeline 2"])
+LAYOUTS = {
+    "data 2": (2, 1, 1, False),
+    "tensor 2": (2, 2, 1, False),
+    "pipeline 2": (2, 1, 2, False),
+    "bf16, data 2": (2, 1, 1, True),
+    "bf16, tensor 2": (2, 2, 1, True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_there_and_back_through_another_layout_changes_no_bit(results: dict[str, Any], layout: str) -> None:
     assert results[layout]["equal"]
     assert results[layout]["tensors"] > 30, "weights, fp32 copies and two moments of each"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plan_knows_the_states_of_the_fullest_rank(results: dict[str, Any], layout: str) -> None:
+    ranks, tensor, pipeline, half = LAYOUTS[layout]
+    shape = ModelShape(layers=2, hidden=64, ffn=96, heads=4, groups=2, channels=16, vocab=640, tied=False, qkv_bias=True)
+    largest = max(shape.parameters_on(stage, tensor, pipeline) for stage in range(pipeline))
+    planned = state_bytes(largest, half, ranks // tensor // pipeline)
+    measured = results[layout]["memory"]
+    for name, value in zip(("weights", "gradients", "optimizer"), planned, strict=True):
+        assert value == pytest.approx(measured[name], rel=0.02), name
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_run_without_a_good_one_is_not_begun_anew(results: dict[str, Any]) -> None:
+    damaged = results["damaged"]
+    assert damaged["step"] == 3
+    told = "\n".join(damaged["said"])
+    assert "step-000004 is damaged and ignored (rank 0: content of optimizer/__0_0.distcp differs from its hash)" in told
+    assert "step-000003 is incomplete and ignored" in told and "continuing from" in told
+    assert damaged["refused"].endswith("no checkpoint in it can be continued from; move it away to start anew")
 
 
 def test_a_checkpoint_packed_as_nemo_file_is_the_same_model(results: dict[str, Any]) -> None:

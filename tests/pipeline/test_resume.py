@@ -34,15 +34,16 @@ SMALL = [
 
 
 class Job:
-    """One AMPO stage in a process group of its own."""
+    """One stage on the tiny model, in processes of its own."""
 
-    def __init__(self, quickstart: Quickstart, folder: Path, judge_url: str, ranks: int, overrides: list[str]) -> None:
+    def __init__(self, quickstart: Quickstart, folder: Path, stage: str, overrides: list[str], ranks: int = 1) -> None:
         self.folder = folder
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+        start = {"bc": quickstart.folder / "nemo" / "base.nemo", "ampo": quickstart.folder / "bc" / "policy.nemo"}[stage]
+        rows = {"bc": "bc_train.jsonl", "ampo": "rl_train.jsonl"}[stage]
         self._command = [
-            *(sys.executable, "-m", *torchrun, "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}"),
-            *(f"judge.base_url={judge_url}", f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}"),
-            *(f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}", *SMALL, *overrides),
+            *(sys.executable, "-m", *torchrun, f"recipes.{stage}", "--config-name", "tiny", f"run.dir={folder}"),
+            *(f"run.init_from={start}", f"data.train={quickstart.folder / 'world' / rows}", *overrides),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -65,7 +66,7 @@ class Job:
 
     @property
     def steps(self) -> list[int]:
-        return [r["step"] for r in read_jsonl(self.folder / "metrics.jsonl")]
+        return [r["step"] for r in read_jsonl(self.folder / "metrics.jsonl") if r["kind"] == "train"]
 
     def wait_for_steps(self, count: int) -> None:
         assert self._process is not None
@@ -111,8 +112,9 @@ def judge_url() -> Iterator[str]:
 def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url: str, tmp_path: Path, name: str) -> None:
     ranks, overrides = LAYOUTS[name]
     verdicts = tmp_path / "verdicts.sqlite"
-    straight = Job(quickstart, tmp_path / "straight", judge_url, ranks, overrides).start(f"judge.cache={verdicts}")
-    broken = Job(quickstart, tmp_path / "broken", judge_url, ranks, overrides).start()
+    arguments = ("ampo", [f"judge.base_url={judge_url}", *SMALL, *overrides], ranks)
+    straight = Job(quickstart, tmp_path / "straight", *arguments).start(f"judge.cache={verdicts}")
+    broken = Job(quickstart, tmp_path / "broken", *arguments).start()
     try:
         broken.wait_for_steps(KILLED_AFTER)
         broken.signal(signal.SIGKILL)
@@ -151,7 +153,8 @@ def largest_gap(ours: Path, theirs: Path) -> dict[str, float]:
 
 
 def test_ctrl_c_then_another_layout_and_a_changed_config(quickstart: Quickstart, judge_url: str, tmp_path: Path) -> None:
-    job = Job(quickstart, tmp_path / "run", judge_url, 1, ["trainer.reinforce.max_steps=3"]).start()
+    arguments = [f"judge.base_url={judge_url}", *SMALL, "trainer.reinforce.max_steps=3"]
+    job = Job(quickstart, tmp_path / "run", "ampo", arguments).start()
     try:
         job.wait_for_steps(1)
         job.signal(signal.SIGINT)
@@ -167,3 +170,33 @@ def test_ctrl_c_then_another_layout_and_a_changed_config(quickstart: Quickstart,
         assert job.steps == [0, 1, 2]
     finally:
         job.stop()
+
+
+def test_cloning_resumes_with_its_schedule_and_its_validations(quickstart: Quickstart, tmp_path: Path) -> None:
+    steps, every = 40, 10
+    overrides = [
+        *(f"data.heldout={quickstart.folder / 'world' / 'bc_heldout.jsonl'}", "data.heldout_replies=0"),
+        *(f"trainer.sft.max_steps={steps}", f"trainer.sft.val_check_interval={every}", f"trainer.sft.save_interval={every}"),
+    ]
+    straight = Job(quickstart, tmp_path / "straight", "bc", overrides).start()
+    broken = Job(quickstart, tmp_path / "broken", "bc", overrides).start()
+    try:
+        broken.wait_for_steps(every + 5)
+        broken.signal(signal.SIGKILL)
+        broken.wait()
+        assert every + 5 <= len(broken.steps) < steps
+        assert broken.start().wait() == 0, broken.said[-4000:]
+        assert straight.wait() == 0, straight.said[-4000:]
+    finally:
+        straight.stop()
+        broken.stop()
+    assert "resume: continuing from" in broken.said
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "checkpoint/"))} for row in read_jsonl(f)]
+        for f in (broken.folder / "metrics.jsonl", straight.folder / "metrics.jsonl")
+    ]
+    assert timeless[0] == timeless[1]
+    assert [r["step"] for r in timeless[0] if r["kind"] == "val"] == list(range(every, steps + 1, every))
+    best = [c for c in Store(straight.folder / "checkpoints").scan()[0] if c.manifest.score is not None]
+    losses = {r["step"]: r["bc/val_loss"] for r in timeless[0] if r["kind"] == "val"}
+    assert all(c.manifest.score == losses[c.step] for c in best) and best
