@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.attempts import AttemptLog, PlannedStage, Progress, checkpoint_step, write_plan
+from nemo_ampo.checkpoint_store import MANIFEST, OPTIMIZER, Layout, Manifest, measure
 from nemo_ampo.errors import UserError
 from nemo_ampo.status import read_status
 
@@ -22,7 +23,16 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def checkpoint(run_dir: Path, step: int) -> None:
-    (run_dir / "ampo" / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    manifest(run_dir / "ampo" / "checkpoints" / f"step-{step:06d}", step)
+
+
+def manifest(folder: Path, step: int) -> None:
+    """A complete checkpoint with one file of optimizer state."""
+    (folder / OPTIMIZER).mkdir(parents=True)
+    (folder / OPTIMIZER / "state").write_text("state")
+    files = measure(folder, [f"{OPTIMIZER}/state"])
+    layout = Layout(world=1, tensor=1, pipeline=1, data=1)
+    (folder / MANIFEST).write_text(Manifest("ampo", step, {}, layout, {}, None, {}, files).dump())
 
 
 def end(run_dir: Path, status: int) -> str:
@@ -91,15 +101,19 @@ def test_a_new_job_begins_anew(run_dir: Path) -> None:
     AttemptLog(run_dir).begin("8", 0, 3, Progress.of(run_dir))
 
 
-@pytest.mark.parametrize("name", ["ampo-step=12-consumed_samples=96-epoch=0-last", "step-000012"])
-def test_torn_checkpoints_do_not_count(tmp_path: Path, name: str) -> None:
-    folder = tmp_path / ("nemo/checkpoints" if "=" in name else "checkpoints")
-    assert checkpoint_step(tmp_path) is None
-    (folder / name).mkdir(parents=True)
-    assert checkpoint_step(tmp_path) == 12
-    (folder / name.replace("12", "13")).mkdir()
-    (folder / f"{name.replace('12', '13')}-unfinished").touch()
-    assert checkpoint_step(tmp_path) == 12
+def test_a_torn_checkpoint_does_not_count(run_dir: Path) -> None:
+    assert checkpoint_step(run_dir / "ampo") is None
+    checkpoint(run_dir, 12)
+    checkpoint(run_dir, 13)
+    (run_dir / "ampo" / "checkpoints" / "step-000013" / OPTIMIZER / "state").write_text("st")
+    assert checkpoint_step(run_dir / "ampo") == 12
+
+
+def test_checkpoints_may_lie_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+    manifest(tmp_path / "fast" / "step-000004", 4)
+    (run_dir / "ampo").mkdir()
+    (run_dir / "ampo" / "config.yaml").write_text(f"checkpoint: {{dir: {tmp_path / 'fast'}}}\n")
+    assert checkpoint_step(run_dir / "ampo") == 4
 
 
 def test_status_says_what_is_done_running_left_and_wrong(run_dir: Path) -> None:
