@@ -132,7 +132,9 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
         raise ConfigError(f"{path}: no such recipe; see configs/pipeline")
     own, passed_on = _split(overrides)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own))
+        merged: Any = OmegaConf.merge(
+            OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own)
+        )
         for stage, override in passed_on:
             merged[stage].overrides.append(override)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -198,8 +200,10 @@ def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
     data = recipe.data
     checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else root / "hf" / "base"
     if data.world:
-        files = [world / name for name in ("bc_train.jsonl", "bc_heldout.jsonl", "rl_train.jsonl", "rl_heldout.jsonl")]
-        data = DataFiles(True, *map(str, files[:3]), heldout=str(files[3]))
+        bc_train, bc_heldout, rl_train, heldout = (
+            str(world / f"{name}.jsonl") for name in ("bc_train", "bc_heldout", "rl_train", "rl_heldout")
+        )
+        data = DataFiles(world=True, bc_train=bc_train, bc_heldout=bc_heldout, rl_train=rl_train, heldout=heldout)
     judge = [f"judge.base_url={judge_url}", *([f"judge.model={recipe.judge.model}"] if recipe.judge.model else [])]
     turns = f"data.train={data.rl_train}" if data.rl_train else f"data.sotopia_dir={data.sotopia_dir}"
 
