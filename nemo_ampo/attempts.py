@@ -8,13 +8,15 @@ node failed; then nobody wrote an end, and the next begin decides by the same ru
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nemo_ampo.checkpoint_store import Store
 from nemo_ampo.errors import UserError
 from nemo_ampo.runlog import read_jsonl, write_once
 
@@ -57,14 +59,16 @@ class Progress:
 
 
 def checkpoint_step(stage_dir: Path) -> int | None:
-    """Step of the newest complete checkpoint of a training stage, None without one."""
-    names = {path.name for folder in ("checkpoints", "nemo/checkpoints") for path in stage_dir.glob(f"{folder}/*")}
-    steps = [
-        int(found[1])
-        for name in names
-        if f"{name}-unfinished" not in names and (found := re.match(r"(?:\w+-)?step[-=](\d+)(?!.*-unfinished)", name))
-    ]
-    return max(steps, default=None)
+    """Step of the newest checkpoint that a training stage can continue from, None without one."""
+    config = resolved_config(stage_dir).get("checkpoint") or {}
+    store = Store(Path(config.get("dir") or stage_dir / "checkpoints"))
+    return next((checkpoint.step for checkpoint in store.resumable()), None)
+
+
+def resolved_config(stage_dir: Path) -> dict[str, Any]:
+    """What the stage wrote when it started; empty before."""
+    path = stage_dir / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_plan(run_dir: Path, stages: Sequence[PlannedStage], asked: set[str]) -> None:

@@ -7,9 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from nemo_ampo.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan
+from nemo_ampo.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
 from nemo_ampo.runlog import read_jsonl
 
 if TYPE_CHECKING:
@@ -108,9 +106,7 @@ def _steps(folder: Path, name: str) -> str:
     trained = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl") if row.get("kind", "train") == "train"]
     if not trained:
         return ""
-    config = (
-        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) if (folder / "config.yaml").exists() else {}
-    )
+    config = resolved_config(folder)
     total = config.get("trainer", {}).get(MAX_STEPS[name], {}).get("max_steps", -1)
     text = f"{max(trained) + 1}" + (f" of {total}" if total > 0 else "")
     saved = checkpoint_step(folder)

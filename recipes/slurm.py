@@ -132,7 +132,9 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
         raise ConfigError(f"{path}: no such recipe; see configs/pipeline")
     own, passed_on = _split(overrides)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own))
+        merged: Any = OmegaConf.merge(
+            OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own)
+        )
         for stage, override in passed_on:
             merged[stage].overrides.append(override)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -198,8 +200,10 @@ def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
     data = recipe.data
     checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else root / "hf" / "base"
     if data.world:
-        files = [world / name for name in ("bc_train.jsonl", "bc_heldout.jsonl", "rl_train.jsonl", "rl_heldout.jsonl")]
-        data = DataFiles(True, *map(str, files[:3]), heldout=str(files[3]))
+        bc_train, bc_heldout, rl_train, heldout = (
+            str(world / f"{name}.jsonl") for name in ("bc_train", "bc_heldout", "rl_train", "rl_heldout")
+        )
+        data = DataFiles(world=True, bc_train=bc_train, bc_heldout=bc_heldout, rl_train=rl_train, heldout=heldout)
     judge = [f"judge.base_url={judge_url}", *([f"judge.model={recipe.judge.model}"] if recipe.judge.model else [])]
     turns = f"data.train={data.rl_train}" if data.rl_train else f"data.sotopia_dir={data.sotopia_dir}"
 
@@ -255,12 +259,15 @@ def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
     ]
 
 
-def check_stage_configs(plan: Sequence[Stage], ranks: int) -> None:
+def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
     """Compose the configuration of every stage, so that a wrong key stops the job before anything runs, not hours later.
 
     Args:
         plan: stages to check.
         ranks: processes of a training stage.
+
+    Returns:
+        Names of the stages that must be started through MPI: TensorRT-LLM finds its peers that way.
 
     Raises:
         ConfigError: naming stage and key.
@@ -268,6 +275,7 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> None:
     from nemo_ampo.compose import compose
     from nemo_ampo.config import STAGES, read_config
 
+    with_mpi = set()
     for stage in plan:
         name = stage.command[0].removeprefix("recipes.")
         if name not in STAGES:
@@ -279,6 +287,9 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> None:
                 _check_layout(raw.model, ranks)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
+        if "rollout" in raw and raw.rollout.engine == "trtllm":
+            with_mpi.add(stage.name)
+    return with_mpi
 
 
 def _check_layout(model: Any, ranks: int) -> None:
@@ -296,17 +307,10 @@ def _check_layout(model: Any, ranks: int) -> None:
         )
 
 
-def line_of(stage: Stage) -> str:
+def line_of(stage: Stage, with_mpi: bool) -> str:
     """Name, processes, MPI, output and command of a stage, separated by tabs."""
-    wants_mpi = "rollout.engine=trtllm" in stage.command
-    parts = (
-        stage.name,
-        "all" if stage.name in TRAINING else "one",
-        "mpi" if wants_mpi else "plain",
-        str(stage.output),
-        *stage.command,
-    )
-    return "\t".join(parts)
+    width = "all" if stage.name in TRAINING else "one"
+    return "\t".join((stage.name, width, "mpi" if with_mpi else "plain", str(stage.output), *stage.command))
 
 
 def plan_command(args: argparse.Namespace) -> None:
@@ -316,10 +320,10 @@ def plan_command(args: argparse.Namespace) -> None:
     plan = stages(recipe, judge_url)
     if args.only:
         plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
-    check_stage_configs(plan, args.ranks)
+    with_mpi = check_stage_configs(plan, args.ranks)
     if args.record:
         record(recipe, plan)
-    print("\n".join(map(line_of, plan)))
+    print("\n".join(line_of(stage, stage.name in with_mpi) for stage in plan))
 
 
 def record(recipe: PipelineConfig, plan: Sequence[Stage]) -> None:

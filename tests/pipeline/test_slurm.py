@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slurm_cluster import Cluster, missing_reason, slurm_cluster, wait_for
 from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.attempts import AttemptLog, checkpoint_step
+from nemo_ampo.checkpoint_store import Store
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl
 from nemo_ampo.status import read_status
@@ -129,21 +131,23 @@ class Story:
 
     def release(self, restarts: int) -> None:
         """Wait until the job is back in the queue, then let it start now."""
-        self._wait(lambda: self.restarts() == restarts and self.cluster.state(self.job) == "PENDING", "the requeue")
+        self.wait(lambda: self.restarts() == restarts and self.cluster.state(self.job) == "PENDING", "the requeue")
         hour, now = "TimeLimit=60", "StartTime=now"
         for component in self.cluster.check("squeue", "--noheader", "--format=%A").split():
             self.cluster.check("scontrol", "update", f"JobId={component}", hour, now)
-        self._wait(lambda: self.cluster.state(self.job) == "RUNNING", "the restart")
+        self.wait(lambda: self.cluster.state(self.job) == "RUNNING", "the restart")
 
     def until_trained(self, steps: int) -> None:
-        self._wait(lambda: self.trained() >= steps, f"{steps} steps", 120)
+        self.wait(lambda: self.trained() >= steps, f"{steps} steps", 120)
 
-    def saved_and_lost(self) -> tuple[int, int]:
-        """Step of the newest checkpoint, and steps trained beyond it."""
-        saved = checkpoint_step(self.ampo) or 0
-        return saved, self.trained() - saved
+    def saved_and_lost(self, what: str, asked: float) -> tuple[int, int]:
+        """Step of the newest checkpoint, and steps trained beyond it; both are printed, with the seconds since ``asked``."""
+        newest = Store(self.ampo / "checkpoints").resumable()[0]
+        lost = self.trained() - newest.step
+        print(f"{what}: checkpoint at {newest.step}, lost {lost}, written {newest.manifest.written - asked:.1f} s after")
+        return newest.step, lost
 
-    def _wait(self, holds: Any, what: str, seconds: float = 90) -> None:
+    def wait(self, holds: Any, what: str, seconds: float = 90) -> None:
         try:
             wait_for(holds, seconds, what)
         except AssertionError as error:
@@ -167,34 +171,38 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
     too_short = {"options": ["--time=2", "--signal=B:USR1@1"], "AMPO_SAVE_RESERVE_S": "115"}
     job = submit(cluster, "ampo.sh", str(path), judge=True, **too_short)  # type: ignore[arg-type]
     story = Story(cluster, run_dir, job)
-    story._wait(lambda: cluster.state(job) == "RUNNING", "the start")
-    story._wait(lambda: story.restarts() == 1, "the time limit", 120)
-    assert story.saved_and_lost() == (1, 0)
+    story.wait(lambda: cluster.state(job) == "RUNNING", "the start")
+    began = time.time()
+    story.wait(lambda: story.restarts() == 1, "the time limit", 120)
+    assert story.saved_and_lost("time limit", began) == (1, 0)
 
     for attempt in (1, 2):
         before = story.trained()
         story.release(attempt)
         story.until_trained(before + 1)
+        asked = time.time()
         cluster.check("scancel", "--signal=USR1", "--batch", job)
-        story._wait(lambda number=attempt + 1: story.restarts() == number, "the requeue after USR1")
-        saved, lost = story.saved_and_lost()
+        story.wait(lambda number=attempt + 1: story.restarts() == number, "the requeue after USR1")
+        saved, lost = story.saved_and_lost("USR1", asked)
         assert saved > before and lost == 0
 
     before = story.trained()
     story.release(3)
     story.until_trained(before + 1)
     judge = [pid for pid in cluster.step_processes("n3") if "demo_judge" in Path(f"/proc/{pid}/cmdline").read_text()]
+    asked = time.time()
     os.kill(judge[0], signal.SIGKILL)
-    story._wait(lambda: story.restarts() == 4, "the requeue after the judge died")
-    saved, lost = story.saved_and_lost()
+    story.wait(lambda: story.restarts() == 4, "the requeue after the judge died")
+    saved, lost = story.saved_and_lost("judge killed", asked)
     assert saved > before and lost == 0
 
     story.release(4)
     before = saved
-    story._wait(lambda: (checkpoint_step(story.ampo) or 0) > before, "a checkpoint")
+    story.wait(lambda: (checkpoint_step(story.ampo) or 0) > before, "a checkpoint")
+    asked = time.time()
     cluster.kill_node("n2")
-    story._wait(lambda: story.restarts() == 5, "the requeue after a node died")
-    saved, lost = story.saved_and_lost()
+    story.wait(lambda: story.restarts() == 5, "the requeue after a node died")
+    saved, lost = story.saved_and_lost("node killed", asked)
     assert saved > before and lost <= SAVE_EVERY
     cluster.start_node("n2")
     wait_for(lambda: cluster.idle_nodes() == 3, 60, "the node to come back")
@@ -203,8 +211,8 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
 
     assert [row["step"] for row in read_jsonl(story.ampo / "metrics.jsonl")] == list(range(STEPS))
     ends = [row["reason"] for row in AttemptLog(run_dir).rows() if row["event"] == "end"]
-    limit, asked = "stopped at a checkpoint before the time limit", "asked to stop before the time limit"
-    assert ends == [limit, asked, asked, "the judge died", "ampo failed", "finished"]
+    limit, warned = "stopped at a checkpoint before the time limit", "asked to stop before the time limit"
+    assert ends == [limit, warned, warned, "the judge died", "ampo failed", "finished"]
     assert {path.name for path in (run_dir / "logs").iterdir()} == {f"{job}-{attempt}" for attempt in range(6)}
     assert (run_dir / "evaluate" / "ampo.json").exists()
 

@@ -1,0 +1,102 @@
+"""One small file becomes a list of stages; what is wrong with it is said before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_ampo.attempts import read_plan
+from nemo_ampo.compose import CONFIGS
+from nemo_ampo.errors import ConfigError
+from recipes.quickstart import stages as quickstart_stages
+from recipes.slurm import check_stage_configs, main, read_recipe, stages
+
+TINY = CONFIGS / "pipeline" / "tiny.yaml"
+URL = "http://judge:1/v1"
+
+
+def files(folder: Path) -> dict[str, object]:
+    names = ("bc_train", "bc_heldout", "rl_train", "heldout")
+    for name in (*names, "hf"):
+        (folder / name).touch()
+    return {
+        "run_dir": str(folder / "run"),
+        "checkpoint": str(folder / "hf"),
+        "data": {name: str(folder / name) for name in names},
+        "judge": {"mode": "external", "base_url": URL},
+        "bc": {"config": "tiny"},
+        "ampo": {"config": "tiny"},
+        "evaluate": {"config": "tiny"},
+    }
+
+
+def written(folder: Path, recipe: dict[str, object]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_the_embedded_pipeline_runs_what_the_quickstart_runs() -> None:
+    ours = {stage.name: stage for stage in stages(read_recipe(TINY, ["run_dir=r"]), URL)}
+    theirs = quickstart_stages(Path("r"), URL, 1, 2, ["model.micro_batch_size=16"], [])
+    by_output = {stage.output: stage for stage in theirs}
+    for name in ("world", "checkpoint", "convert", "bc", "ampo", "export-bc", "export-ampo", "evaluate-ampo"):
+        other = by_output[ours[name].output]
+        assert sorted(ours[name].command) == sorted(other.command), name
+
+
+@pytest.mark.parametrize("model", ["qwen2.5_7b", "llama3.1_8b"])
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_shipped_gpu_recipes_fit_whole_nodes(model: str, nodes: int, tmp_path: Path) -> None:
+    given = files(tmp_path)
+    overrides = [f"data.{k}={v}" for k, v in given["data"].items()]  # type: ignore[attr-defined]
+    recipe = read_recipe(CONFIGS / "pipeline" / f"{model}.yaml", [*overrides, f"checkpoint={given['checkpoint']}"])
+    check_stage_configs(stages(recipe, URL), 8 * nodes)
+
+
+def test_a_stage_s_own_keys_are_passed_on() -> None:
+    recipe = read_recipe(
+        TINY, ["ampo.rollout.group_size=4", "+bc.model.extra=1", "evaluate.policies=[ampo]", "bc.config=tiny"]
+    )
+    assert recipe.ampo.overrides == ["rollout.group_size=4"]
+    assert recipe.bc.overrides[-1] == "+model.extra=1"
+    assert [s.name for s in stages(recipe, URL)][-2:] == ["export-ampo", "evaluate-ampo"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"world": True}}, "data.world: makes the data and checkpoint itself; remove checkpoint"),
+        ({"checkpoint": None}, "checkpoint: a Hugging Face folder is required"),
+        ({"checkpoint": "/nowhere"}, "checkpoint: nothing at /nowhere"),
+        ({"judge": {"mode": "external"}}, "judge.base_url: a URL is required"),
+        ({"judge": {"mode": "hetjob", "base_url": URL}}, "judge.base_url: follows from the allocation"),
+        ({"judge": {"mode": "elsewhere"}}, "judge.mode: "),
+        ({"evaluate": {"config": "tiny", "policies": ["base"]}}, "evaluate.policies: expected bc or ampo"),
+        ({"ampo": {}}, "ampo.config: a value is required"),
+        ({"colour": "red"}, "colour: "),
+    ],
+)
+def test_a_bad_recipe_names_the_key(change: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")):
+        read_recipe(written(tmp_path, files(tmp_path) | change), [])
+
+
+def test_rl_rows_come_from_one_place(tmp_path: Path) -> None:
+    path = written(tmp_path, files(tmp_path))
+    with pytest.raises(ConfigError, match="give exactly one"):
+        read_recipe(path, [f"data.sotopia_dir={tmp_path}"])
+    recipe = read_recipe(path, [f"data.sotopia_dir={tmp_path}", "data.rl_train=null"])
+    ampo = next(stage for stage in stages(recipe, URL) if stage.name == "ampo")
+    assert f"data.sotopia_dir={tmp_path}" in ampo.command
+
+
+def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(written(tmp_path, files(tmp_path))), "--record"]
+    assert main(command) == 0
+    assert [stage.name for stage in read_plan(tmp_path / "run")][:3] == ["convert", "bc", "ampo"]
+    assert main([*command[:2], "judge.base_url=http://elsewhere:2/v1", "--record"]) == 0
+    assert main([*command[:2], "seed=2", "--record"]) == 2
+    assert "was made with seed=1, now 2" in capsys.readouterr().err
