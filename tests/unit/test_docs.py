@@ -16,7 +16,7 @@ from nemo_ampo.cli import COMMANDS
 from nemo_ampo.config import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/algorithm.md", "docs/architecture.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/algorithm.md", "docs/architecture.md", "docs/sotopia.md"]
 
 
 def text_of(page: str) -> str:
