@@ -189,7 +189,7 @@ def report(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Page to write. [default: report.html in the run folder]")] = None,
-    judge: Annotated[str | None, typer.Option(help="SOTOPIA: whose scores. [default: the latest]")] = None,
+    judge: Annotated[str | None, typer.Option(help="SOTOPIA: whose scores, where several judged.")] = None,
     sotopia_dir: Annotated[Path | None, typer.Option(help="SOTOPIA: scenario files behind others' result file.")] = None,
     seed: Annotated[int, typer.Option(help="SOTOPIA: of the resampling behind intervals and p-values.")] = 0,
 ) -> None:

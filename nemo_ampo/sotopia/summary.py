@@ -134,7 +134,7 @@ def read_summary(
 
     Args:
         path: folder of a run, or a JSON file of the authors' evaluation.
-        judge: whose scores; None takes the latest of each episode.
+        judge: whose scores; may be left out where one judge gave them all.
         sotopia_dir: the scenario files, for imported results only.
         seed, resamples: of the intervals.
 
@@ -180,19 +180,22 @@ def _imported(path: Path, sotopia_dir: str | Path | None, seed: int, resamples: 
 def _summary(source: Source, path: Path, name: str, protocol: Mapping[str, Any], seed: int, resamples: int) -> RunSummary:
     counted, scored = Tally(), []
     goals: dict[EpisodeKey, float | None] = {}
-    pairings, views = set(), set()
+    pairings, views, judges = set(), set(), set()
     for result in source.results():
         counted.add(result)
         pairings.add(result.episode.pairing)
         views.add(result.episode.view)
         goals[result.episode.key] = None
         if result.scores is not None:
+            judges.add(result.scores.judge)
             scored.append(scored_episode(result, result.scores))
             goals[result.episode.key] = scored[-1].actor[1 + list(DIMENSIONS).index("goal")]
     if not counted.begun:
         raise DataError(f"{path}: holds no episodes")
     if len(pairings) > 1 or len(views) > 1:
         raise DataError(f"{path}: holds episodes of several protocols: {', '.join(sorted(pairings | views))}")
+    if len(judges) > 1:
+        raise DataError(f"{path}: holds scores of several judges; choose one with --judge: {', '.join(sorted(judges))}")
     reasons = _chosen(goals)
     shown = [Shown(reasons[r.episode.key], r) for r in source.results() if r.episode.key in reasons]
     order = {key: i for i, key in enumerate(reasons)}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from nemo_ampo.cli import make_app
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.sotopia.compare import compare_runs
-from nemo_ampo.sotopia.records import EpisodeStore
+from nemo_ampo.sotopia.records import Episode, EpisodeResult, EpisodeStore
 from nemo_ampo.sotopia.report import render, table_csv, write_report
 from nemo_ampo.sotopia.summary import read_summary
 from nemo_ampo.sotopia.tally import tally
@@ -74,6 +74,48 @@ def test_a_killed_episode_is_unfinished_not_lost(tmp_path: Path) -> None:
     summary = read_summary(run, resamples=50)
     assert summary.problems() == ["1 episode begun and not over"]
     assert summary.tally.scored == 11
+
+
+def test_scores_of_two_judges_are_never_mixed(tmp_path: Path) -> None:
+    """A second scoring that got half way must be named or left alone."""
+    run = write_run(tmp_path / "run")
+    store = EpisodeStore(run)
+    for result in list(store.results())[:5]:
+        store.add_scores(result.episode.key, replace(result.scores, judge="other"))
+    with pytest.raises(DataError, match="several judges; choose one with --judge: other, rules"):
+        read_summary(run)
+    assert run_cli(run, "--judge", "rules").exit_code == 0
+    partial = run_cli(run, "--judge", "other")
+    assert partial.exit_code == 1
+    assert "PARTIAL: 7 episodes played and not scored (not asked)" in partial.output
+
+
+def test_a_run_of_one_easy_scenario_has_means_and_no_intervals(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", episodes=3)
+    assert run_cli(run).exit_code == 0
+    numbers = json.loads((run / "result.json").read_text())
+    goal = numbers["scores"]["all"]["average"]["goal"]
+    assert goal["mean"] is not None
+    assert goal["low"] is None
+    assert numbers["scores"]["hard"]["average"]["goal"]["mean"] is None
+
+
+def test_speakers_without_modes_have_no_mode_charts(tmp_path: Path) -> None:
+    summary = read_summary(write_run(tmp_path / "run", pairing="partner"), resamples=50)
+    plain = replace(
+        summary, tally=tally([replace(r, episode=without_modes(r.episode)) for r in all_results(tmp_path / "run")])
+    )
+    assert "Which mode is chosen" in render(summary)
+    assert "Which mode is chosen" not in render(plain)
+    assert "Mode switches" not in render(plain)
+
+
+def all_results(run: Path) -> list[EpisodeResult]:
+    return list(EpisodeStore(run).results())
+
+
+def without_modes(episode: Episode) -> Episode:
+    return replace(episode, turns=tuple(replace(turn, mode=None) for turn in episode.turns))
 
 
 def test_counts_are_those_of_the_episodes(tmp_path: Path) -> None:
