@@ -367,6 +367,14 @@ def test_sequence_ratio_by_hand() -> None:
     assert logprobs.grad[1].tolist() == pytest.approx([-1.0, 0.0, 0.0])
 
 
+def test_each_token_of_a_sequence_answers_for_its_own_advantage() -> None:
+    logprobs = rows([0.2, 0.4], grad=True)
+    inputs = (logprobs, rows([0.0, 0.0]), rows([-1.0, 0.0]), torch.ones(1, 2), 0.9, 9.0)
+    surrogate(*inputs, ratio="sequence").loss_BT.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[0].tolist() == pytest.approx([math.exp(0.3), 0.0])
+
+
 def test_a_sequence_is_clipped_as_a_whole() -> None:
     """Token ratios 2 and 1/2 cancel: none is clipped, where both would be on their own."""
     inputs = (rows([math.log(2), -math.log(2)]), rows([0.0, 0.0]), rows([1.0, -1.0]), torch.ones(1, 2), 0.2, 0.2)
