@@ -110,7 +110,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         totals = None
         if self.algorithm.aggregate_over == AggregateOver.batch:
             own = Totals.of(mask_BT)
-            counts = torch.tensor([own.tokens, own.sequences], device=torch.cuda.current_device())
+            counts = torch.tensor([own.tokens, own.sequences], dtype=torch.float64, device=torch.cuda.current_device())
             torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
             totals = Totals(*counts.tolist())
         replicas = parallel_state.get_data_parallel_world_size()

@@ -61,7 +61,8 @@ def importance_weights(
     mask_BT = mask_BT.bool()
     gap_BT = torch.where(mask_BT, logprobs_BT.detach().float() - sampling_logprobs_BT.float(), 0.0)
     error_BT = torch.where(mask_BT, _exp(gap_BT.abs()), 0.0)
-    kl_BT = _exp(gap_BT) - 1 - gap_BT
+    exponent_BT = gap_BT.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl_BT = exponent_BT.expm1() - exponent_BT  # in float32 the usual gaps of 1e-4 would drown in rounding
     tokens_B = mask_BT.sum(-1)
 
     log_ratio_BT = gap_BT.sum(-1, keepdim=True).expand_as(gap_BT) if rules.mismatch_level == Ratio.sequence else gap_BT

@@ -11,12 +11,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_ampo.algorithm import KNOBS, PRESETS, AlgorithmConfig, check_algorithm
+from nemo_ampo.algorithm import KNOBS, PRESETS, Aggregate, AlgorithmConfig, KlKind, check_algorithm
 from nemo_ampo.compose import compose
 from nemo_ampo.config import AmpoConfig, read_config
 from nemo_ampo.credit import assign_credit, kl_penalties
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.loss import Totals, token_loss, update_weights, weighted_sum
+from nemo_ampo.loss import AGGREGATES, KL_KINDS, Totals, token_loss, update_weights, weighted_sum
 from nemo_ampo.mismatch import importance_weights
 from nemo_ampo.rewards import RewardParts
 from nemo_ampo.step import Sample
@@ -71,6 +71,11 @@ def test_a_composed_config_shows_the_presets_numbers() -> None:
 def test_presets_are_different_algorithms() -> None:
     values = [tuple(getattr(preset, knob) for knob in KNOBS) for preset in PRESETS.values()]
     assert len(set(values)) == len(PRESETS) == 8
+
+
+def test_every_name_a_knob_allows_has_its_function() -> None:
+    assert set(KlKind) == set(KL_KINDS)
+    assert set(Aggregate) == set(AGGREGATES)
 
 
 def test_nothing_in_the_library_asks_for_a_presets_name() -> None:

@@ -67,6 +67,14 @@ def test_absurd_gaps_stay_finite(gap: float, level: str) -> None:
     assert all(math.isfinite(value) for value in mismatch_metrics([mismatch]).values())
 
 
+def test_a_small_gap_is_not_rounding_noise() -> None:
+    """k3 of a gap of 1e-4 is 1e-8 / 2; float32 would give anything from -6e-8 to 6e-8."""
+    sampling = torch.full((1, 64), -2.0)
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    _, mismatch = importance_weights(sampling + 1e-4, sampling, mask, AlgorithmConfig())
+    assert mismatch_metrics([mismatch])["mismatch/kl"] == pytest.approx(5e-9, rel=0.01)
+
+
 def test_weights_are_float32_without_gradient() -> None:
     trainer = TRAINER.bfloat16().requires_grad_()
     weights, _ = importance_weights(trainer, SAMPLING, MASK, AlgorithmConfig(mismatch="truncate"))  # type: ignore[arg-type]

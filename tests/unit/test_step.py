@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 
-from nemo_ampo.config import AlgorithmConfig, RolloutConfig
+from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, ModeCredit
+from nemo_ampo.config import RolloutConfig
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
@@ -40,6 +43,7 @@ class Script:
     texts: list[str]
     requests: list[Request] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    sampling: SamplingSpec | None = None
     caps: Caps = field(default_factory=lambda: Caps("raw", True, 8, 99, 99, 300, True, False))
 
     def sync(self, weight_version: int) -> SyncReport:
@@ -55,6 +59,7 @@ class Script:
         self, requests: Sequence[Request], sampling: SamplingSpec, on_finish: OnFinish | None = None
     ) -> list[Response]:
         self.requests = list(requests)
+        self.sampling = sampling
         self.calls.append("generate")
         responses = []
         for request in requests:
@@ -116,16 +121,21 @@ def turn(name: str) -> DialogueTurn:
     )
 
 
-def run(texts: list[str], ranks: OneProcess = ALONE) -> tuple[StepResult, Recorder, Script, Scores]:
+def run(
+    texts: list[str],
+    ranks: OneProcess = ALONE,
+    algorithm: AlgorithmConfig = PRESETS["ampo"],
+    **rollout: Any,
+) -> tuple[StepResult, Recorder, Script, Scores]:
     engine, judge, policy = Script(texts), Scores(), Recorder()
     parts = Parts(
         engine=engine,
         judge=judge,
         tokenizer=Characters(),
         ranks=ranks,
-        rollout=RolloutConfig(prompts_per_step=2, group_size=len(texts) // 2),
+        rollout=RolloutConfig(prompts_per_step=2, group_size=len(texts) // 2, **rollout),
         reward=RewardConfig(),
-        algorithm=AlgorithmConfig(),
+        algorithm=algorithm,
         stop_token_ids=(EOS,),
         pad_id=7,
         seed=1,
@@ -179,6 +189,71 @@ def test_a_failed_judge_is_a_missing_value() -> None:
     assert result.metrics["judge/failed_timeout"] == 1
     assert result.metrics["judge/failed_fraction"] == pytest.approx(1 / 4)
     assert result.metrics["reward/mean"] == pytest.approx((1 + 0.5 - 2 - 2 + 0.5) / 5)
+
+
+FAILED_JUDGE = [GOOD.format(10), GOOD.format(-1), GOOD.format(4), BAD, BAD, GOOD.format(4)]
+
+
+def test_a_failed_judge_is_left_out_of_the_loss() -> None:
+    _, policy, _, _ = run(FAILED_JUDGE)
+    assert policy.batch is not None
+    assert policy.batch.mask_BT.any(1).tolist() == [True, False, True, True, True, True]
+
+
+def test_the_papers_failed_judge_is_a_reply_worth_nothing() -> None:
+    """Rewards 1, 0, 0.5: mean 0.5, standard deviation 0.5."""
+    result, policy, _, _ = run(FAILED_JUDGE, algorithm=PRESETS["ampo-paper"])
+    assert result.advantages[:3] == pytest.approx([1.0, -1.0, 0.0], abs=1e-5)
+    assert policy.batch is not None
+    assert policy.batch.mask_BT.any(1).all()
+
+
+def test_a_decided_group_is_left_out_of_the_loss() -> None:
+    """Both replies to the first prompt reach 10; the second prompt's differ."""
+    texts = [GOOD.format(10), GOOD.format(10), GOOD.format(10), GOOD.format(4)]
+    result, policy, _, _ = run(texts, algorithm=PRESETS["dapo"])
+    assert policy.batch is not None
+    assert policy.batch.mask_BT.any(1).tolist() == [False, False, True, True]
+    assert result.metrics["train/decided_fraction"] == result.metrics["train/sample_fraction"] == 0.5
+
+
+def test_the_mode_level_can_be_put_on_the_tokens_that_name_the_mode() -> None:
+    """Modes 1 and 2 of equal worth: only length tells them apart, and only where the mode is named."""
+    longer = "Thinking Level: 2\n<|begin_of_thinking|>\nIntent:\na\n\nStyle:\nb\n\nResponse:\nc\n<|end_of_thinking|>\n"
+    texts = [GOOD.format(10), longer + GOOD.format(10).split("\n", 1)[1]] * 2
+    rules = replace(PRESETS["ampo-robust"], mode_credit=ModeCredit.mode_tokens)
+    _, policy, _, _ = run(texts, algorithm=rules)
+    assert policy.batch is not None
+    for row, sign in enumerate([1, -1, 1, -1]):
+        mask_T, advantage_T = policy.batch.mask_BT[row], policy.batch.advantages_BT[row]
+        assert (advantage_T[mask_T][:17] * sign > 0.5).all()  # "Thinking Level: K", one token a character
+        assert advantage_T[mask_T][17:].eq(0).all()
+
+
+def test_the_reference_is_paid_for_in_the_reward() -> None:
+    """Old -0.75, reference -1: k1 is 0.25 a token. The longer of two equal replies pays more, so it is the worse one."""
+    rules = AlgorithmConfig(advantage="grpo", kl="in_reward", kl_kind="k1")  # type: ignore[arg-type]
+    result, _, _, _ = run([GOOD.format(10), GOOD.format("10.00")] * 2, algorithm=rules)
+    assert result.advantages[0] > 0 > result.advantages[1]
+
+
+def test_importance_weights_reach_the_loss() -> None:
+    """Trainer -0.75, engine -0.5: every token weighs exp(-0.25)."""
+    texts = [GOOD.format(10), GOOD.format(4), GOOD.format(10), BAD]
+    plain, _, _, _ = run(texts)
+    _, policy, _, _ = run(texts, algorithm=AlgorithmConfig(mismatch="truncate"))  # type: ignore[arg-type]
+    assert policy.batch is not None
+    for row, advantage in enumerate(plain.advantages):
+        weighed_T = policy.batch.advantages_BT[row][policy.batch.mask_BT[row]]
+        assert weighed_T.tolist() == pytest.approx([advantage * math.exp(-0.25)] * len(weighed_T))
+    assert plain.metrics["mismatch/error"] == pytest.approx(math.exp(0.25))
+    assert plain.metrics["mismatch/kl"] == pytest.approx(math.exp(-0.25) - 1 + 0.25)
+
+
+def test_filters_reach_the_engine() -> None:
+    _, _, engine, _ = run([BAD] * 4, top_p=0.9, top_k=50)
+    assert engine.sampling is not None
+    assert (engine.sampling.top_p, engine.sampling.top_k) == (0.9, 50)
 
 
 def test_mode_and_tag_metrics() -> None:
