@@ -62,11 +62,13 @@ class Credit:
         shares: of all samples.
         report: what the advantage did in each group.
         decided_B: samples of groups in which every outcome is the same.
+        decided_groups: how many groups those are.
     """
 
     shares: Shares
     report: GroupReport
     decided_B: Tensor
+    decided_groups: int
 
     @property
     def advantages(self) -> Tensor:
@@ -88,6 +90,7 @@ class Credit:
         """The ``train/`` metrics."""
         count = max(len(self.decided_B), 1)
         return {
+            "train/decided_groups": float(self.decided_groups),
             "train/decided_fraction": float(self.decided_B.sum()) / count,
             "train/sample_fraction": float(self.shares.trained_B.sum()) / count,
         }
@@ -127,6 +130,7 @@ def assign_credit(samples: Sequence[Sample], penalties_B: Sequence[float], rules
         ),
         report=levels.report,
         decided_B=decided_B,
+        decided_groups=len(groups_B[decided_B].unique()),
     )
 
 

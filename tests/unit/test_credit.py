@@ -52,7 +52,9 @@ def test_a_failed_judge_is_left_out_of_the_group_and_of_the_loss() -> None:
     found = credit()
     assert found.shares.sample_B.tolist() == pytest.approx([0.5, 0.0, -0.5, 0.1, 0.0, -0.1])
     assert found.shares.trained_B.tolist() == [True, False, True, True, True, True]
-    assert found.metrics() == pytest.approx({"train/decided_fraction": 0.5, "train/sample_fraction": 5 / 6})
+    assert found.metrics() == pytest.approx(
+        {"train/decided_groups": 1, "train/decided_fraction": 0.5, "train/sample_fraction": 5 / 6}
+    )
 
 
 def test_as_zero_it_is_a_bad_reply_without_a_mode() -> None:
