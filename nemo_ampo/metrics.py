@@ -95,6 +95,9 @@ DESCRIPTIONS: dict[str, str] = {
     "mismatch/changed_fraction": "share of drawn tokens whose importance weight was cut or set to 0",
     "train/decided_fraction": "share of samples in groups whose outcomes are all the same",
     "train/sample_fraction": "share of samples that the loss was taken over",
+    "checkpoint/save_s": "seconds that the checkpoint before this step took",
+    "checkpoint/bytes": "its size",
+    "checkpoint/failed_saves": "checkpoints in a row that could not be written",
     "time/{phase}_s": "seconds of a phase",
     "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
 }
