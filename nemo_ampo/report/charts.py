@@ -173,7 +173,7 @@ def mode_entropy(log: MetricsLog) -> Chart | None:
     lines = [
         Line("over all prompts", "text", log.series("mode/entropy_overall")),
         Line("for one prompt", "series-1", log.series("mode/entropy")),
-        Line("difference: the prompt decides", "series-2", log.series("mode/adaptivity")),
+        Line("decided by the prompt", "series-2", log.series("mode/adaptivity")),
     ]
     return _lines("Entropy of the mode", "nats; 1.39 means all four alike", lines, bottom=0)
 

@@ -76,3 +76,18 @@ def test_faults_are_masked_an_outage_stops_and_the_same_command_goes_on(quicksta
             assert row["judge_error"] is not None and row["reward"] is None and row["advantage"] == 0
     assert injected and steps[0]["guard/masked_samples"] == injected
     assert [row["guard/masked_samples"] for row in steps[done:]] == [0] * (AMPO_STEPS - done)
+
+
+def test_a_run_that_goes_wrong_step_after_step_ends_with_one_line(quickstart: Quickstart, tmp_path: Path) -> None:
+    """No mode can have all samples, so with a limit of 1 every mode is under alarm after two steps."""
+    with fault_judge(NONE) as judge:
+        rules = ["guard.min_mode_share=1", "guard.collapse_steps=2", "guard.stop_on_collapse=true"]
+        finished = quickstart.ampo(tmp_path / "ampo", judge.url, f"judge.model={MODEL}", *rules)
+    assert finished.status == 2, finished.err
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    assert "step 2: guard.stop_on_collapse: mode 1 and mode 2 and mode 3 and mode 4" in line
+    assert "there is no checkpoint" in line
+    assert finished.err.count("warning: guard.min_mode_share") == 1
+    steps = read_jsonl(tmp_path / "ampo" / "metrics.jsonl")
+    assert [row["guard/collapsed_modes"] for row in steps] == [0, 4]
+    assert not (tmp_path / "ampo" / "policy.nemo").exists()
