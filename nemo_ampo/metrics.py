@@ -96,6 +96,9 @@ DESCRIPTIONS: dict[str, str] = {
     "train/decided_groups": "groups whose outcomes are all the same (algorithm.drop_decided_groups leaves them out)",
     "train/decided_fraction": "share of samples in them",
     "train/sample_fraction": "share of samples that the loss was taken over",
+    "checkpoint/save_s": "seconds that the checkpoint before this step took",
+    "checkpoint/bytes": "its size",
+    "checkpoint/failed_saves": "checkpoints in a row that could not be written",
     "time/{phase}_s": "seconds of a phase",
     "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
 }

@@ -173,7 +173,7 @@ def mode_entropy(log: MetricsLog) -> Chart | None:
     lines = [
         Line("over all prompts", "text", log.series("mode/entropy_overall")),
         Line("for one prompt", "series-1", log.series("mode/entropy")),
-        Line("difference: the prompt decides", "series-2", log.series("mode/adaptivity")),
+        Line("decided by the prompt", "series-2", log.series("mode/adaptivity")),
     ]
     return _lines("Entropy of the mode", "nats; 1.39 means all four alike", lines, bottom=0)
 
@@ -205,21 +205,14 @@ def modes_by_turn(log: MetricsLog) -> Chart | None:
 
 
 def judge_latency(log: MetricsLog) -> Chart | None:
-    """Seconds of one HTTP call to the judge."""
+    """Seconds of one HTTP call to the judge, and until a verdict is there."""
     lines = [
-        Line("median", "series-1", log.series("judge/latency_p50_s")),
-        Line("95th percentile", "series-2", log.series("judge/latency_p95_s")),
+        Line("a call, median", "series-1", log.series("judge/latency_p50_s")),
+        Line("a call, 95th percentile", "series-2", log.series("judge/latency_p95_s")),
+        Line("reply to verdict, median", "series-3", log.series("judge/wait_p50_s")),
+        Line("reply to verdict, 95th percentile", "text", log.series("judge/wait_p95_s")),
     ]
-    return _lines("Latency of a call", "seconds", lines, bottom=0)
-
-
-def judge_wait(log: MetricsLog) -> Chart | None:
-    """Seconds until a verdict is there, retries and queueing included."""
-    lines = [
-        Line("median", "series-1", log.series("judge/wait_p50_s")),
-        Line("95th percentile", "series-2", log.series("judge/wait_p95_s")),
-    ]
-    return _lines("From reply to verdict", "seconds, retries included", lines, bottom=0)
+    return _lines("Latency", "seconds; reply to verdict includes retries and queueing", lines, bottom=0)
 
 
 def judge_retries(log: MetricsLog) -> Chart | None:
@@ -317,15 +310,14 @@ def bc_optimizer(log: MetricsLog) -> Chart | None:
     return _lines("Gradient norm", "L2", [Line("training", "series-1", log.series("bc/grad_norm"))], bottom=0)
 
 
-MODE_PANELS = (mode_entropy, modes_by_turn)
+MODE_PANELS = (mode_entropy, modes_by_turn, mode_term)
 """Beside the shares of the modes."""
 
 AMPO_PANELS: dict[str, tuple[Callable[[MetricsLog], Chart | None], ...]] = {
     "Each mode": (mode_rewards, mode_tokens, mode_advantages),
     "Reward": (reward, reward_parts, reward_spread),
-    "Advantage, length and format": (mode_term, response_tokens, format_failures),
-    "Policy": (kl, entropy, grad_norm, mismatch),
-    "Judge": (judge_latency, judge_wait, judge_retries, left_out, judge_cost),
+    "Replies and policy": (response_tokens, format_failures, kl, entropy, grad_norm, mismatch),
+    "Judge": (judge_latency, judge_retries, left_out, judge_cost),
     "Time": (phases, throughput),
 }
 """Sections of the page below the mode shares, in order."""

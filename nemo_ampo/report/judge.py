@@ -72,7 +72,7 @@ def alarms(log: MetricsLog) -> list[str]:
     masked, groups = sum(log.counts("guard/masked_samples").values), sum(log.counts("guard/skipped_groups").values)
     if masked:
         also = f", and {count(groups)} groups were left out because too little of them remained" if groups else ""
-        found.append(f"{count(masked)} samples were left out of the training because their judge failed{also}.")
+        found.append(f"{count(masked)} samples have no verdict and were left out of the training{also}.")
     rounds = sum(log.counts("guard/judge_rounds").values)
     if rounds:
         found.append(f"The judge was out so often that {count(rounds)} further rounds of asking were needed.")

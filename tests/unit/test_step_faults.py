@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -249,3 +251,64 @@ def test_without_a_sample_to_learn_from_there_is_no_update() -> None:
     assert not policy.batches
     assert result.metrics["guard/skipped_groups"] == PROMPTS
     assert "policy/loss" not in result.metrics
+
+
+class Two:
+    """Two replicas as threads that really exchange what they hold."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2)
+        self.parts: list[list[object]] = [[], []]
+
+    def gather(self, rank: int, rows: list[object]) -> list[object]:
+        self.parts[rank] = list(rows)
+        self.barrier.wait(30)
+        together = [row for part in self.parts for row in part]
+        self.barrier.wait(30)
+        return together
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of the two, as a step sees it."""
+
+    job: Two
+    data_rank: int
+    data_size: int = 2
+    is_leader: bool = True
+    is_main: bool = False
+
+    def gather(self, rows: list[object]) -> list[object]:
+        return self.job.gather(self.data_rank, rows)
+
+    def share(self, value: object) -> object:
+        return value
+
+
+def run_replicas(percents: tuple[float, float], guard: GuardConfig) -> list[StepResult | Exception]:
+    """A step of two replicas, each with a judge of its own."""
+    job = Two()
+
+    def replica(rank: int) -> StepResult | Exception:
+        with fault_judge(percents[rank]) as server, step_parts(server, guard) as parts:
+            try:
+                return run(replace(parts, ranks=Replica(job, rank)), Recorder())
+            except JudgeOutageError as error:
+                return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(replica, range(2)))
+
+
+def test_the_outage_of_one_replica_is_decided_by_all() -> None:
+    """Half of the job's verdicts fail, all of one replica: under a limit of 0.6 both go on, under 0.4 both stop."""
+    results = run_replicas((0, 100), GuardConfig(max_failed_fraction=0.6, min_valid=1))
+    failed = sum(i in QUESTIONS for i in range(PROMPTS * GROUP // 2, PROMPTS * GROUP))
+    for result in results:
+        assert isinstance(result, StepResult)
+        assert result.metrics["guard/masked_samples"] == failed
+        assert len(result.samples) == PROMPTS * GROUP
+    stopped = run_replicas((0, 100), GuardConfig(max_failed_fraction=0.4, step_retries=1, retry_pause_s=0))
+    assert all(isinstance(result, JudgeOutageError) for result in stopped)
+    assert str(stopped[0]) == str(stopped[1])
+    assert f"{failed} of {len(QUESTIONS)} verdicts" in str(stopped[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,10 +81,21 @@ def test_wandb_offline_writes_runs_of_one_id(tmp_path: Path) -> None:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
-    run = config(tmp_path, wandb=True)
-    write(run, 0, 2)
+    # A process each, as stop and resume have: within one, wandb's own service confuses two runs of the same id.
+    for first, last in ((0, 2), (2, 3)):
+        script = f"""
+from pathlib import Path
+from nemo_ampo.config import RunConfig
+from nemo_ampo.runlog import RunLog, log_positions
+from nemo_ampo.trackers import open_trackers
+run = RunConfig(dir={str(tmp_path)!r}, init_from="x", wandb=True)
+folder = Path(run.dir)
+with RunLog(folder, positions=log_positions(folder), trackers=open_trackers(run, "ampo", {first}, {{}})) as log:
+    for step in range({first}, {last}):
+        log.metrics(step, {{"reward/mean": float(step)}})
+"""
+        subprocess.run([sys.executable, "-c", script], check=True)
     run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
-    write(run, 2, 3, positions=log_positions(tmp_path))
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     points = []
     for file in files:

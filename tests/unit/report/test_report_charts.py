@@ -9,7 +9,7 @@ import pytest
 from nemo_ampo.advantage import ModeTerm
 from nemo_ampo.report import charts
 from nemo_ampo.report.inputs import MetricsLog, Series, read_metrics
-from nemo_ampo.report.plots import Layer, Line, area_chart, line_chart, rolling_mean
+from nemo_ampo.report.plots import Layer, Line, area_chart, bar_chart, line_chart, rolling_mean
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_logarithmic_axis_is_only_used_where_it_exists() -> None:
 
 
 def test_every_panel_finds_its_metrics_in_a_real_log(ampo_log: MetricsLog, run_folder: Path) -> None:
-    panels = [panel for section in charts.AMPO_PANELS.values() for panel in section]
+    panels = [*charts.MODE_PANELS, *(panel for section in charts.AMPO_PANELS.values() for panel in section)]
     assert len(charts.draw(panels, ampo_log)) == len(panels)
     bc_log = read_metrics(run_folder / "bc" / "metrics.jsonl")
     assert len(charts.draw(charts.BC_PANELS, bc_log)) == len(charts.BC_PANELS)
@@ -141,3 +141,42 @@ def test_a_metric_that_was_never_logged_leaves_its_panel_out() -> None:
     assert charts.draw([charts.kl, charts.reward], log_of({"reward/mean": 0.5}))[0].title == "Reward"
     assert charts.mode_term(log_of({"reward/mean": 0.5})) is None
     assert charts.phases(log_of({"reward/mean": 0.5})) is None
+
+
+def test_bars_by_turn_are_means_over_samples_of_the_last_quarter() -> None:
+    """Steps 0..7; the last two count. Turn 1: 3 samples with share 1 of mode 1, then 1 sample with share 0."""
+    early = {"reward/mean": 0.5, "turn/1/samples": 100.0, "turn/1/mode/4/share": 1.0}
+    one = {"reward/mean": 0.5, "turn/1/samples": 3.0, "turn/1/mode/1/share": 1.0}
+    two = {
+        "reward/mean": 0.5,
+        "turn/1/samples": 1.0,
+        "turn/1/mode/2/share": 1.0,
+        "turn/10/samples": 2.0,
+        "turn/10/mode/3/share": 1.0,
+    }
+    chart = charts.modes_by_turn(log_of(*[early] * 6, one, two))
+    assert chart is not None
+    assert [entry.label for entry in chart.legend] == ["mode 1", "mode 2", "mode 3"]
+    same = bar_chart(
+        ["1", "10"],
+        [Layer("", f"mode-{k}", values) for k, values in enumerate([(0.75, 0.0), (0.25, 0.0), (0.0, 1.0), (0.0, 0.0)], 1)]
+        + [Layer("", "bad", (0.0, 0.0))],
+    )
+    assert chart.svg == same
+
+
+def test_retries_are_drawn_per_step_from_running_totals() -> None:
+    steps = [
+        {"judge/calls": 10.0},
+        {"judge/calls": 20.0, "judge/retries/timeout": 4.0},
+        {"judge/calls": 30.0, "judge/retries/timeout": 5.0, "judge/retries/rate_limit": 2.0},
+    ]
+    chart = charts.judge_retries(log_of(*steps))
+    assert chart is not None
+    assert [(entry.label, entry.change) for entry in chart.legend] == [("timeout", "0 → 1"), ("rate limit", "0 → 2")]
+    assert charts.judge_retries(log_of({"reward/mean": 0.5})) is None
+
+
+def test_an_older_log_shows_the_log_probability_gap() -> None:
+    chart = charts.mismatch(log_of({"engine/logprob_gap": 0.5}))
+    assert chart is not None and chart.legend[0].label == "mean |difference|"

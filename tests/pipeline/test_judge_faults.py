@@ -1,0 +1,93 @@
+"""A real AMPO stage beside a judge that fails for half of the questions, then for all, then is back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fault_judge import MODEL, fault_judge, fault_of, scores_of
+from stage_runs import AMPO, AMPO_STEPS, ROOT, Quickstart
+
+from nemo_ampo.data.episodes import read_turns
+from nemo_ampo.grammar import answer_of
+from nemo_ampo.prompts import load_prompt, render_judge_prompt
+from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.types import JudgeRequest
+
+pytestmark = pytest.mark.slow
+HALF, ALL, NONE = 50, 100, 0
+
+
+def test_faults_are_masked_an_outage_stops_and_the_same_command_goes_on(quickstart: Quickstart, tmp_path: Path) -> None:
+    folder = tmp_path / "ampo"
+    data = quickstart.folder / "world" / "rl_train.jsonl"
+    log = folder / "metrics.jsonl"
+    with fault_judge(HALF) as judge:
+        command = [
+            *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}", f"data.train={data}"),
+            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.temperatures=[0.0]"),
+            *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
+            *("guard.max_failed_fraction=0.95", "guard.step_retries=1", "guard.retry_pause_s=0"),
+            *AMPO,
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not read_jsonl(log):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.01)
+        judge.percent = ALL
+        _, errors = process.communicate(timeout=240)
+        done = len(read_jsonl(log))
+        assert process.returncode == 75, errors
+        assert "verdicts could not be had, although asked for 2 times" in errors
+        assert "the same command continues" in errors
+        assert 1 <= done < AMPO_STEPS
+        assert not (folder / "policy.nemo").exists()
+        judge.percent = NONE
+        finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    steps = read_jsonl(log)
+    assert [row["step"] for row in steps] == list(range(AMPO_STEPS))
+    requests = [row["judge/requests"] for row in steps]
+    assert requests == sorted(requests) and requests[0] > 0
+
+    turns = {turn.row_id: turn for turn in read_turns(data)}
+    rows = read_jsonl(folder / "rollouts.jsonl")
+    questions = [
+        render_judge_prompt(load_prompt("judge"), JudgeRequest.about(turns[row["row_id"]], answer))
+        if (answer := answer_of(row["text"], strict=False)) is not None
+        else None
+        for row in rows
+    ]
+    injected = 0
+    for row, question in zip(rows, questions, strict=True):
+        if question is None or (row["step"] == 0 and fault_of(question, HALF)):
+            assert row["agent1_score"] is None and row["agent2_score"] is None and row["goal"] is None
+        elif row["step"] == 0 or row["step"] >= done:
+            assert (row["agent1_score"], row["agent2_score"]) == scores_of(question)
+        if row["step"] == 0 and question is not None and fault_of(question, HALF):
+            injected += 1
+            assert row["judge_error"] is not None and row["reward"] is None and row["advantage"] == 0
+    assert injected and steps[0]["guard/masked_samples"] == injected
+    assert [row["guard/masked_samples"] for row in steps[done:]] == [0] * (AMPO_STEPS - done)
+
+
+def test_a_run_that_goes_wrong_step_after_step_ends_with_one_line(quickstart: Quickstart, tmp_path: Path) -> None:
+    """No mode can have all samples, so with a limit of 1 every mode is under alarm after two steps."""
+    with fault_judge(NONE) as judge:
+        rules = ["guard.min_mode_share=1", "guard.collapse_steps=2", "guard.stop_on_collapse=true"]
+        finished = quickstart.ampo(tmp_path / "ampo", judge.url, f"judge.model={MODEL}", *rules)
+    assert finished.status == 2, finished.err
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("error: ")]
+    assert "step 2: guard.stop_on_collapse: mode 1 and mode 2 and mode 3 and mode 4" in line
+    assert "there is no checkpoint" in line
+    assert finished.err.count("warning: guard.min_mode_share") == 1
+    steps = read_jsonl(tmp_path / "ampo" / "metrics.jsonl")
+    assert [row["guard/collapsed_modes"] for row in steps] == [0, 4]
+    assert not (tmp_path / "ampo" / "policy.nemo").exists()
