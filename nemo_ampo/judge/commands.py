@@ -30,7 +30,10 @@ def read_stage(stage: str, config_name: str, overrides: Sequence[str], folder: P
     from nemo_ampo.compose import compose
 
     if stage not in STAGES:
-        raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}")
+        hint = (
+            "; sotopia estimates itself: python -m recipes.sotopia ... run.estimate_only=true" if stage == "sotopia" else ""
+        )
+        raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}{hint}")
     raw = compose(stage, config_name, overrides, folder)
     return stages.read_config(raw, stages.STAGES[stage]), raw
 

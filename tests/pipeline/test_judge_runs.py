@@ -1,0 +1,54 @@
+"""The judge of real AMPO stages: a replay is the same run, and a spent budget ends one at a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from stage_runs import Quickstart
+
+from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.demo_judge import DemoJudgeOptions, demo_judge_process
+from nemo_ampo.runlog import read_jsonl
+
+pytestmark = pytest.mark.slow
+SMALL = [
+    *("rollout.prompts_per_step=2", "rollout.group_size=8", "rollout.max_new_tokens=96", "model.global_batch_size=16"),
+    *("model.micro_batch_size=4", "model.reinforce.forward_micro_batch_size=8", "trainer.reinforce.max_steps=2"),
+    *("judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.05"),
+]
+OF_THE_CALLS = ("judge/", "time/", "throughput/", "checkpoint/")
+
+
+def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_path: Path) -> None:
+    recorded, replayed, cache = tmp_path / "recorded", tmp_path / "replayed", tmp_path / "cache.sqlite"
+    with demo_judge_process(DemoJudgeOptions(fail_rate=0.2)) as url:
+        finished = quickstart.ampo(recorded, url, *SMALL, f"judge.cache={cache}")
+    assert finished.status == 0, finished.err
+    finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *SMALL, f"judge.replay={cache}")
+    assert finished.status == 0, finished.err
+    assert read_jsonl(recorded / "metrics.jsonl")[-1]["judge/retries/parse"] > 0, "the judge did fail now and then"
+    assert read_jsonl(replayed / "metrics.jsonl")[-1]["judge/calls"] == 0
+
+    def rollouts(folder: Path) -> list[dict[str, object]]:
+        return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_jsonl(folder / "rollouts.jsonl")]
+
+    def metrics(folder: Path) -> list[dict[str, float]]:
+        rows = read_jsonl(folder / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if not k.startswith(OF_THE_CALLS)} for row in rows]
+
+    assert rollouts(recorded) == rollouts(replayed) and len(rollouts(recorded)) == 32
+    assert json.dumps(metrics(recorded)) == json.dumps(metrics(replayed))
+
+
+def test_a_spent_budget_ends_the_run_at_a_checkpoint_with_one_line(quickstart: Quickstart, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with demo_judge_process() as url:
+        finished = quickstart.ampo(folder, url, *SMALL, "judge.max_calls=20")
+    assert finished.status == 2
+    (line,) = [line for line in finished.err.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: judge.max_calls: the 20 calls of this job are spent")
+    assert json.loads((folder / "judge_spent.json").read_text())["calls"] == 20
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 1
+    assert [checkpoint.step for checkpoint in Store(folder / "checkpoints").resumable()] == [1]
