@@ -122,18 +122,20 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest GPU."""
+    """Bytes on the fullest GPU; ``engine_stays`` says that the engine keeps its memory while the trainer works."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     engine: float
+    engine_stays: bool = False
 
     @property
     def total(self) -> float:
-        """Largest at one time: the engine's cache is gone when the backward pass begins. Fragmentation comes on top."""
-        return self.weights + self.gradients + self.optimizer + max(self.activations, self.engine)
+        """Largest at one time; fragmentation comes on top."""
+        both = self.activations + self.engine if self.engine_stays else max(self.activations, self.engine)
+        return self.weights + self.gradients + self.optimizer + both
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,8 @@ def make_plan(
     weights, gradients, optimizer = state_bytes(parameters, bool(model.megatron_amp_O2), data)
     full, weights_only = checkpoint_bytes(shape, bool(model.megatron_amp_O2))
     memory = Memory(
-        weights, gradients, optimizer, activation_bytes(cfg, shape, stage, tensor), engine_bytes(stage, cfg, shape)
+        *(weights, gradients, optimizer, activation_bytes(cfg, shape, stage, tensor), engine_bytes(stage, cfg, shape)),
+        engine_stays=stage == "ampo" and cfg.rollout.engine == "trtllm" and not cfg.rollout.trtllm.unload_during_training,
     )
     seconds = _seconds(stage, cfg, shape, work, HARDWARE[gpu], ranks, tensor, data, assume)
     slow, fast = assume.disk_bytes_per_s
@@ -366,12 +369,18 @@ def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int
 
 
 def engine_bytes(stage: str, cfg: DictConfig, shape: ModelShape) -> float:
-    """Key/value cache of one decoding batch: 2Lgc elements per token, divided by t and p; TensorRT-LLM adds its weights."""
+    """Key/value cache of one decoding batch: 2Lgc elements per token, divided by t and p.
+
+    TensorRT-LLM in the training processes adds its own weights; a server in a container of its own needs GPUs of its own
+    and counts 0 here.
+    """
     if stage == "bc":
         batch, tokens = int(cfg.model.data.validation_ds.global_batch_size), sequence_tokens(stage, cfg)
         engine = "megatron"
     else:
         batch, tokens, engine = int(cfg.rollout.batch_size), sequence_tokens(stage, cfg), str(cfg.rollout.engine)
+    if engine == "trtllm_server":
+        return 0.0
     element = BF16 if cfg.model.megatron_amp_O2 else FP32
     parts = int(cfg.model.tensor_model_parallel_size) * int(cfg.model.pipeline_model_parallel_size)
     cache = 2 * shape.layers * shape.groups * shape.channels * element * tokens * batch / parts
@@ -420,10 +429,11 @@ def _seconds(
         return {"rollout": (0.0, 0.0), "judge": (0.0, 0.0)} | phases
     batches = math.ceil(work.samples / data / int(cfg.rollout.batch_size))
     element = BF16 if cfg.model.megatron_amp_O2 else FP32
-    read = element * shape.parameters / tensor + engine_bytes(stage, cfg, shape) / 2
+    cache = 2 * shape.layers * shape.groups * shape.channels * element * sequence_tokens(stage, cfg)
+    read = (element * shape.parameters + cache * int(cfg.rollout.batch_size) / 2) / tensor
     decode = batches * int(cfg.rollout.max_new_tokens) * read / hardware.bandwidth
     prefill = compute(2, work.prompt_tokens)
-    passes = 2 if cfg.algorithm.kl_coef else 1
+    passes = 2 if cfg.algorithm.kl_coef and str(cfg.algorithm.kl) != "off" else 1
     waves = math.ceil(work.judge_calls / data / int(cfg.judge.max_concurrency))
     phases["rollout"] = (
         decode / assume.decode_efficiency[0] + prefill[0],

@@ -31,7 +31,7 @@ WATCHED = (
     "trainer.gradient_clip_val",
 )
 """Keys and sections that decide a run's numbers."""
-HARMLESS = ("rollout.batch_size",)
+HARMLESS = ("rollout.batch_size", "rollout.probe", "rollout.trtllm", "rollout.trtllm_server")
 """Below a watched section, yet without influence on results."""
 FREE_FORM = ("model.optim",)
 """Sections without a fixed set of keys: a key that appears is a change, not a newer version's default."""

@@ -98,7 +98,13 @@ def test_what_grows_with_what() -> None:
     assert plan(ranks=16).checkpoint_bytes == base.checkpoint_bytes
     assert plan("model.micro_batch_size=2").memory.activations == base.memory.activations / 2
     assert plan("model.activations_checkpoint_granularity=full").memory.activations < base.memory.activations
-    assert plan("rollout.engine=trtllm").memory.engine > base.memory.engine
+    native, server = plan("rollout.engine=megatron").memory, plan("rollout.engine=trtllm_server").memory
+    inside = plan("rollout.engine=trtllm", "rollout.trtllm.unload_during_training=false").memory
+    assert inside.engine > native.engine > server.engine == 0
+    assert inside.total == pytest.approx(
+        inside.weights + inside.gradients + inside.optimizer + inside.activations + inside.engine
+    )
+    assert native.total < inside.total
     assert plan("checkpoint.keep_best=3").disk_bytes == base.disk_bytes + 2 * base.weights_only_bytes
     assert plan("algorithm.kl_coef=0").seconds["logprobs"][0] == base.seconds["logprobs"][0] / 2
     slow, fast = base.step_seconds
