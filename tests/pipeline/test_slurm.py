@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(missing_reason() is not None, reason=f"no private Slurm: {missing_reason()}"),
 ]
 
-STEPS, SAVE_EVERY = 16, 3
+STEPS, SAVE_EVERY = 30, 3
 AMPO = [
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
