@@ -40,6 +40,7 @@ AMPO = [
     "model.micro_batch_size=8",
     "model.reinforce.forward_micro_batch_size=8",
     "judge.connection_retries=1",
+    "guard.retry_pause_s=1",
 ]
 EVALUATE = ["generate.max_new_tokens=32", "data.limit=4"]
 ENVIRONMENT = {"AMPO_MIN_FREE_GB": "0.5", "AMPO_SAVE_RESERVE_S": "5"}
