@@ -240,3 +240,17 @@ def test_a_node_with_other_code_stops_the_job_in_preflight(cluster: Cluster, qui
     status = read_status(run_dir)
     assert "preflight failed (status 3)" in status.last_end
     assert "n2: nemo-ampo sources is" in status.last_error
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with demo_judge_process() as url:
+        path = recipe(tmp_path, run_dir, judge={"mode": "external", "base_url": url})
+        job = submit(cluster, "ampo.sh", str(path), options=["--time=30"], judge=False)
+        # One stage is done, so that the attempt would be worth another one.
+        wait_for(lambda: (run_dir / "world" / "pack.json").exists(), 90, "the first stage")
+        cluster.check("scancel", job)
+        wait_for(lambda: not cluster.check("squeue", "--noheader").strip(), 60, "the job to be gone")
+    assert cluster.state(job) == "CANCELLED"
+    assert cluster.job(job)["Restarts"] == "0"
+    assert AttemptLog(run_dir).rows()[-1]["reason"] == "asked to end"
