@@ -127,7 +127,7 @@ def test_every_key_of_ours_exists(page: str) -> None:
     known = set().union(*(config_keys(schema) for schema in (*STAGES.values(), PipelineConfig)))
     sections = "|".join(sorted({key.split(".")[0] for key in known}))
     used = set(re.findall(rf"[`\s]((?:{sections})\.[a-z]\w*)(?:=[^`\s]*)?[`\s]", text_of(page)))
-    files = {name for name in used if name.endswith((".md", ".py", ".sh", ".nemo"))}
+    files = {name for name in used if name.endswith((".jsonl", ".md", ".py", ".sh", ".nemo"))}
     assert sorted(used - known - files) == []
 
 
