@@ -226,7 +226,8 @@ def test_a_node_with_other_code_stops_the_job_in_preflight(cluster: Cluster, qui
     run_dir = tmp_path / "run"
     started_with_a_clone(quickstart, run_dir)
     node = cluster.folder / "n2.env"
-    node.write_text(f"export PYTHONPATH={other}\n")
+    # Without the working folder in front, which is the same for all nodes.
+    node.write_text(f"export PYTHONPATH={other}:{ROOT}\nexport PYTHONSAFEPATH=1\n")
     try:
         with demo_judge_process() as url:
             path = recipe(tmp_path, run_dir, judge={"mode": "external", "base_url": url})
@@ -250,7 +251,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> No
         # One stage is done, so that the attempt would be worth another one.
         wait_for(lambda: (run_dir / "world" / "pack.json").exists(), 90, "the first stage")
         cluster.check("scancel", job)
-        wait_for(lambda: not cluster.check("squeue", "--noheader").strip(), 60, "the job to be gone")
+        wait_for(lambda: not cluster.call("squeue", "--noheader", f"--jobs={job}").stdout.strip(), 60, "the job to be gone")
     assert cluster.state(job) == "CANCELLED"
     assert cluster.job(job)["Restarts"] == "0"
     assert AttemptLog(run_dir).rows()[-1]["reason"] == "asked to end"
