@@ -71,10 +71,9 @@ def resolved_config(stage_dir: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_plan(run_dir: Path, stages: Sequence[PlannedStage], asked: set[str]) -> None:
-    """Note all stages of the run, and which of them this job was asked for."""
-    rows = [asdict(stage) | {"asked": stage.name in asked} for stage in stages]
-    write_once(run_dir / FOLDER / PLAN, json.dumps(rows, indent=1))
+def write_plan(run_dir: Path, stages: Sequence[PlannedStage]) -> None:
+    """Note all stages of the run."""
+    write_once(run_dir / FOLDER / PLAN, json.dumps([asdict(stage) for stage in stages], indent=1))
 
 
 def read_plan(run_dir: Path) -> list[PlannedStage]:
@@ -86,7 +85,7 @@ def read_plan(run_dir: Path) -> list[PlannedStage]:
     path = run_dir / FOLDER / PLAN
     if not path.is_file():
         raise UserError(f"{run_dir}: no {FOLDER}/{PLAN}; not the run folder of a slurm/*.sh job")
-    return [PlannedStage(row["name"], row["output"], row["trains"]) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [PlannedStage(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 class AttemptLog:

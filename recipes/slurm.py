@@ -322,20 +322,18 @@ def plan_command(args: argparse.Namespace) -> None:
         plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
     with_mpi = check_stage_configs(plan, args.ranks)
     if args.record:
-        record(recipe, plan)
+        record(recipe)
     print("\n".join(line_of(stage, stage.name in with_mpi) for stage in plan))
 
 
-def record(recipe: PipelineConfig, plan: Sequence[Stage]) -> None:
+def record(recipe: PipelineConfig) -> None:
     """The run folder's settings and plan. Where the judge is may change from attempt to attempt, the rest may not."""
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
     settings.pop("judge")
     remember_settings(folder, settings)
-    whole = stages(recipe, "")
-    names = {stage.name for stage in plan}
-    write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in whole], names)
+    write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages(recipe, "")])
 
 
 def show_command(args: argparse.Namespace) -> None:

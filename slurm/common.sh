@@ -52,8 +52,9 @@ settings() {
   mapfile -t NODES < <(node_names "${SLURM_JOB_NODELIST_HET_GROUP_0:-${SLURM_JOB_NODELIST:-}}" "$AMPO_NODES" node)
   JUDGE_NODE=$(node_names "${SLURM_JOB_NODELIST_HET_GROUP_1:-}" 1 judge | head -n 1)
   RANKS=$((${#NODES[@]} * AMPO_RANKS_PER_NODE))
-  # Ports differ from job to job, and from stage to stage, so that none waits for its predecessor's to be released.
-  : "${AMPO_PORT:=$((20000 + JOB * 16 % 20000))}"
+  # Ports differ from job to job, and from stage to stage, so that none waits for its predecessor's to be released. They end
+  # below the range from which systems hand out ports of their own.
+  : "${AMPO_PORT:=$((20000 + JOB * 16 % 12000))}"
   MASTER_ADDR=$(node_address "${NODES[0]}")
   export MASTER_ADDR PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(missing_reason() is not None, reason=f"no private Slurm: {missing_reason()}"),
 ]
 
-STEPS, SAVE_EVERY = 16, 3
+STEPS, SAVE_EVERY = 30, 3
 AMPO = [
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
@@ -40,6 +40,7 @@ AMPO = [
     "model.micro_batch_size=8",
     "model.reinforce.forward_micro_batch_size=8",
     "judge.connection_retries=1",
+    "guard.retry_pause_s=1",
 ]
 EVALUATE = ["generate.max_new_tokens=32", "data.limit=4"]
 ENVIRONMENT = {"AMPO_MIN_FREE_GB": "0.5", "AMPO_SAVE_RESERVE_S": "5"}
@@ -225,7 +226,8 @@ def test_a_node_with_other_code_stops_the_job_in_preflight(cluster: Cluster, qui
     run_dir = tmp_path / "run"
     started_with_a_clone(quickstart, run_dir)
     node = cluster.folder / "n2.env"
-    node.write_text(f"export PYTHONPATH={other}\n")
+    # Without the working folder in front, which is the same for all nodes.
+    node.write_text(f"export PYTHONPATH={other}:{ROOT}\nexport PYTHONSAFEPATH=1\n")
     try:
         with demo_judge_process() as url:
             path = recipe(tmp_path, run_dir, judge={"mode": "external", "base_url": url})
@@ -239,3 +241,17 @@ def test_a_node_with_other_code_stops_the_job_in_preflight(cluster: Cluster, qui
     status = read_status(run_dir)
     assert "preflight failed (status 3)" in status.last_end
     assert "n2: nemo-ampo sources is" in status.last_error
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with demo_judge_process() as url:
+        path = recipe(tmp_path, run_dir, judge={"mode": "external", "base_url": url})
+        job = submit(cluster, "ampo.sh", str(path), options=["--time=30"], judge=False)
+        # One stage is done, so that the attempt would be worth another one.
+        wait_for(lambda: (run_dir / "world" / "pack.json").exists(), 90, "the first stage")
+        cluster.check("scancel", job)
+        wait_for(lambda: not cluster.call("squeue", "--noheader", f"--jobs={job}").stdout.strip(), 60, "the job to be gone")
+    assert cluster.state(job) == "CANCELLED"
+    assert cluster.job(job)["Restarts"] == "0"
+    assert AttemptLog(run_dir).rows()[-1]["reason"] == "asked to end"

@@ -18,7 +18,7 @@ def run_dir(tmp_path: Path) -> Path:
         PlannedStage("convert", str(tmp_path / "base.nemo"), False),
         PlannedStage("ampo", str(tmp_path / "ampo" / "policy.nemo"), True),
     ]
-    write_plan(tmp_path, stages, {"convert", "ampo"})
+    write_plan(tmp_path, stages)
     return tmp_path
 
 

@@ -14,6 +14,7 @@ import torch
 from nemo_ampo.advantage import ampo_advantage, ampo_with_report, grpo_advantage
 from nemo_ampo.cli import COMMANDS
 from nemo_ampo.config import STAGES
+from recipes.slurm import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -123,10 +124,10 @@ def config_keys(schema: Any, prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_of_ours_exists(page: str) -> None:
-    known = set().union(*(config_keys(schema) for schema in STAGES.values()))
+    known = set().union(*(config_keys(schema) for schema in (*STAGES.values(), PipelineConfig)))
     sections = "|".join(sorted({key.split(".")[0] for key in known}))
     used = set(re.findall(rf"[`\s]((?:{sections})\.[a-z]\w*)(?:=[^`\s]*)?[`\s]", text_of(page)))
-    files = {name for name in used if name.endswith((".md", ".py", ".nemo"))}
+    files = {name for name in used if name.endswith((".jsonl", ".md", ".py", ".sh", ".nemo"))}
     assert sorted(used - known - files) == []
 
 
