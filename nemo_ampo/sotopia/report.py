@@ -304,6 +304,7 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
             ("turns with a broken reply", sorted(counts.failed_turns.items())),
             ("episodes that could not be played", sorted(counts.episode_errors.items())),
             ("episodes without scores", sorted(counts.unscored.items())),
+            ("evaluator", [("answers asked for again", counts.judge_repeats)] if counts.judge_repeats else []),
         ],
         "dialogues": [dialogue_view(shown) for shown in summary.shown],
         "made_with": json.dumps(dict(summary.made_with), indent=2, ensure_ascii=False) if summary.made_with else None,

@@ -133,6 +133,8 @@ def test_counts_are_those_of_the_episodes(tmp_path: Path) -> None:
         own = [t.mode for t in r.episode.turns if t.seat == r.episode.key.seat]
         pairs += sum(a == 3 and b == 1 for a, b in pairwise(own))
     assert counted.switches[3, 1] == pairs
+    asked_twice = [replace(r, scores=replace(r.scores, tries=3)) for r in results[:2]]
+    assert tally([*asked_twice, *results[2:]]).judge_repeats == 4
     assert counted.failed_turns["tags"] == sum(t.mode == 0 for t in policy)
 
 
