@@ -184,8 +184,8 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN [RUN]",
-            help="Run folder of a stage, or one with bc/, ampo/, evaluate/; or a SOTOPIA result, or two to compare.",
+            metavar="RUN...",
+            help="Run folder of a stage, or one with bc/, ampo/, evaluate/; or SOTOPIA results, to be compared if several.",
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Page to write. [default: report.html in the run folder]")] = None,
@@ -195,7 +195,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run and print its tables.
 
-    Two SOTOPIA results are compared. Exit status 1 when a SOTOPIA result lacks scores.
+    Two SOTOPIA results are compared, more stand in one table. Exit status 1 when a SOTOPIA result lacks scores.
     """
     from nemo_ampo.sotopia import commands as sotopia
 

@@ -19,14 +19,15 @@ from typing import Any, Literal
 from nemo_ampo.chat import ChatClient, EndpointConfig
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
-from nemo_ampo.data.rows import write_json, write_rows
+from nemo_ampo.data.rows import as_record, write_json, write_rows
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.generate.overlap import check_no_overlap
+from nemo_ampo.generate.overlap import check_records
 from nemo_ampo.generate.rows import Played, play_bc, play_rl
 from nemo_ampo.generate.situations import Situation, Situations
 from nemo_ampo.generate.teacher import Teacher
 from nemo_ampo.judge import Judge, JudgeConfig
 from nemo_ampo.modes import MODES
+from nemo_ampo.progress import Progress
 
 Kind = Literal["bc", "rl"]
 SUFFIXES = (".jsonl", ".json")
@@ -154,15 +155,22 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
         if judge is not None:
             await judge.check()
         teacher = Teacher(chat, config.temperatures, config.seed)
-        slots = asyncio.Semaphore(config.max_concurrency)
+        slots, done_so_far = asyncio.Semaphore(config.max_concurrency), Counter[str]()
 
         async def play(situation: Situation) -> Played:
             async with slots:
                 if judge is None:
-                    return await play_bc(situation, teacher, config.system, config.modes_per_turn, config.seed)
-                return await play_rl(situation, teacher, judge, config.system)
+                    done = await play_bc(situation, teacher, config.system, config.modes_per_turn, config.seed)
+                else:
+                    done = await play_rl(situation, teacher, judge, config.system)
+            done_so_far.update(situations=1, rows=len(done.rows))
+            progress.step(
+                done_so_far["situations"], {"rows": done_so_far["rows"], "rejected": sum(teacher.rejected.values())}
+            )
+            return done
 
-        played = await asyncio.gather(*map(play, situations.chosen))
+        with Progress(f"generate {config.kind}", 0, len(situations.chosen)) as progress:
+            played = await asyncio.gather(*map(play, situations.chosen))
         stats = [client.stats for client in (chat, judge) if client is not None]
     summary = Summary(
         kind=config.kind,
@@ -204,8 +212,8 @@ async def _clients(config: JobConfig) -> AsyncIterator[tuple[ChatClient, Judge |
 def _publish(config: JobConfig, rows: list[dict[str, Any]], summary: Summary) -> None:
     if not rows:
         raise ConfigError(f"{config.out}: no rows: {'; '.join(summary.lines())}")
+    check_records([as_record(row, f"{config.out}, row {i}") for i, row in enumerate(rows, start=1)], str(config.out))
     write_rows(rows, config.out)
-    check_no_overlap(config.out)
     write_json(asdict(summary), config.beside("meta.json"))
 
 

@@ -108,14 +108,30 @@ def check_no_overlap(path: str | Path, sotopia_dir: str | Path | None = None) ->
     known = list(evaluation_fingerprints())
     if sotopia_dir is not None:
         known += fingerprints(load_scenarios(sotopia_dir))
-    index = _Index(known)
-    records = read_records(path)
+    return check_records(read_records(path), str(path), known)
+
+
+def check_records(records: Sequence[Record], name: str, known: Sequence[Fingerprint] | None = None) -> int:
+    """Refuse rows of known situations, before they become a file.
+
+    Args:
+        records: rows of any layout.
+        name: of the file, for the message.
+        known: SOTOPIA's evaluation situations by default.
+
+    Returns:
+        Number of rows checked.
+
+    Raises:
+        DataError: naming the rows.
+    """
+    index = _Index(known if known is not None else evaluation_fingerprints())
     found = [record.where for record in records if index.holds(record)]
     if found:
-        shown = ", ".join(place.removeprefix(f"{path}, ") for place in found[:_SHOWN_ROWS])
+        shown = ", ".join(place.removeprefix(f"{name}, ") for place in found[:_SHOWN_ROWS])
         more = f" and {len(found) - _SHOWN_ROWS} more" if len(found) > _SHOWN_ROWS else ""
         raise DataError(
-            f"{path}: {len(found)} of {len(records)} rows are of evaluation scenarios ({shown}{more}); "
+            f"{name}: {len(found)} of {len(records)} rows are of evaluation scenarios ({shown}{more}); "
             "a model trained on them has seen the test. Remove them"
         )
     return len(records)

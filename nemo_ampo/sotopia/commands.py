@@ -1,4 +1,4 @@
-"""What ``nemo-ampo report`` does for SOTOPIA: one run becomes a report, two become a comparison."""
+"""What ``nemo-ampo report`` does for SOTOPIA: one run becomes a report, two a comparison, more an overview."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.sotopia.compare import compare_runs, comparison_table, write_comparison
+from nemo_ampo.sotopia.overview import check_same_view, overview_table, write_overview
 from nemo_ampo.sotopia.report import Written, score_table, status_lines, write_report
 from nemo_ampo.sotopia.summary import is_result_file, is_sotopia_run, read_summary
 
@@ -19,7 +20,7 @@ def is_sotopia(paths: Sequence[Path]) -> bool:
     """Whether the paths are for this module: an evaluation's folder, or others' result file, each.
 
     Raises:
-        UserError: one is and another is not, or there are more than two.
+        UserError: one is and another is not.
     """
     found = [is_sotopia_run(path) or is_result_file(path) for path in paths]
     if len(paths) == 1:
@@ -27,19 +28,17 @@ def is_sotopia(paths: Sequence[Path]) -> bool:
     if not all(found):
         odd = paths[found.index(False)]
         what = "a folder with protocol.json and episodes/, or others' result file (.json)"
-        raise UserError(f"{odd}: not a SOTOPIA result ({what}); only two of these can be compared")
-    if len(paths) > 2:
-        raise UserError(f"a comparison takes two results, got {len(paths)}")
+        raise UserError(f"{odd}: not a SOTOPIA result ({what}); only these can be compared")
     return True
 
 
 def report(
     paths: Sequence[Path], out: Path | None = None, judge: str | None = None, sotopia_dir: Path | None = None, seed: int = 0
 ) -> tuple[Table, list[str], bool]:
-    """Write the files of one run or of a comparison.
+    """Write the files of one run, of a comparison or of an overview.
 
     Args:
-        paths: one or two results.
+        paths: of results.
         out: page to write, the other files go beside it.
         judge: whose scores.
         sotopia_dir: scenario files, to know the situations of imported results.
@@ -54,6 +53,10 @@ def report(
         written = write_comparison(comparison, out)
         lines = [f"PARTIAL: {'; '.join(comparison.problems())}"] if comparison.partial else comparison.problems()
         return comparison_table(comparison), [*lines, _where(written)], comparison.partial
+    if len(runs) > 2:
+        check_same_view(runs)
+        lines = [f"PARTIAL: {run.name}: {'; '.join(run.problems())}" for run in runs if run.partial]
+        return overview_table(runs), [*lines, _where(write_overview(runs, out))], bool(lines)
     (run,) = runs
     written = write_report(run, out)
     return score_table(run), [*status_lines(run), _where(written)], run.partial

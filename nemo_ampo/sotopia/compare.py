@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.errors import DataError
 from nemo_ampo.runlog import write_once
-from nemo_ampo.sotopia.report import COLUMN_TITLES, RANGES, Bar, Written, render_template
+from nemo_ampo.sotopia.overview import check_same_view
+from nemo_ampo.sotopia.report import COLUMN_TITLES, RANGES, Bar, Written, mode_colour, mode_title, render_template
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan
 from nemo_ampo.sotopia.tally import MODE_IDS, shares
@@ -72,11 +72,7 @@ def compare_runs(first: RunSummary, second: RunSummary, seed: int = 0, resamples
     Raises:
         DataError: the runs were made in different views, or share no scored episode.
     """
-    if first.view != second.view:
-        raise DataError(
-            f"{first.name} was made with view {first.view}, {second.name} with view {second.view}; "
-            "what the characters knew differs, so the scores cannot be compared"
-        )
+    check_same_view((first, second))
     subsets = {}
     for name in SUBSETS:
         ours, theirs = ([e for e in run.scored if name == "all" or e.hard] for run in (first, second))
@@ -177,8 +173,8 @@ def page_context(comparison: RunComparison) -> dict[str, Any]:
             for run in runs
         ],
         "mode_ids": MODE_IDS,
-        "mode_title": lambda mode: f"mode {mode}" if mode else "broken format",
-        "mode_colour": lambda mode: f"mode-{mode}" if mode else "bad",
+        "mode_title": mode_title,
+        "mode_colour": mode_colour,
     }
 
 

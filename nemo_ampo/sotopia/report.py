@@ -139,7 +139,7 @@ def status_lines(summary: RunSummary) -> list[str]:
         lines.append(f"tokens    {counts.tokens_per_turn:.1f} per turn")
     if counts.uses_modes:
         mix = shares(counts.mode_by_subset["all"])
-        lines.append("modes     " + ", ".join(f"{_mode_title(k)} {mix[k]:.0%}" for k in MODE_IDS))
+        lines.append("modes     " + ", ".join(f"{mode_title(k)} {mix[k]:.0%}" for k in MODE_IDS))
     if counts.failed_turns:
         lines.append("broken    " + ", ".join(f"{rule} {number}" for rule, number in sorted(counts.failed_turns.items())))
     return lines
@@ -152,7 +152,8 @@ def with_interval(e: Estimate) -> str:
     return f"{e.mean:.2f}" if e.low != e.low else f"{e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
-def _mode_title(mode: int) -> str:
+def mode_title(mode: int) -> str:
+    """For legends and badges."""
     return f"mode {mode}" if mode else BROKEN
 
 
@@ -286,7 +287,7 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
         "seeds": seed_rows(summary),
         "uses_modes": counts.uses_modes,
         "mode_bars": mode_bars(counts),
-        "mode_title": _mode_title,
+        "mode_title": mode_title,
         "mode_colour": mode_colour,
         "mode_names": {k: mode.name for k, mode in MODES.items()},
         "mode_ids": MODE_IDS,
@@ -303,6 +304,7 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
             ("turns with a broken reply", sorted(counts.failed_turns.items())),
             ("episodes that could not be played", sorted(counts.episode_errors.items())),
             ("episodes without scores", sorted(counts.unscored.items())),
+            ("evaluator", [("answers asked for again", counts.judge_repeats)] if counts.judge_repeats else []),
         ],
         "dialogues": [dialogue_view(shown) for shown in summary.shown],
         "made_with": json.dumps(dict(summary.made_with), indent=2, ensure_ascii=False) if summary.made_with else None,
@@ -389,7 +391,7 @@ def figures(counts: Tally) -> list[Figure]:
     if turns:
         by_turn = [shares(counts.mode_by_turn[turn]) for turn in turns]
         layers = [
-            Layer(_mode_title(k), mode_colour(k), tuple(mix[k] for mix in by_turn))
+            Layer(mode_title(k), mode_colour(k), tuple(mix[k] for mix in by_turn))
             for k in MODE_IDS
             if any(mix[k] for mix in by_turn)
         ]

@@ -251,7 +251,10 @@ def compare(
         raise DataError("the two runs have no pairing and seat in common; nothing can be compared")
     for key in shared:
         if by_key[0][key][0] != by_key[1][key][0]:
-            raise DataError(f"env_id {key[0]} is a different scenario in the two runs; were they made from the same files?")
+            raise DataError(
+                f"env_id {key[0]} is a different scenario in the two runs; were they made from the same files? "
+                "Others' result files need --sotopia-dir"
+            )
     scenarios_P = scenario_codes([by_key[0][key][0] for key in shared])
     tables = [np.stack([means[key][1] for key in shared]) for means in by_key]  # [P, roles, K]
     differences: dict[str, dict[str, Difference]] = {}

@@ -55,6 +55,7 @@ class Tally:
         turns, partner_turns: utterances of the policy, and of others.
         tokens, partner_tokens: completion tokens of these.
         prompt_tokens: of all speakers. judge_tokens: prompt and completion tokens of the scoring.
+        judge_repeats: unreadable answers of the evaluator that were asked for again.
         failed_turns: what the policy's turns broke, to how often.
         mode_by_turn, mode_by_relationship: turn index, or relationship, to counts per mode.
         mode_by_subset: ``all`` and ``hard`` to counts per mode.
@@ -75,6 +76,7 @@ class Tally:
     partner_tokens: int = 0
     prompt_tokens: int = 0
     judge_tokens: int = 0
+    judge_repeats: int = 0
     failed_turns: Counter[str] = field(default_factory=Counter)
     mode_by_turn: dict[int, Counter[int]] = field(default_factory=dict)
     mode_by_relationship: dict[int, Counter[int]] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Tally:
             self.episode_errors[episode.error] += 1
         if result.scores is not None:
             self.scored += 1
+            self.judge_repeats += result.scores.tries - 1
             self.judge_tokens += result.scores.prompt_tokens + result.scores.completion_tokens
         elif episode.played:
             self.unscored[result.score_error.kind if result.score_error else "not asked"] += 1
@@ -158,6 +161,7 @@ class Tally:
                 "turns": dict(sorted(self.failed_turns.items())),
                 "episodes": dict(sorted(self.episode_errors.items())),
                 "unscored": dict(sorted(self.unscored.items())),
+                "judge_repeats": self.judge_repeats,
             },
             "modes": {
                 **{subset: _keyed(shares(counts)) for subset, counts in self.mode_by_subset.items()},

@@ -1,6 +1,10 @@
-"""The servers behind docs/sotopia-report.png: readable speech and a judge, both by rule.
+r"""The servers behind docs/sotopia-report.png: readable speech and a judge, both by rule.
 
-``python tests/support/picture_server.py`` prints its address; docs/sotopia.md has the command of the run.
+Start it with ``python tests/support/picture_server.py``, then, with U=http://127.0.0.1:8123/v1::
+
+    python -m recipes.sotopia --config-name api run.dir=runs/ampo-against-partner data.sotopia_dir=DIR \
+        episode.pairing=partner policy.base_url=$U policy.model=rule-speaker policy.modes=true \
+        partner.base_url=$U partner.model=rule-partner judge.base_url=$U judge.model=rule-judge
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from nemo_ampo.modes import MODES
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
 
 MODELS = ("rule-speaker", "rule-partner", "rule-judge")
+PORT = 8123
 OPEN_LINE = re.compile(r"Turn (\d+): (.+) said:\Z")
 
 SPEECH = (
@@ -105,4 +110,4 @@ async def complete(request: Request) -> dict:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=8123, log_level="warning")
+    uvicorn.run(app, port=PORT, log_level="warning")

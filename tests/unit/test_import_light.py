@@ -42,6 +42,8 @@ def top_level_modules_after(*modules: str) -> set[str]:
         "nemo_ampo.rewards",
         "nemo_ampo.chat",
         "nemo_ampo.judge",
+        "nemo_ampo.sotopia.commands",
+        "nemo_ampo.generate.command",
     ],
 )
 def test_text_and_judge_parts_need_no_torch(module: str) -> None:

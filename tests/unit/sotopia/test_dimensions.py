@@ -128,6 +128,19 @@ def test_the_evaluator_sees_everything_on_lines_of_its_own(folder):
         assert re.search(rf"^{name}, {low} to {high}:", message["content"], re.MULTILINE)
 
 
+def test_all_real_pairings_show_the_evaluator_everything(real_folder):
+    pack = load_scenarios(real_folder)
+    template = load_score_prompt()
+    for scenario in pack.scenarios.values():
+        (message,) = score_messages(scenario, "nothing was said", template)
+        words = " ".join(message["content"].split())
+        for character in scenario.agents:
+            assert " ".join(character.secret.split()) in words
+            assert " ".join(character.personality_and_values.split()) in words
+        assert not re.search(r"</?(?:p|extra_info|strategy_hint|clarification_hint)\b", words)
+        assert "Unknown" not in words
+
+
 def test_what_is_said_cannot_leave_its_block(folder):
     scenario = load_scenarios(folder).scenarios[0]
 

@@ -133,6 +133,8 @@ def test_counts_are_those_of_the_episodes(tmp_path: Path) -> None:
         own = [t.mode for t in r.episode.turns if t.seat == r.episode.key.seat]
         pairs += sum(a == 3 and b == 1 for a, b in pairwise(own))
     assert counted.switches[3, 1] == pairs
+    asked_twice = [replace(r, scores=replace(r.scores, tries=3)) for r in results[:2]]
+    assert tally([*asked_twice, *results[2:]]).judge_repeats == 4
     assert counted.failed_turns["tags"] == sum(t.mode == 0 for t in policy)
 
 
@@ -236,7 +238,7 @@ def test_a_comparison_with_a_partial_run_is_partial(tmp_path: Path) -> None:
 
 def test_different_views_are_not_compared(tmp_path: Path) -> None:
     a, b = (read_summary(write_run(tmp_path / name), resamples=50) for name in "ab")
-    with pytest.raises(DataError, match="view sotopia, b with view reference"):
+    with pytest.raises(DataError, match="a with view sotopia, b with view reference"):
         compare_runs(a, replace(b, view="reference"))
 
 
@@ -255,8 +257,6 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: not a SOTOPIA result"):
         CliRunner().invoke(make_app(), ["report", str(run), str(tmp_path / "empty")], catch_exceptions=False)
-    with pytest.raises(UserError, match="a comparison takes two results, got 3"):
-        CliRunner().invoke(make_app(), ["report", *[str(run)] * 3], catch_exceptions=False)
     with pytest.raises(DataError):
         read_summary(tmp_path / "empty")
 
@@ -264,3 +264,19 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
 def test_an_explicit_page_keeps_its_neighbours_with_it(tmp_path: Path) -> None:
     written = write_report(read_summary(write_run(tmp_path / "run"), resamples=50), tmp_path / "out" / "page.html")
     assert [p.parent.name for p in (written.page, written.result, written.table)] == ["out"] * 3
+
+
+def test_many_runs_stand_in_one_table_with_score_against_tokens(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"bias{i}", shift=float(i), seed=i) for i in range(3)]
+    result = run_cli(*runs)
+    assert result.exit_code == 0, result.output
+    records = json.loads((runs[-1] / "overview.json").read_text())
+    assert [r["name"] for r in records] == ["bias0", "bias1", "bias2"]
+    for run, record in zip(runs, records, strict=True):
+        summary = read_summary(run)
+        assert record["scores"]["hard"]["goal"]["mean"] == summary.subsets["hard"].average["goal"].mean
+        assert record["tokens_per_turn"] == summary.tally.tokens_per_turn
+    page = (runs[-1] / "overview.html").read_text()
+    assert page.count("<svg") == 4
+    assert len(list(csv.DictReader((runs[-1] / "overview.csv").open()))) == 3 * 2 * 2
+    assert run_cli(*runs, write_run(tmp_path / "cut", unscored=(1,))).exit_code == 1

@@ -52,6 +52,13 @@ def test_a_failed_evaluation_makes_the_run_partial(tmp_path: Path) -> None:
     assert summary.problems() == ["1 episode played and not scored (missing)"]
 
 
+@pytest.mark.parametrize("changes", [{"rewards": [0, 0, -100]}, {"agent1_scores": {}, "agent2_scores": {}}])
+def test_either_sign_of_failure_is_enough(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (result,) = ImportedResults(write(tmp_path, [record(**changes)])).results()
+    assert result.scores is None
+    assert result.score_error is not None
+
+
 def record(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(CASES[0]["episodes"][0]) | changes
 

@@ -1,0 +1,177 @@
+"""Three or more SOTOPIA runs in one table, and score against tokens: what more thinking buys.
+
+Made for one checkpoint at several settings of the mode dial, and as good for any set of runs of one view.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_ampo.errors import DataError
+from nemo_ampo.report.inputs import Series
+from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
+from nemo_ampo.runlog import write_once
+from nemo_ampo.sotopia.dimensions import OVERALL
+from nemo_ampo.sotopia.report import ABSENT, Figure, Written, mode_colour, mode_title, render_template, with_interval
+from nemo_ampo.sotopia.statistics import Estimate
+from nemo_ampo.sotopia.summary import SUBSETS, RunSummary, without_nan
+from nemo_ampo.sotopia.tally import MODE_IDS, shares
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PAGE_FILE = "overview.html"
+CSV_COLUMNS = (
+    *("run", "partial", "role", "subset", "column", "mean", "low", "high", "episodes", "tokens_per_turn"),
+    *(f"mode_{k}" for k in MODE_IDS),
+)
+SHOWN = ("goal", OVERALL)
+
+
+def check_same_view(runs: Sequence[RunSummary]) -> None:
+    """Refuse runs whose scores cannot stand in one table.
+
+    Raises:
+        DataError: their characters knew different things of each other.
+    """
+    views = {run.view: run.name for run in runs}
+    if len(views) > 1:
+        shown = ", ".join(f"{name} with view {view}" for view, name in views.items())
+        raise DataError(f"{shown}: what the characters knew differs, so the scores cannot be compared")
+
+
+def score(run: RunSummary, subset: str, column: str) -> Estimate:
+    """A run's own score: of both agents in self-play, otherwise of the actor."""
+    estimates: dict[str, Estimate] = getattr(run.subsets[subset], run.role)
+    return estimates[column]
+
+
+def overview_table(runs: Sequence[RunSummary]) -> Table:
+    """One line per run: goal and overall with intervals, tokens, modes."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title="SOTOPIA, several runs", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for heading in columns():
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    for run in runs:
+        table.add_row(*map(escape, cells(run)))
+    return table
+
+
+def columns() -> list[str]:
+    """Headings of the table; the last one stands for the shares of modes 1 to 4 and of broken replies."""
+    scores = [f"{column}, {subset}" for column in SHOWN for subset in SUBSETS]
+    return ["run", *scores, "tokens", "% 1-4, broken"]
+
+
+def cells(run: RunSummary) -> list[str]:
+    """One row under :func:`columns`."""
+    tokens, mix = run.tally.tokens_per_turn, shares(run.tally.mode_by_subset["all"])
+    return [
+        f"{run.name} (PARTIAL)" if run.partial else run.name,
+        *(with_interval(score(run, subset, column)) for column in SHOWN for subset in SUBSETS),
+        ABSENT if tokens is None else f"{tokens:.1f}",
+        " ".join(f"{100 * mix[k]:.0f}" for k in MODE_IDS) if mix else ABSENT,
+    ]
+
+
+def frontier(runs: Sequence[RunSummary], subset: str, column: str = "goal") -> Figure | None:
+    """Score against tokens per reply, one point per run; None with fewer than two points."""
+    points = [
+        (round(run.tally.tokens_per_turn), score(run, subset, column).mean, run.name)
+        for run in runs
+        if run.tally.tokens_per_turn is not None and run.subsets[subset].episodes
+    ]
+    if len(points) < 2:
+        return None
+    ordered = sorted(points)
+    path = Line("", "grid", Series(tuple(p[0] for p in ordered), tuple(p[1] for p in ordered)), markers=True)
+    dots = [
+        Line(name, SERIES_COLOURS[i % len(SERIES_COLOURS)], Series((tokens,), (value,)))
+        for i, (tokens, value, name) in enumerate(points)
+    ]
+    legend = tuple((line.label, line.colour) for line in dots)
+    return Figure(f"{column} against tokens, {subset} episodes", "mean tokens per reply", line_chart([path, *dots]), legend)
+
+
+def overview_csv(runs: Sequence[RunSummary]) -> str:
+    """One line per run, subset and score, under :data:`CSV_COLUMNS`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for run in runs:
+        mix = shares(run.tally.mode_by_subset["all"])
+        for subset in SUBSETS:
+            for column in SHOWN:
+                e = score(run, subset, column)
+                numbers = ["" if value != value else repr(value) for value in (e.mean, e.low, e.high)]
+                about = [
+                    run.name,
+                    str(run.partial).lower(),
+                    run.role,
+                    subset,
+                    column,
+                    *numbers,
+                    run.subsets[subset].episodes,
+                ]
+                writer.writerow([*about, run.tally.tokens_per_turn, *(mix.get(k, "") for k in MODE_IDS)])
+    return text.getvalue()
+
+
+def write_overview(runs: Sequence[RunSummary], page: Path | None = None) -> Written:
+    """Write the page, and beside it the same numbers as JSON and CSV.
+
+    Args:
+        runs: at least two.
+        page: HTML file; ``overview.html`` in the last run's folder by default.
+    """
+    last = runs[-1].path
+    page = page or (last if last.is_dir() else last.with_suffix("")) / PAGE_FILE
+    written = Written(page, page.with_suffix(".json"), page.with_suffix(".csv"))
+    write_once(
+        written.result, json.dumps([_record(run) for run in runs], ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    )
+    write_once(written.table, overview_csv(runs))
+    write_once(written.page, render_template("overview.html.j2", page_context(runs)))
+    return written
+
+
+def _record(run: RunSummary) -> dict[str, Any]:
+    scores = {subset: {column: without_nan(asdict(score(run, subset, column))) for column in SHOWN} for subset in SUBSETS}
+    return {
+        "name": run.name,
+        "partial": run.partial,
+        "problems": run.problems(),
+        "view": run.view,
+        "pairing": run.pairing,
+        "role": run.role,
+        "scores": scores,
+        "tokens_per_turn": run.tally.tokens_per_turn,
+        "modes": {str(k): share for k, share in shares(run.tally.mode_by_subset["all"]).items()},
+    }
+
+
+def page_context(runs: Sequence[RunSummary]) -> dict[str, Any]:
+    """Everything the template shows."""
+    drawn = [frontier(runs, subset, column) for column in SHOWN for subset in SUBSETS]
+    return {
+        "view": runs[0].view,
+        "problems": [f"{run.name}: {'; '.join(run.problems())}" for run in runs if run.partial],
+        "headings": columns(),
+        "rows": [cells(run) for run in runs],
+        "figures": [figure for figure in drawn if figure is not None],
+        "mixes": [(run.name, shares(run.tally.mode_by_subset["all"])) for run in runs],
+        "mode_ids": MODE_IDS,
+        "mode_title": mode_title,
+        "mode_colour": mode_colour,
+    }
