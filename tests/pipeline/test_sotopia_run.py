@@ -170,6 +170,30 @@ def test_saved_episodes_are_scored_again_by_another_judge(server: Server, tmp_pa
     assert all(r.score_error is not None and r.scores is None for r in EpisodeStore(tmp_path).results("default"))
 
 
+def test_a_spent_budget_stops_the_run_and_a_larger_one_continues_it(server: Server, tmp_path: Path) -> None:
+    words = ["run.subset=hard", "run.limit=3", "policy.modes=true", *speakers(server.url)]
+    status, _, err = finish(start(*command(tmp_path, "api", *words, "policy.max_calls=9")))
+    assert status == 2 and "error: policy.max_calls" in err and len(err.splitlines()) == 1
+    assert server.counts()["models"]["rule-speaker"] == 9
+    status, out, err = finish(start(*command(tmp_path, "api", *words)))
+    assert status == 75 and "PARTIAL: 6 of 6 episodes played, 6 scored; a limited run" in out, err
+    assert server.counts()["repeated"] == 0
+
+
+def test_a_run_that_is_asked_to_stop_records_every_answer_first(tmp_path: Path) -> None:
+    with server_process([*SERVER, "--latency-ms", "100"], what="the rule server", start_timeout_s=60) as url:
+        server, words = Server(url), ["episode.pairing=partner", "run.subset=hard", *speakers(url)]
+        process = start(*command(tmp_path, "api", *words))
+        wait_until(lambda: server.counts()["answered"] > 150, process)
+        process.terminate()
+        status, out, err = finish(process)
+        assert status == 75 and "PARTIAL: " in out and "stopping after the calls under way" in err
+        assert 150 < server.counts()["answered"] == recorded(tmp_path)
+        status, out, err = finish(start(*command(tmp_path, "api", *words)))
+        assert (status, out.splitlines()[-1]) == (0, "complete: 140 of 140 episodes played, 140 scored"), err
+        assert server.counts()["repeated"] == 0
+
+
 def test_another_protocol_leaves_the_saved_episodes_alone(server: Server, tmp_path: Path) -> None:
     words = ["run.subset=hard", "run.limit=2", *speakers(server.url)]
     assert finish(start(*command(tmp_path, "api", *words)))[0] == 75
