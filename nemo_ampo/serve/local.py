@@ -141,10 +141,17 @@ def base_url_of(host: str, port: int) -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with the package importable also when it is not installed."""
+    """This environment, with the package importable also when it is not installed.
+
+    Threads of a model's server wait passively unless told otherwise: they share the machine with whoever asks them.
+    """
     package_root = str(Path(__file__).resolve().parents[2])
     inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])])}
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([package_root, *([inherited] if inherited else [])]),
+    }
 
 
 def _listen(host: str, port: int) -> socket.socket:

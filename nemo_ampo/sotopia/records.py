@@ -10,8 +10,9 @@ A folder of results holds ``protocol.json`` (what the numbers were made with) an
     {"record": "score_error", ...}   a judge that gave no usable scores
 
 A line is written in one piece before the next call depends on it, so a killed process loses no answered call.
-The last line may be torn by the kill: readers leave it out, the next writer cuts it off. ``end`` and ``scores``
-are also forced to the disk, so that they survive the machine. All readers hold one episode at a time.
+The last line may be torn by the kill: readers leave it out, the next writer cuts it off. After ``end`` and ``scores``
+the file is also forced to the disk, by a thread beside the run, so that it survives the machine. All readers hold one
+episode at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ EPISODES_FOLDER = "episodes"
 GROWING = ("subsets", "episodes")
 """Keys of the protocol that say how much was asked for so far: a folder may get more seeds, or all after the hard ones."""
 LEAVING_WORDS = "left the conversation"
+_LATER = ("turns", "terminated_by", "error")
 
 
 class Termination(StrEnum):
@@ -234,6 +237,7 @@ class EpisodeStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._syncer: ThreadPoolExecutor | None = None
 
     def path(self, key: EpisodeKey) -> Path:
         """Where an episode lives."""
@@ -287,14 +291,12 @@ class EpisodeStore:
         path = self.path(episode.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         if _cut_torn_line(path) == 0:
-            values = asdict(replace(episode, turns=(), terminated_by=None, error=None))
-            for unused in ("turns", "terminated_by", "error"):
-                del values[unused]
-            self._append(episode.key, "start", {"format": FORMAT, **values})
+            values = {name: value for name, value in vars(episode).items() if name not in _LATER}
+            self._append(episode.key, "start", {"format": FORMAT, **values, "key": vars(episode.key)})
 
     def add_turn(self, key: EpisodeKey, turn: Turn) -> None:
         """Append one utterance."""
-        self._append(key, "turn", asdict(turn))
+        self._append(key, "turn", vars(turn))
 
     def end(self, key: EpisodeKey, terminated_by: Termination, error: str | None = None) -> None:
         """Append why it stopped."""
@@ -303,7 +305,7 @@ class EpisodeStore:
     def add_scores(self, key: EpisodeKey, scores: Scores | ScoreError) -> None:
         """Append a judge's outcome."""
         kind = "scores" if isinstance(scores, Scores) else "score_error"
-        self._append(key, kind, asdict(scores), durable=True)
+        self._append(key, kind, vars(scores), durable=True)
 
     def protocol(self, name: str = PROTOCOL_FILE) -> dict[str, Any] | None:
         """What the folder's episodes were made with; None for a new folder.
@@ -361,7 +363,12 @@ class EpisodeStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"run.dir: another evaluation is writing to {self.folder}") from None
-            yield
+            with ThreadPoolExecutor(1, "fsync") as syncer:
+                self._syncer = syncer
+                try:
+                    yield
+                finally:
+                    self._syncer = None
 
     def _paths(self) -> Iterator[Path]:
         root = self.folder / EPISODES_FOLDER
@@ -371,15 +378,26 @@ class EpisodeStore:
     def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any], durable: bool = False) -> None:
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
-        file = os.open(self.path(key), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        path = self.path(key)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             written = os.write(file, line)
-            if written != len(line):
-                raise OSError(f"{self.path(key)}: only {written} of {len(line)} bytes could be written; is the disk full?")
-            if durable:
-                os.fsync(file)
         finally:
             os.close(file)
+        if written != len(line):
+            raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
+        if durable and self._syncer is not None:
+            self._syncer.submit(_sync, path)
+        elif durable:
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_ampo.chat import ChatClient, ChatError
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import ConfigError
 from nemo_ampo.runlog import write_provenance
 from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
@@ -25,7 +27,7 @@ from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, load_score_prompt, parse
 from nemo_ampo.sotopia.episode import new_episode, play
 from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge
 from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores, Termination, Turn
 from nemo_ampo.sotopia.scenarios import Scenario
 from nemo_ampo.types import Seat
 
@@ -115,10 +117,7 @@ def evaluate(plan: Plan) -> Outcome:
         _hold_to_protocol(plan, store, write=True)
         write_provenance(store.folder, asdict(config, dict_factory=_plain), plan.sha256)
         agents = None if config.run.judge_only else tuple(_reachable(plan, servers))
-        try:
-            return asyncio.run(_evaluate(plan, store, agents))
-        except* UserError as group:
-            raise _first(group) from None
+        return asyncio.run(_evaluate(plan, store, agents))
 
 
 def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:
@@ -151,10 +150,38 @@ async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, 
         work = _Work(plan, store, judge, teams)
         ticker = asyncio.create_task(work.tell())
         try:
-            await work.run()
+            with _signals(work.stop):
+                await work.run()
         finally:
             ticker.cancel()
     return work.outcome
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops after the calls under way, a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, wanted = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+
+    def first() -> None:
+        for number in wanted:
+            loop.remove_signal_handler(number)
+        print("stopping after the calls under way; once more stops at once", file=sys.stderr, flush=True)
+        stop()
+
+    for number in wanted:
+        loop.add_signal_handler(number, first)
+    try:
+        yield
+    finally:
+        for number in wanted:
+            loop.remove_signal_handler(number)
+
+
+class _StoppedError(Exception):
+    """The run was asked to stop; what was answered is recorded."""
 
 
 @contextlib.asynccontextmanager
@@ -187,19 +214,45 @@ class _Work:
         self._judge = judge
         self._teams = teams
         self._prompt = load_score_prompt(plan.config.judge.prompt)
+        self._stopping = False
         self.outcome = Outcome(whole=plan.whole)
 
+    def stop(self) -> None:
+        """Record the answers under way and ask for no more."""
+        self._stopping = True
+
+    def add_turn(self, key: EpisodeKey, turn: Turn) -> None:
+        """Record an utterance; the place where a run that is to stop leaves a dialogue."""
+        self._store.add_turn(key, turn)
+        if self._stopping:
+            raise _StoppedError
+
+    def end(self, key: EpisodeKey, terminated_by: Termination, error: str | None = None) -> None:
+        """Record the end of a dialogue."""
+        self._store.end(key, terminated_by, error)
+
     async def run(self) -> None:
-        """Everything; failures of single episodes do not end it, a spent budget does."""
+        """Everything; failures of single episodes do not end it.
+
+        Nobody is cancelled when a budget is spent: the calls under way are paid for and their answers are recorded.
+
+        Raises:
+            UserError: a budget is spent, the disk is full.
+        """
         keys = self._plan.episode_keys()
 
         async def worker() -> None:
             for key in keys:
+                if self._stopping:
+                    return
                 await self._episode(key)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._plan.config.run.episodes_in_flight):
-                group.create_task(worker())
+        results = await asyncio.gather(
+            *(worker() for _ in range(self._plan.config.run.episodes_in_flight)), return_exceptions=True
+        )
+        for error in results:
+            if error is not None and not isinstance(error, _StoppedError):
+                raise error
 
     async def tell(self) -> None:
         """A line now and then."""
@@ -218,7 +271,7 @@ class _Work:
                 self.outcome.note(f"{_named(key)}: not played; run without judge_only first")
                 return
             self._store.begin(episode)
-            episode = await play(episode, scenario, self._teams[key.seat], self._plan.rules, self._store)
+            episode = await play(episode, scenario, self._teams[key.seat], self._plan.rules, self)
         if not episode.played:
             self.outcome.note(f"{_named(key)}: {episode.error}")
             return
@@ -258,10 +311,3 @@ def _named(key: EpisodeKey) -> str:
 def _plain(items: list[tuple[str, object]]) -> dict[str, object]:
     """Configuration values as YAML can write them."""
     return {name: getattr(value, "value", value) for name, value in items}
-
-
-def _first(group: BaseExceptionGroup[UserError]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

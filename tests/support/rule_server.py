@@ -33,7 +33,8 @@ class RuleServer:
 
     Args:
         latency_s: before each reply.
-        patience: turns after which a speaker leaves are drawn from 2..patience; 20 and more never leaves.
+        patience: turns after which a speaker leaves are drawn from 2..patience, and some replies are cut off; with 20
+            and more nobody leaves and nothing is cut off.
     """
 
     def __init__(self, latency_s: float = 0.0, patience: int = 10) -> None:
@@ -115,7 +116,7 @@ def reply(model: str, contents: list[str], told_to_think: bool, patience: int) -
     if told_to_think:
         mode = 1 + draw % 4
         written = render_reply(mode, f'"{words}"', {name: f"about {name}" for name in MODES[mode].sections})
-        return written[: len(written) // 2] if draw % 53 == 0 else written
+        return written[: len(written) // 2] if draw % 53 == 0 and patience < 20 else written
     return f'<think>I am {name}.</think>\n"{words}"' if model == "rule-reasoner" else f'{name}: "{words}"'
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.policy_files import stop_token_ids
+from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.engine import Engine, GenerateRequest, sample
 
 
@@ -100,15 +101,29 @@ def test_a_prompt_beyond_the_context_is_refused_and_a_reply_ends_with_it(engine:
 
 def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: Engine, tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    prompt = engine.encode([{"role": "user", "content": "Hello"}])
-    opening = tuple(tokenizer.encode("Thinking Level:", add_special_tokens=False))
     dial = engine._mode_dial()
-    assert tokenizer.decode([dial.choices[3]]).strip() == "3"
-    # A random model does not write the level line by itself; at the point where it stands the bias must decide.
+    opening = tuple(tokenizer.encode("Thinking Level:", add_special_tokens=False))
+    assert {k: tokenizer.decode([token]).strip() for k, token in dial.choices.items()} == {k: str(k) for k in range(1, 5)}
     assert dial.chooses_next(opening) and not dial.chooses_next((*opening, 5)) and not dial.chooses_next(())
-    biased = GenerateRequest(prompt, max_tokens=12, temperature=0, mode_bias={3: 1e4})
-    plain = GenerateRequest(prompt, max_tokens=12, temperature=0)
-    assert engine.submit(biased).result(timeout=60).ids == engine.submit(plain).result(timeout=60).ids
+
+    # A random model writes no level line; what it writes first stands in for it here.
+    prompt = prompts(1, seed=8)[0]
+    plain = engine.submit(GenerateRequest(prompt, max_tokens=12, temperature=0)).result(timeout=60).ids
+    engine._dial = dial = ModeDial(tokenizer)
+    dial._prefix, dial._prefix_text = list(plain[:4]), tokenizer.decode(plain[:4])
+    try:
+        biased = {
+            mode: engine.submit(GenerateRequest(prompt, 12, temperature=0, mode_bias={mode: 1e4})).result(timeout=60).ids
+            for mode in (1, 3)
+        }
+        none = engine.submit(GenerateRequest(prompt, 12, temperature=0, mode_bias={2: 0.0})).result(timeout=60).ids
+    finally:
+        engine._dial = None
+    assert none == plain
+    for mode, ids in biased.items():
+        assert ids[:4] == plain[:4] and ids[4] == dial.choices[mode]
+        rest = engine.submit(GenerateRequest((*prompt, *ids[:5]), 7, temperature=0)).result(timeout=60).ids
+        assert ids[5:] == rest, "the bias went on after the choice"
 
 
 def test_a_broken_step_fails_its_callers_and_the_engine_lives_on(engine: Engine, reference) -> None:

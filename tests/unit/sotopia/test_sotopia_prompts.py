@@ -264,3 +264,11 @@ def test_everybody_still_sees_what_is_their_own(real_folder):
             assert me.secret in text and me.personality_and_values.strip() in text and me.public_info.strip() in text
             assert visible_text(scenario.goal(viewer), viewer) in text
             assert not re.search(r"</?(?:p|extra_info|strategy_hint|clarification_hint)\b", text)
+
+
+def test_the_reference_view_deletes_tags_and_keeps_their_contents_on_every_real_text(real_folder):
+    for scenario in load_scenarios(real_folder).scenarios.values():
+        for text in (scenario.environment.scenario, *scenario.environment.goals):
+            theirs = re.sub(r"\n[ \t]+", "\n", re.sub("<.*?>", "", text, flags=re.DOTALL)).strip()
+            for viewer in (*SEATS, "environment"):
+                assert visible_text(text, viewer, "reference") == theirs

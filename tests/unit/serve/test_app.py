@@ -1,0 +1,198 @@
+"""The embedded server over HTTP, in a process of its own, asked by the project's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
+from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.serve import ServeConfig, ServeEngine, check_serve, choose_engine, served
+from nemo_ampo.serve.capabilities import announces_mode_bias
+from nemo_ampo.serve.config import PROGRAMS
+from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
+
+EMBEDDED = ServeConfig(engine=ServeEngine.embedded, device="cpu", start_timeout_s=120)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path):
+    with served(tiny_checkpoint, EMBEDDED) as running:
+        yield running
+
+
+def ask(server, *questions, **config):
+    """Replies to many questions at once; a failed one is its ChatError."""
+
+    async def everything():
+        async with ChatClient(EndpointConfig(server.base_url, server.model, **config)) as client:
+            await client.check()
+            return await asyncio.gather(
+                *(client.complete(HELLO, **{"temperature": 0, "max_tokens": 8, **q}) for q in questions),
+                return_exceptions=True,
+            )
+
+    return asyncio.run(everything())
+
+
+def post(server, **fields) -> tuple[int, dict]:
+    body = {"model": server.model, "messages": HELLO, "max_tokens": 4, "temperature": 0} | fields
+    request = urllib.request.Request(
+        f"{server.base_url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_replies_with_usage_and_reason(server, tiny_checkpoint: Path) -> None:
+    assert (server.model, server.engine) == (MODEL_NAME, ServeEngine.embedded)
+    one, same, sampled, again, other = ask(
+        server, {}, {}, *({"temperature": 1.0, "max_tokens": 30, "seed": seed} for seed in (1, 1, 2))
+    )
+    assert one == same and one.finish_reason in ("length", "stop") and 0 < one.completion_tokens <= 8
+    prompt = AutoTokenizer.from_pretrained(tiny_checkpoint).apply_chat_template(HELLO, add_generation_prompt=True)
+    assert one.prompt_tokens == len(prompt)
+    assert sampled == again != other
+
+
+def test_what_is_not_served_is_refused_by_name(server) -> None:
+    for fields, named in (
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"n": 2}, "n"),
+        ({"stream": True}, "stream"),
+        ({"messages": []}, "messages"),
+        ({"temperature": 9}, "temperature"),
+        ({"mode_bias": {"7": 1.0}}, "mode_bias"),
+        ({"model": "other"}, "other"),
+    ):
+        status, body = post(server, **fields)
+        assert status in (400, 404) and named in body["error"]["message"], (fields, body)
+
+
+def test_a_prompt_beyond_the_context_says_so_in_the_words_of_the_api(server) -> None:
+    status, body = post(server, messages=[{"role": "user", "content": "x" * 9000}])
+    assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+    (failure,) = ask(server, {"max_tokens": 4, "stop": None, "temperature": 0, "extra_body": {"best_of": 3}})
+    assert isinstance(failure, ChatError) and failure.kind == "status" and "best_of" in str(failure)
+
+
+def test_the_server_announces_the_dial_and_takes_it(server) -> None:
+    assert asyncio.run(announces_mode_bias(server.base_url))
+    assert not asyncio.run(announces_mode_bias("http://127.0.0.1:9/v1"))
+    assert post(server, mode_bias={"1": -3.0, "4": 2.0})[0] == 200
+
+
+def test_a_caller_that_leaves_frees_its_row(server) -> None:
+    async def impatient():
+        config = EndpointConfig(server.base_url, server.model, timeout_s=0.3, connection_retries=0)
+        async with ChatClient(config) as client:
+            questions = [client.complete(HELLO, temperature=1.9, max_tokens=2000, seed=s) for s in range(64)]
+            return await asyncio.gather(*questions, return_exceptions=True)
+
+    left = asyncio.run(impatient())
+    assert sum(isinstance(reply, ChatError) for reply in left) > 8
+    started = time.monotonic()
+    assert post(server)[0] == 200
+    # 64 replies of 2,000 tokens each would take far longer than this.
+    assert time.monotonic() - started < 30
+
+
+def test_a_folder_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Hugging Face folder"), served(tmp_path, EMBEDDED):
+        pass
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="the embedded server exited with status 2: ") as raised, served(tmp_path, EMBEDDED):
+        pass
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def no_servers_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def install(folder: Path, program: str, script: str = "#!/bin/sh\n") -> None:
+    path = folder / program
+    path.write_text(script)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_auto_takes_what_is_installed(no_servers_installed: Path) -> None:
+    assert choose_engine(ServeConfig()) is ServeEngine.embedded
+    for engine, program in PROGRAMS.items():
+        with pytest.raises(ConfigError, match=rf"serve\.engine: {engine.value} needs the command {program}"):
+            choose_engine(ServeConfig(engine=engine))
+    install(no_servers_installed, "trtllm-serve")
+    assert choose_engine(ServeConfig()) is ServeEngine.trtllm
+    install(no_servers_installed, "vllm")
+    assert choose_engine(ServeConfig()) is ServeEngine.vllm
+    assert choose_engine(ServeConfig(), mode_dial=True) is ServeEngine.embedded
+    with pytest.raises(ConfigError, match=r"policy\.mode_bias: serve\.engine=vllm cannot bias the mode"):
+        choose_engine(ServeConfig(engine=ServeEngine.vllm), mode_dial=True)
+
+
+def test_another_server_is_started_asked_and_stopped(no_servers_installed: Path, tiny_checkpoint: Path) -> None:
+    """Stands in for vllm: the same command line, our embedded server behind it."""
+    root = Path(__file__).parents[3]
+    install(
+        no_servers_installed,
+        "vllm",
+        f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(root)!r})
+command, folder, *rest = sys.argv[1:]
+assert command == "serve", command
+names = {{"--served-model-name": "--model-name", "--max-num-seqs": "--max-batch"}}
+from nemo_ampo.serve.__main__ import main
+sys.exit(main([folder, *(names.get(word, word) for word in rest)]))
+""",
+    )
+    config = ServeConfig(extra_args=["--max-num-seqs", "4"], start_timeout_s=120)
+    with served(tiny_checkpoint, config) as running:
+        assert running.engine is ServeEngine.vllm and post(running)[0] == 200
+    with pytest.raises(OSError):
+        post(running)
+
+
+def test_the_command_line_of_trtllm() -> None:
+    command, model = foreign_command(ServeEngine.trtllm, "/models/policy-7b", ServeConfig(extra_args=["--tp_size", "2"]), 81)
+    assert command == ["trtllm-serve", "/models/policy-7b", "--host", "127.0.0.1", "--port", "81", "--tp_size", "2"]
+    assert model == "policy-7b"
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (ServeConfig(device="tpu"), "serve.device"),
+        (ServeConfig(dtype="int3"), "serve.dtype"),
+        (ServeConfig(max_batch=0), "serve.max_batch"),
+        (ServeConfig(engine=ServeEngine.embedded, extra_args=["--x"]), "serve.extra_args"),
+    ],
+)
+def test_bad_values_name_their_key(config: ServeConfig, key: str) -> None:
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        check_serve(config)
+
+
+def test_the_command_of_the_command_line_tool(tmp_path: Path) -> None:
+    from nemo_ampo.serve.command import main
+
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert os.environ.get("PATH")
