@@ -53,9 +53,7 @@ class TensorRtLlm:
 
     def state(self) -> State:
         """See :class:`~nemo_ampo.rollout.server_api.Backend`."""
-        return State(
-            tensorrt_llm=self._release, weight_version=self._version, vocab_size=self._vocab_size, **self._limits
-        )
+        return State(tensorrt_llm=self._release, weight_version=self._version, vocab_size=self._vocab_size, **self._limits)
 
     async def load(self, folder: str, weight_version: int) -> tuple[int, int]:
         """See :class:`~nemo_ampo.rollout.server_api.Backend`."""
