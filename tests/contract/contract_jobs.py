@@ -44,7 +44,8 @@ def open_session(family: str, folder: Path) -> tuple[Any, Path]:
         hf = write_model(folder / "hf", family, tied=False, vocab_size=VOCAB, **changes)
         partial = folder / "partial.nemo"
         convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(partial)]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        torchrun = ("TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
+        alone = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
         subprocess.run([*convert, "--no-verify"], check=True, env=alone)
         partial.rename(nemo)
     compat.setup("cpu")
