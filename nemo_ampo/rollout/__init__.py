@@ -92,6 +92,11 @@ def check_rollout(rollout: RolloutConfig) -> None:
     """
     if rollout.engine not in ENGINES:
         raise ConfigError(f"rollout.engine: expected one of {', '.join(ENGINES)}, got {rollout.engine!r}")
+    if rollout.engine != "megatron" and rollout.temperature != 1:
+        raise ConfigError(
+            f"rollout.temperature: {rollout.engine} knows the policy's log-probabilities only at temperature 1, got "
+            f"{rollout.temperature}"
+        )
     if rollout.probe.prompts < 1 or rollout.probe.new_tokens < 1 or rollout.probe.max_gap <= 0:
         raise ConfigError("rollout.probe: prompts and new_tokens must be at least 1 and max_gap above 0")
     server = rollout.trtllm_server

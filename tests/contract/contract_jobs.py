@@ -44,7 +44,8 @@ def open_session(family: str, folder: Path) -> tuple[Any, Path]:
         hf = write_model(folder / "hf", family, tied=False, vocab_size=VOCAB, **changes)
         partial = folder / "partial.nemo"
         convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(partial)]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        torchrun = ("TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
+        alone = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
         subprocess.run([*convert, "--no-verify"], check=True, env=alone)
         partial.rename(nemo)
     compat.setup("cpu")
@@ -406,6 +407,33 @@ def build_error(call: Callable[[], str]) -> str:
         return str(error)
 
 
+def doctor_checks(session: Any, engines: Engines, family: str) -> dict[str, Any]:
+    """What rollout-doctor says of each engine, and of one without its repairs."""
+    from nemo_ampo.rollout import ENGINES, trtllm_export
+    from nemo_ampo.rollout.doctor import Patient, examine, verdict
+
+    def findings(name: str) -> list[Any]:
+        engine = engines.make(name)
+        patient = Patient(
+            engine,
+            session.model.get_inference_log_probs,
+            lambda: parameters(session.model),
+            replace(probe_of(()), prompts=tuple(prompts_of((9, 14, 4)))),
+            text_of,
+            MAX_NEW,
+        )
+        found = list(examine(patient))
+        engine.close()
+        return [[f.name, f.ok, f.detail] for f in found] + [["verdict", None, verdict(name, found)]]
+
+    out: dict[str, Any] = {name: findings(name) for name in ENGINES}
+    original = trtllm_export.repair_config
+    trtllm_export.repair_config = lambda config, model: None
+    out["broken"] = findings("trtllm")
+    trtllm_export.repair_config = original
+    return out
+
+
 class Scripted:
     """Tokenizer and judge at once: every response is a valid reply whose score follows from its tokens."""
 
@@ -513,6 +541,7 @@ def main() -> None:
         results: dict[str, Any] = {name: engine_checks(session, engines, name) for name in ENGINES}
         if RANKS == 1:
             results["mutations"] = mutations(session, engines, family)
+            results["doctor"] = doctor_checks(session, engines, family)
             results["steps"] = {name: two_steps(session, engines, name) for name in ENGINES}
         else:
             results["unequal"] = unequal_calls(engines)

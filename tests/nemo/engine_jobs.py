@@ -111,6 +111,41 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     }
 
 
+def work_checks(session: Any) -> dict[str, Any]:
+    """How many tokens go through the model, and through its output layer, for what is asked."""
+    from nemo_ampo.padding import vocab_size
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.megatron import MegatronEngine
+
+    vocab = vocab_size(session.model)
+    (module,) = session.model.get_model_module_list()
+    embedded: list[int] = []
+    scored: list[int] = []
+    hooks = [
+        module.embedding.word_embeddings.register_forward_pre_hook(lambda m, args: embedded.append(args[0].numel())),
+        module.output_layer.register_forward_hook(lambda m, args, out: scored.append(out[0].size(0))),
+    ]
+    engine = MegatronEngine(session.model, batch_size=64)
+
+    def count(requests: list[Request], sampling: SamplingSpec) -> dict[str, int]:
+        embedded.clear()
+        scored.clear()
+        drawn = sum(len(r.token_ids) for r in engine.generate(requests, sampling))
+        return {"embedded": sum(embedded), "calls": len(embedded), "drawn": drawn, "columns": max(scored)}
+
+    g = torch.Generator().manual_seed(4)
+    prompts = [tuple(torch.randint(3, vocab, (n,), generator=g).tolist()) for n in (9, 30)]
+    group = [Request(i, prompts[0], i) for i in range(16)]
+    out = {
+        "one prompt": count(group, SamplingSpec(1, (0,))),
+        "two prompts": count([*group, *(Request(16 + i, prompts[1], i) for i in range(16))], SamplingSpec(1, (0,))),
+        "most finish": count([Request(i, prompts[0], i) for i in range(64)], SamplingSpec(24, tuple(range(0, vocab, 4)))),
+    }
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
 def frequencies(session: Any, hf: Any) -> dict[str, Any]:
     """First drawn tokens of 4,000 seeds against the distribution they should follow."""
     from nemo_ampo.rollout.engine import Request, SamplingSpec
@@ -216,6 +251,7 @@ def main() -> None:
     session, hf = open_actor()
     results = {
         "engine": engine_checks(session, hf),
+        "work": work_checks(session),
         "frequencies": frequencies(session, hf),
         "update": update_checks(session, hf),
         "reference": reference_checks(session, hf),

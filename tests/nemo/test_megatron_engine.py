@@ -66,6 +66,22 @@ def test_bad_requests_are_refused(engine: dict[str, Any], case: str, words: str)
     assert words in engine[case]
 
 
+def test_each_distinct_prompt_is_computed_once_and_in_one_pass(measured: dict[str, Any]) -> None:
+    work = measured["work"]
+    assert work["one prompt"] == {"embedded": 9, "calls": 1, "drawn": 16, "columns": 1}
+    assert work["two prompts"] == {"embedded": 2 * 30, "calls": 1, "drawn": 32, "columns": 1}
+
+
+def test_finished_rows_leave_the_batch(measured: dict[str, Any]) -> None:
+    work = measured["work"]["most finish"]
+    steps = work["calls"] - 1
+    fed = work["embedded"] - 9
+    assert steps > 8, "some rows must go on for long"
+    # Each drawn token but a row's last is fed once; a few finished rows may wait for the next compaction.
+    assert work["drawn"] - 64 <= fed < 1.25 * (work["drawn"] - 64) + 64
+    assert fed < 0.5 * 64 * steps
+
+
 def test_draws_follow_the_distribution(measured: dict[str, Any]) -> None:
     # 99.9 % point of chi-square with 20 degrees of freedom; seeds are fixed, so this does not flicker.
     assert measured["frequencies"]["chi2"] < 45.3

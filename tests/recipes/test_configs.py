@@ -167,6 +167,21 @@ def test_the_command_line_says_it_in_one_line(stage: str, config: str, missing: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("model", ["qwen2.5_7b", "llama3.1_8b"])
+def test_production_rolls_out_on_tensorrt_llm_and_says_when_there_is_none(model: str, tmp_path: Path) -> None:
+    assert compose("ampo", model, REQUIRED["ampo"]).rollout.engine == "trtllm"
+    file = tmp_path / "x"
+    file.touch()
+    given = [f"run.dir={tmp_path / 'run'}", f"run.init_from={file}", f"data.train={file}"]
+    command = [sys.executable, "-m", "recipes.ampo", "--config-name", model, *given, "judge.base_url=http://localhost:1/v1"]
+    one_process = ["model.tensor_model_parallel_size=1"]
+    process = subprocess.run([*command, *one_process], capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert process.returncode == 2
+    (line,) = process.stderr.strip().splitlines()
+    assert line.startswith("error: rollout.engine: trtllm needs TensorRT-LLM 0.17.x, which is not installed")
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_config_name_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"llama3\.1_8b, qwen2\.5_7b, smollm2_135m, tiny"):
         compose("ampo", "huge", [])

@@ -172,6 +172,8 @@ def test_engine_names_and_their_keys() -> None:
         check_rollout(RolloutConfig(engine="vllm"))
     with pytest.raises(ConfigError, match=r"rollout.trtllm_server.url: a value is required"):
         check_rollout(RolloutConfig(engine="trtllm_server"))
+    with pytest.raises(ConfigError, match=r"rollout.temperature: trtllm knows .* got 0\.7"):
+        check_rollout(RolloutConfig(engine="trtllm", temperature=0.7))
     with pytest.raises(ConfigError, match=r"keep_versions: at least 1"):
         check_rollout(RolloutConfig(trtllm_server=TrtLlmServerConfig(keep_versions=0)))
     with pytest.raises(ConfigError, match=r"rollout.probe"):

@@ -1,0 +1,127 @@
+"""Examine a rollout engine: ``python -m recipes.rollout_doctor --config-name NAME run.init_from=FILE.nemo ...``.
+
+Takes the AMPO stage's configuration and reads its ``run``, ``rollout`` and NeMo sections; needs neither data nor judge.
+Start it as the stage will be started: under srun with MPI for ``rollout.engine=trtllm``, on as many ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.compose import compose
+from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
+from nemo_ampo.errors import ConfigError, UserError
+from recipes.launch import EXIT_USER_ERROR, is_main_process, world_size
+
+QUESTIONS = (
+    "Good morning.",
+    "You want to sell your old bicycle for 80 and the buyer offers 50. What do you say?",
+    "Your friend forgot your birthday and now asks for a favour. You like the friend, but you are hurt. Answer.",
+    "Two colleagues both want the one free week in August. You are one of them. Begin the conversation.",
+)
+"""Prompts of unequal length; what is answered does not matter."""
+
+
+@dataclass
+class DoctorConfig:
+    """The sections of the AMPO stage that an engine sees."""
+
+    run: RunConfig
+    rollout: RolloutConfig
+
+
+def run(cfg: DictConfig) -> bool:
+    """Examine the engine; True when nothing failed."""
+    kept = {name: cfg[name] for name in ("run", "rollout", *NEMO_SECTIONS)}
+    config = read_config(OmegaConf.create(kept), DoctorConfig)  # type: ignore[type-var]
+    from nemo_ampo.rollout import EngineSetup, check_rollout, make_engine, require_engine
+
+    check_rollout(config.rollout)
+    require_engine(config.rollout.engine)
+    if not Path(config.run.init_from).is_file():
+        raise ConfigError(f"run.init_from: no such file: {config.run.init_from}")
+
+    from transformers import AutoTokenizer
+
+    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.data.chat import encode_prompt
+    from nemo_ampo.policy_files import stop_token_ids
+
+    model = cfg.model
+    check_parallel_layout(
+        read_model_config(config.run.init_from), model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    )
+    run_dir = Path(config.run.dir)
+    assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    prompts = tuple(tuple(encode_prompt([{"role": "user", "content": q}], tokenizer)) for q in QUESTIONS)
+
+    from nemo_ampo import compat
+
+    device = compat.setup(config.run.device, config.run.verbose)
+
+    from converters.live import publish_weights
+    from nemo_ampo.actor import AmpoActor
+    from nemo_ampo.ranks import MegatronRanks
+    from nemo_ampo.rollout.doctor import Patient, examine, findings_table, parameters_of, verdict
+    from nemo_ampo.rollout.probe import Probe
+    from nemo_ampo.session import open_session, prepare_config
+
+    prepare_config(cfg, run_dir, config.run.init_from, assets, device)
+    session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), False)
+    engine = make_engine(
+        EngineSetup(
+            model=session.model,
+            rollout=config.rollout,
+            decode=tokenizer.decode,
+            ranks=MegatronRanks(),
+            run_dir=run_dir,
+            publish=lambda model, folder: publish_weights(model, assets, folder),
+        )
+    )
+    limits = config.rollout.probe
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    patient = Patient(
+        engine=engine,
+        logprobs=lambda tokens_BT: session.model.get_inference_log_probs(tokens_BT.cuda()),
+        parameters=lambda: parameters_of(session.model),
+        probe=Probe(prompts, limits.new_tokens, limits.max_gap, stop_token_ids(assets, tokenizer), pad_id),
+        decode=tokenizer.decode,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    findings = list(examine(patient))
+    engine.close()
+    if is_main_process():
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 140).print(findings_table(findings))
+        print(verdict(config.rollout.engine, findings))
+    return all(finding.ok is not False for finding in findings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 when nothing failed, 1 when something did, 2 for what the user can fix."""
+    parser = argparse.ArgumentParser(prog="nemo-ampo rollout-doctor", description=run.__doc__)
+    parser.add_argument("--config-name", default="tiny", help="a file of configs/ampo (default: tiny)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; run.init_from is required")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="rollout-doctor-") as folder:
+        try:
+            if world_size() > 1 and not any(o.startswith("run.dir=") for o in args.overrides):
+                raise ConfigError("run.dir: several ranks need one folder that all of them see")
+            return 0 if run(compose("ampo", args.config_name, [f"run.dir={folder}", *args.overrides])) else 1
+        except UserError as error:
+            if is_main_process():
+                print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
