@@ -21,7 +21,14 @@ from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
 from nemo_ampo.forward import token_logprobs
-from nemo_ampo.loss import Totals, entropy_from_logits, token_loss, update_weights, weighted_sum
+from nemo_ampo.loss import (
+    Totals,
+    entropy_from_logits,
+    filled_micro_batches,
+    token_loss,
+    update_weights,
+    weighted_sum,
+)
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""
@@ -114,7 +121,13 @@ class AmpoActor(MegatronGPTReinforceActorModel):
             torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
             totals = Totals(*counts.tolist())
         replicas = parallel_state.get_data_parallel_world_size()
-        return update_weights(mask_BT, micro_batches, self.algorithm, totals, replicas).float()
+        weights_BT = update_weights(mask_BT, micro_batches, self.algorithm, totals, replicas)
+        if totals is None:
+            # A micro-batch whose samples are all left out is no part of the mean over micro-batches.
+            filled = torch.tensor(filled_micro_batches(mask_BT, micro_batches), device=torch.cuda.current_device())
+            torch.distributed.all_reduce(filled, group=parallel_state.get_data_parallel_group())
+            weights_BT = weights_BT * micro_batches * replicas / max(int(filled), 1)
+        return weights_BT.float()
 
 
 def _metrics_of_job(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:

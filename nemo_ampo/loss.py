@@ -165,6 +165,11 @@ def update_weights(
     return torch.cat([token_weights(part, rules.aggregate, None, rules.constant_tokens) for part in parts])
 
 
+def filled_micro_batches(mask_BT: Tensor, micro_batches: int) -> int:
+    """How many of the equal parts of the rows hold a token that counts."""
+    return sum(bool(part.any()) for part in mask_BT.chunk(micro_batches))
+
+
 def weighted_sum(values_BT: Tensor, weights_BT: Tensor) -> Tensor:
     """Sum of weight times value, a scalar; a token of weight 0 contributes nothing, NaN and infinity included."""
     return (_masked(values_BT, weights_BT != 0) * weights_BT.to(values_BT.dtype)).sum()

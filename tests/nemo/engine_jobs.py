@@ -173,14 +173,15 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     g = torch.Generator().manual_seed(3)
     tokens = torch.randint(3, 500, (8, 40), generator=g)
-    mask = torch.rand((8, 39), generator=g) < torch.linspace(0.2, 0.9, 8)[:, None]  # micro-batches of unequal size
-    advantages = torch.randn(8, generator=g)[:, None].expand(mask.shape).contiguous()
+    drawn = torch.rand((8, 39), generator=g) < torch.linspace(0.2, 0.9, 8)[:, None]  # micro-batches of unequal size
+    advantages = torch.randn(8, generator=g)[:, None].expand(drawn.shape).contiguous()
     with torch.no_grad():
         now = hf_logprobs(hf, tokens)
     old = now + 0.3 * torch.randn(now.shape, generator=g)
     ref = now + 0.5 * torch.randn(now.shape, generator=g)
     algorithms = {
         "paper": AlgorithmConfig(),
+        "left out": AlgorithmConfig(),
         "heavy": AlgorithmConfig(kl_coef=0.5, entropy_coef=0.2, aggregate="sequence_mean", kl_kind="k2", clip_high=0.3),
         "dual": AlgorithmConfig(aggregate_over="batch", dual_clip=1.2),
         "dr-grpo": PRESETS["dr-grpo"],
@@ -188,9 +189,11 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
         "gspo": replace(PRESETS["gspo"], clip_low=0.03, clip_high=0.04),
     }
     for name, algorithm in algorithms.items():
-        rows = [slice(0, 4), slice(4, 8)]  # the two micro-batches, each with its own mean ...
+        mask, rows = drawn, [slice(0, 4), slice(4, 8)]  # the two micro-batches, each with its own mean ...
         if algorithm.aggregate_over == "batch":
             rows = [slice(0, 8)]  # ... or one mean over both
+        if name == "left out":  # no sample of the first one counts: as if it had not been there
+            mask, rows = drawn & (torch.arange(8) > 3)[:, None], [slice(4, 8)]
         hf.zero_grad()
         total = 0.0
         for part in rows:

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("case", ["paper", "heavy", "dual", "dr-grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("case", ["paper", "left out", "heavy", "dual", "dr-grpo", "dapo", "gspo"])
 def test_loss_and_gradient_are_those_of_the_formula(measured: dict[str, Any], case: str) -> None:
     """Also: the gradient is divided by the two micro-batches there are, or by the tokens of both together."""
     row = measured["update"][case]
