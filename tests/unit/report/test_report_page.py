@@ -79,7 +79,7 @@ def test_sixty_steps_stay_small(html: str) -> None:
 def test_every_part_is_there(page: Page) -> None:
     for words in (
         *("Before BC", "After BC", "After AMPO", "0.550", "0.710"),
-        *("Evaluation", "Which mode is chosen", "Advantage", "Policy", "Judge", "Time", "Behaviour cloning"),
+        *("Evaluation", "Which mode is chosen", "Each mode", "Replies and policy", "Judge", "Time", "Behaviour cloning"),
         *("The same prompt, every checkpoint", "Replies, early and late", "Training in numbers"),
         *("step 0", "step 59", "prospective simulation", "thinking: Intent, Style, Response"),
     ):
