@@ -309,8 +309,8 @@ class ChatClient:
             return found
         if self.config.replay is not None:
             raise UserError(
-                f"{self.config.section}.replay: {self.config.replay} holds no reply to try {question.attempt + 1} of "
-                f'"{one_line(question.messages[-1]["content"], 60)}"; data, seeds or settings differ from the recorded run'
+                f"{self.config.section}.replay: {self.config.replay} holds no reply to a question of this run (try "
+                f"{question.attempt + 1}, key {key[:12]}); its data, seeds or settings differ from the recorded run's"
             )
         running = self._running.get(key)
         if running is None:
