@@ -1,6 +1,6 @@
 """Training checkpoints as folders: complete or invisible.
 
-A checkpoint is written into ``.saving-step-000025``; its manifest (sizes, hashes, step, config, layout) comes last;
+A checkpoint is written into ``.saving-step-000025-…``; its manifest (sizes, hashes, step, config, layout) comes last;
 everything is flushed to the disk; then the folder is renamed to ``step-000025``. Whatever dies on the way leaves either
 the old state or the new one. A folder whose files are not all there at their sizes is never picked up. Nothing here
 imports torch or NeMo: the same functions serve a status command.
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -165,9 +166,9 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of ``step`` into."""
+        """An empty folder for the checkpoint of ``step``, under a name that no earlier process can still write to."""
         self.sweep()
-        path = self.folder / f"{_SAVING}{_name(step)}"
+        path = self.folder / f"{_SAVING}{_name(step)}-{uuid.uuid4().hex[:8]}"
         path.mkdir(parents=True)
         return path
 

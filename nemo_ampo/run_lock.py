@@ -21,7 +21,7 @@ PATIENCE_S = 30.0
 def hold(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
     """Claim the folder for as long as the returned file is open.
 
-    The kernel lets go when the process dies, however it dies, and its writer processes with it.
+    The kernel lets go when the process dies, however it dies; processes it forked do not hold the folder.
 
     Args:
         run_dir: created if absent.
@@ -48,10 +48,10 @@ def hold(run_dir: Path, patience_s: float = PATIENCE_S) -> IO[str]:
 
 def _locked(handle: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         print("run.dir: this file system has no locks; nothing guards against a second job in it", file=sys.stderr)

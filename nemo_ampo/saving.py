@@ -195,10 +195,10 @@ class Saver:
         self._news = {"checkpoint/failed_saves": float(self._failures)}
         stays = "there is none yet" if self.last_step is None else f"the one of step {self.last_step} stays"
         limit = self._config.max_failed_saves
+        free = free_bytes(self.store.folder) / 1e9
+        # All ranks wait here: the next save must find the room that the half-written files took.
+        together(lambda: self.store.sweep() if self._rank == 0 else None)
         if self._rank == 0:
-            # torch's writers hide why they failed ("unexpected pos ..."); the room left says it.
-            free = free_bytes(self.store.folder) / 1e9
-            self.store.sweep()
             print(
                 f"ALARM: checkpoint of step {step} not written ({reason}; {free:.3g} GB were free then); {stays}; failed "
                 f"saves in a row: {self._failures} of {limit}",

@@ -8,7 +8,9 @@ touches the disk. The files are the same too: ``dist_checkpointing.load`` and Ne
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -75,7 +78,7 @@ def write_shards(state: dict[str, Any], folder: Path) -> None:
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     request = strategy.async_save(sharded, folder)
-    together(lambda: request.async_fn(*request.async_fn_args) if request.async_fn is not None else None)
+    together(request.async_fn)
     for finish in request.finalize_fns:
         finish()
     together(lambda: save_config(CheckpointingConfig("torch_dist", 1), folder) if main else None)
@@ -95,15 +98,35 @@ def _write_common(common: dict[str, Any], folder: Path) -> None:
 
 
 class _AgreeingWriter(TorchDistSaveShardedStrategy):
-    """Upstream's planning and writing; only the end of a save differs."""
+    """Upstream's planning and file format; the writing and the end of a save are ours."""
 
     def _get_save_and_finalize_callbacks(self, writer: Any, plan: Any) -> AsyncRequest:
         _, metadata, ranks = plan
+        written: list[Any] = []
 
         def finish() -> None:
-            results = together(writer.retrieve_write_results)
-            everyone = ranks.gather_object(results)
+            everyone = ranks.gather_object(written)
             together(lambda: writer.finish(metadata, everyone) if ranks.is_coordinator else None)
 
-        function, arguments = writer.get_save_function_and_args()
-        return AsyncRequest(function, arguments, [finish])
+        return AsyncRequest(lambda: written.extend(_write_buckets(writer.write_buckets)), (), [finish])
+
+
+def _write_buckets(buckets: Sequence[Any]) -> list[Any]:
+    """Write this rank's files, each flushed to the disk, in threads.
+
+    Upstream forks a process per file. A fork of a trainer that is then killed stays behind for ever, waiting on a queue
+    whose other end is gone, with the trainer's memory and open files.
+    """
+
+    def write(index: int, bucket: Any) -> list[Any]:
+        results: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(index)
+        FileSystemWriterAsync.write_preloaded_data(index, bucket, results, running, True)
+        _, outcome = results.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    with ThreadPoolExecutor(WRITERS_PER_RANK) as pool:
+        return [result for part in pool.map(write, range(len(buckets)), buckets) for result in part]

@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_run_without_a_good_one_is_not
     told = "\n".join(damaged["said"])
     assert "step-000004 is damaged and ignored (rank 0: content of optimizer/__0_0.distcp differs from its hash)" in told
     assert "step-000003 is incomplete and ignored" in told and "continuing from" in told
-    assert damaged["refused"].endswith("no checkpoint in it can be continued from; move it away to start anew")
+    assert damaged["refused"].endswith("none of its checkpoints can be continued from; move it away to start anew")
 
 
 def test_a_checkpoint_packed_as_nemo_file_is_the_same_model(results: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,20 @@ from nemo_ampo.errors import UserError
 from nemo_ampo.run_lock import hold
 
 HOLDER = "import sys, time; from pathlib import Path; from nemo_ampo.run_lock import hold; f = hold(Path(sys.argv[1]))\n"
+
+
+def test_a_child_that_outlives_the_job_does_not_hold_the_folder(tmp_path: Path) -> None:
+    program = HOLDER + "import os; child = os.fork()\nif not child: time.sleep(60)\nprint(child, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        hold(tmp_path, patience_s=5).close()
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def other_job(folder: Path) -> subprocess.Popen[str]:
