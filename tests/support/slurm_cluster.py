@@ -29,9 +29,8 @@ ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
-# cred_expire is also how long a requeued job waits; the default of two minutes is for real clusters.
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
