@@ -350,8 +350,9 @@ finish() { # STATUS REASON: write it down, requeue if that brings anything, exit
   say "$2 (status $status): $decision"
   if [[ $decision == requeue ]]; then
     state=$(scontrol show job "$JOB" 2>/dev/null || true)
-    if [[ $state =~ JobState=CANCELLED ]]; then
-      say "cancelled: not requeued"
+    # Somebody who cancelled the job does not want it back; Slurm is ending it then (COMPLETING).
+    if [[ ! $state =~ JobState=RUNNING ]]; then
+      say "not requeued: the job is being ended"
     else
       scontrol requeue "$JOB"
       sleep 120 # Slurm ends this script meanwhile

@@ -213,7 +213,8 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
     assert [row["step"] for row in read_jsonl(story.ampo / "metrics.jsonl")] == list(range(STEPS))
     ends = [row["reason"] for row in AttemptLog(run_dir).rows() if row["event"] == "end"]
     limit, warned = "stopped at a checkpoint before the time limit", "asked to stop before the time limit"
-    assert ends == [limit, warned, warned, "the judge died", "ampo failed", "finished"]
+    assert ends.pop(4) in ("ampo failed", "asked to end")  # whoever saw the dead node first: the other rank, or Slurm
+    assert ends == [limit, warned, warned, "the judge died", "finished"]
     assert {path.name for path in (run_dir / "logs").iterdir()} == {f"{job}-{attempt}" for attempt in range(6)}
     assert (run_dir / "evaluate" / "ampo.json").exists()
 

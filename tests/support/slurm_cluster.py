@@ -29,9 +29,8 @@ ClusterName=private
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
-# cred_expire is also how long a requeued job waits; the default of two minutes is for real clusters.
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
@@ -150,8 +149,17 @@ class Cluster:
 
     def step_processes(self, node: str) -> list[int]:
         """Process ids of the job steps' daemons of one node and of everything they started."""
-        steps = [pid for pid, line in commands().items() if re.match(r"slurmstepd: \[", line) and _node_of(pid) == node]
+        steps = [pid for pid, line in commands().items() if re.match(r"slurmstepd: \[", line) and self._runs_on(pid, node)]
         return [*steps, *(child for pid in steps for child in descendants(pid))]
+
+    def _runs_on(self, step_daemon: int, node: str) -> bool:
+        """A step daemon's tasks carry the names of their node and of their cluster's configuration."""
+        wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()}
+        for pid in descendants(step_daemon):
+            with contextlib.suppress(OSError):
+                if wanted <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                    return True
+        return False
 
     def kill_node(self, name: str) -> None:
         """What a power cut does: daemon and tasks gone at once."""
@@ -226,13 +234,3 @@ def descendants(pid: int) -> Sequence[int]:
     for child in below:
         below.extend(parents.get(child, []))
     return below
-
-
-def _node_of(step_daemon: int) -> str | None:
-    """A step daemon's tasks carry their node's name."""
-    for pid in descendants(step_daemon):
-        with contextlib.suppress(OSError):
-            found = re.search(rb"(?:^|\0)SLURMD_NODENAME=([^\0]+)", Path(f"/proc/{pid}/environ").read_bytes())
-            if found:
-                return found[1].decode()
-    return None
