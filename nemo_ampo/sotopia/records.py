@@ -241,7 +241,7 @@ class EpisodeStore:
 
     def path(self, key: EpisodeKey) -> Path:
         """Where an episode lives."""
-        return self.folder / EPISODES_FOLDER / f"seed{key.seed}" / key.seat / f"{key.env_id:04d}.jsonl"
+        return Path(f"{self.folder}/{EPISODES_FOLDER}/seed{key.seed}/{key.seat}/{key.env_id:04d}.jsonl")
 
     def episodes(self) -> Iterator[Episode]:
         """All begun episodes by seed, seat, env_id; one in memory at a time.

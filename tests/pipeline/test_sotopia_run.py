@@ -258,12 +258,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LOCAL = ("run.subset=hard", "run.limit=2", "episode.max_turns=4", "episode.max_prompt_tokens=16000", "policy.max_tokens=12")
+LOCAL = ("run.subset=hard", "run.limit=1", "episode.max_turns=3", "episode.max_prompt_tokens=16000", "policy.max_tokens=12")
 
 
 @pytest.mark.parametrize(
     ("config", "episodes", "thinkers"),
-    [("self_play", 2, {"policy", "other"}), ("partner", 4, {"policy"}), ("vs_base", 4, {"policy"})],
+    [("self_play", 1, {"policy", "other"}), ("partner", 2, {"policy"}), ("vs_base", 2, {"policy"})],
 )
 def test_a_shipped_config_plays_a_checkpoint_of_ours(
     config: str, episodes: int, thinkers: set[str], server: Server, checkpoint: Path, tmp_path: Path
@@ -287,7 +287,7 @@ def test_the_mode_dial_goes_through_to_the_server_and_is_refused_elsewhere(
 ) -> None:
     judge = [f"judge.base_url={server.url}", "judge.model=rule-judge"]
     dial = "policy.mode_bias={1: -1.5, 4: 2}"
-    words = [*LOCAL, "run.limit=1", dial, f"policy.checkpoint={checkpoint}", *judge]
+    words = [*LOCAL, dial, f"policy.checkpoint={checkpoint}", *judge]
     assert finish(start(*command(tmp_path / "dial", "self_play", *words)))[0] == 75
     kept = json.loads((tmp_path / "dial" / "protocol.json").read_text())["policy"]["mode_bias"]
     assert kept == {"1": -1.5, "4": 2.0}

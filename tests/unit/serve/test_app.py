@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import stat
 import sys
 import time
@@ -17,10 +16,12 @@ from transformers import AutoTokenizer
 
 from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.serve import ServeConfig, ServeEngine, check_serve, choose_engine, served
+from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served
 from nemo_ampo.serve.capabilities import announces_mode_bias
+from nemo_ampo.serve.command import main
 from nemo_ampo.serve.config import PROGRAMS
 from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
+from nemo_ampo.serve.local import free_port, server_process
 
 EMBEDDED = ServeConfig(engine=ServeEngine.embedded, device="cpu", start_timeout_s=120)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -191,8 +192,12 @@ def test_bad_values_name_their_key(config: ServeConfig, key: str) -> None:
         check_serve(config)
 
 
-def test_the_command_of_the_command_line_tool(tmp_path: Path) -> None:
-    from nemo_ampo.serve.command import main
-
+def test_the_command_serves_in_the_foreground(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port("127.0.0.1")
+    command = [sys.executable, "-m", "nemo_ampo.cli", "serve", str(tiny_checkpoint), "--engine", "embedded"]
+    command += ["--port", str(port), "--max-batch", "4"]
+    url = f"http://127.0.0.1:{port}/v1"
+    with server_process(command, what="serve", start_timeout_s=120, base_url=url):
+        served_here = Served(url, tiny_checkpoint.name, ServeEngine.embedded)
+        assert post(served_here)[1]["usage"]["completion_tokens"] > 0
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert os.environ.get("PATH")
