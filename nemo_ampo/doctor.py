@@ -105,7 +105,7 @@ PACKAGES: tuple[Package, ...] = (
     *(
         Package(name, module, True, _SETUP)
         for name, module in (
-            ("aiohttp", "aiohttp"),
+            ("openai", "openai"),
             ("fastapi", "fastapi"),
             ("hydra-core", "hydra"),
             ("jinja2", "jinja2"),

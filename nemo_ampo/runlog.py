@@ -114,7 +114,7 @@ def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) 
     from nemo_ampo.compat.versions import EXPECTED, installed
 
     write_once(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    packages = (*EXPECTED, "torch", "numpy", "aiohttp", "tensorrt-llm")
+    packages = (*EXPECTED, "torch", "numpy", "openai", "tensorrt-llm")
     record = {
         "nemo-ampo": __version__,
         "packages": {name: installed(name) for name in packages},

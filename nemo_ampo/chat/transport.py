@@ -1,7 +1,8 @@
 """HTTP to a chat API: one request, one body of bounded size, or :class:`CallError`.
 
-aiohttp instead of an SDK: a call takes about a fifth of its processor time, which a judge beside a training loop
-does not have, and the body can be read up to a limit. Only this file knows its errors.
+The ``openai`` package sends it, without its own retries, which know nothing of our limits, and over its aiohttp client,
+which costs half the processor time of the default one: a judge beside a training loop does not have more. Only this file
+knows the package's errors.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import functools
-import json
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nemo_ampo.chat.completion import CallError, one_line
 
 if TYPE_CHECKING:
-    import aiohttp
+    import httpx2
+    import openai
 
 MAX_BODY_BYTES = 8 * 2**20
 """A longer answer is not read to its end."""
@@ -42,11 +43,11 @@ class Transport:
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
         self._timeout_s = timeout_s
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._session: aiohttp.ClientSession | None = None
+        self._clients: dict[tuple[str, str | None], openai.AsyncOpenAI] = {}
 
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
         """Body of the answer to a JSON request; see :meth:`get` for errors."""
-        return await self._exchange("POST", url, key, json.dumps(payload).encode("utf-8"))
+        return await self._exchange("post", url, key, body=payload)
 
     async def get(self, url: str, key: str) -> str:
         """Body of the answer.
@@ -54,12 +55,12 @@ class Transport:
         Raises:
             CallError: of kind ``timeout``, ``connection``, ``status`` or, for a body too long, ``parse``.
         """
-        return await self._exchange("GET", url, key, None)
+        return await self._exchange("get", url, key)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        for client in self._clients.values():
+            await client.close()
 
     def redact(self, text: str) -> str:
         """``text`` without secrets."""
@@ -67,34 +68,37 @@ class Transport:
             text = text.replace(secret, "[API key]")
         return text
 
-    async def _exchange(self, method: str, url: str, key: str, data: bytes | None) -> str:
-        import aiohttp  # Half a second, and only needed to talk.
+    async def _exchange(self, method: str, url: str, key: str, **request: Any) -> str:
+        import httpx2  # Both take half a second, and are only needed to talk.
+        import openai
 
-        headers = {"Content-Type": "application/json"} if data is not None else {}
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
+        client = self._client(key, _proxy_for(url))
+        # Only what the configuration says is sent, nothing that the package would take from the environment.
+        unsaid = (
+            ("OpenAI-Organization", "OpenAI-Project") if key else ("OpenAI-Organization", "OpenAI-Project", "Authorization")
+        )
+        request["options"] = {"headers": dict.fromkeys(unsaid, openai.Omit())}
         try:
             async with asyncio.timeout(self._timeout_s):
-                session = self._opened()
-                async with session.request(
-                    method, url, data=data, headers=headers, proxy=_proxy_for(url), allow_redirects=False
-                ) as response:
-                    body = await _read(response.content)
-                    if response.status < 300 and body is not None:
-                        return self.redact(body)
-                    failure = self._failure(response.status, body, response.headers.get("Retry-After", ""))
+                response = await getattr(client, method)(url, cast_to=httpx2.Response, **request)
+                return self.redact(response.text)
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
-        except (aiohttp.ClientError, OSError) as error:
-            reason = one_line(self.redact(str(error) or type(error).__name__))
-            failure = CallError("connection", f"no connection: {reason}", cause="connection", transient=True)
+        except openai.APIStatusError as error:
+            failure = self._failure(error.status_code, error.response.text, error.response.headers.get("Retry-After", ""))
+        except (openai.APIConnectionError, _TooLongError) as error:
+            failure = self._no_answer(error.__cause__ or error)
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
-    def _failure(self, status: int, body: str | None, retry_after: str) -> CallError:
-        if body is None:
+    def _no_answer(self, reason: BaseException) -> CallError:
+        if isinstance(reason, _TooLongError):
             limit = f"{MAX_BODY_BYTES // 2**20} MiB"
             return CallError("parse", f"the answer is longer than {limit}", cause="body", transient=True)
+        words = one_line(self.redact(str(reason) or type(reason).__name__))
+        return CallError("connection", f"no connection: {words}", cause="connection", transient=True)
+
+    def _failure(self, status: int, body: str, retry_after: str) -> CallError:
         # A spent quota is told with the status of a full queue, but no wait will heal it.
         spent = status == 429 and "insufficient_quota" in body
         return CallError(
@@ -106,28 +110,62 @@ class Transport:
             retry_after_s=read_retry_after(retry_after),
         )
 
-    def _opened(self) -> aiohttp.ClientSession:
-        import aiohttp
+    def _client(self, key: str, proxy: str | None) -> openai.AsyncOpenAI:
+        import httpx2
+        import openai
 
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                # How many connections there may be is the limiter's business.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None),
+        if (key, proxy) not in self._clients:
+            self._clients[key, proxy] = openai.AsyncOpenAI(
+                api_key=key or "none",
+                base_url="http://every.request.has.its.own.address",
+                max_retries=0,
+                http_client=openai.DefaultAioHttpClient(
+                    # How many connections there may be is the limiter's business.
+                    limits=httpx2.Limits(max_connections=10**5, keepalive_expiry=_KEEP_ALIVE_S),
+                    timeout=None,
+                    proxy=proxy,
+                    # Else the library would also read passwords from .netrc.
+                    trust_env=False,
+                    follow_redirects=False,
+                    event_hooks={"response": [_bound]},
+                ),
             )
-        return self._session
+        return self._clients[key, proxy]
 
 
-async def _read(content: aiohttp.StreamReader) -> str | None:
-    """The whole body as text, or None if it is too long."""
-    chunks, size = [], 0
-    async for chunk in content.iter_any():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks).decode("utf-8", "replace")
+class _TooLongError(Exception):
+    """The body passed the limit."""
+
+
+async def _bound(response: httpx2.Response) -> None:
+    """Stop reading a body that is longer than the limit."""
+    response.stream = _bounded_stream(response.stream)
+
+
+@functools.cache
+def _stream_class() -> type:
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in self._stream:
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise _TooLongError
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    return Bounded
+
+
+def _bounded_stream(stream: Any) -> Any:
+    return _stream_class()(stream)
 
 
 @functools.cache
