@@ -36,7 +36,7 @@ config = read_config(raw, EvaluateConfig)
 write_provenance(folder, OmegaConf.to_container(raw, resolve=True), {})
 with open_judge(config.judge, folder) as judge:
     outcomes = judge.score_all(JudgeRequest(f"dialogue {n}", "A", "B", "g", "h") for n in range(8))
-    print(*map(repr, outcomes), repr(judge.stats), judge.stats.metrics(), config, sep="\\n")
+    print(*map(repr, outcomes), repr(judge.stats), judge.stats.metrics(), config, sep="\\n", flush=True)
     (folder / "metrics.jsonl").write_text(repr(judge.stats.metrics()))
     if end == "failed":
         judge.submit(JudgeRequest("refuse me", "A", "B", "g", "h")).result()
