@@ -94,7 +94,10 @@ def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
     check_tokenizer(tokenizer)
     system = system_prompt(folder, config.data.system_prompt)
     prompts = [encode_prompt(chat_messages(turn, system), tokenizer) for turn in turns]
-    with open_judge(config.judge, config.run.dir) as judge:
+    # A folder of its own: several checkpoints are evaluated into one run folder, each with a budget.
+    spending = Path(config.run.dir) / "judge" / config.run.name
+    spending.mkdir(parents=True, exist_ok=True)
+    with open_judge(config.judge, spending) as judge:
         judge.check()
         model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
         answers = _answers(model, tokenizer, prompts, turns, config, stop_token_ids(folder, tokenizer), judge, device)
