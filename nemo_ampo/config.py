@@ -72,6 +72,7 @@ class BcDataConfig:
         on_too_long: ``error`` or ``drop`` (counted in the log).
         heldout_replies: held-out prompts answered by the model at each validation to measure the share of valid replies.
         max_new_tokens: limit of those replies, tokens.
+        allow_evaluation_scenarios: train on rows of SOTOPIA's evaluation situations all the same.
     """
 
     train: str = MISSING
@@ -80,6 +81,7 @@ class BcDataConfig:
     on_too_long: OnTooLong = OnTooLong.error
     heldout_replies: int = 64
     max_new_tokens: int = 2048
+    allow_evaluation_scenarios: bool = False
 
 
 @dataclass
@@ -91,11 +93,13 @@ class AmpoDataConfig:
         sotopia_dir: a SOTOPIA folder; its opening turns become the rows when ``train`` is null.
         system_prompt: text file for rows without a ``system`` column; null takes the one stored with the BC checkpoint,
             or else the project's own.
+        allow_evaluation_scenarios: train on rows of SOTOPIA's evaluation situations all the same.
     """
 
     train: str | None = None
     sotopia_dir: str | None = None
     system_prompt: str | None = None
+    allow_evaluation_scenarios: bool = False
 
 
 @dataclass

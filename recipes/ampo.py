@@ -23,10 +23,13 @@ from recipes.launch import is_main_process, main, world_size
 def read_training_turns(config: AmpoConfig) -> tuple[list[DialogueTurn], dict[str, str]]:
     """The turns to train on, from rows or from a SOTOPIA folder's opening scenes, and the sha256 of what was read."""
     from nemo_ampo.data.episodes import read_turns
+    from nemo_ampo.generate.overlap import check_no_overlap
     from nemo_ampo.runlog import sha256_of
     from nemo_ampo.sotopia.opening import write_opening_rows
 
     if config.data.train is not None:
+        if not config.data.allow_evaluation_scenarios:
+            check_no_overlap(config.data.train)
         return read_turns(config.data.train), {config.data.train: sha256_of(config.data.train)}
     assert config.data.sotopia_dir is not None
     rows = Path(config.run.dir) / "opening_rows.json"

@@ -28,6 +28,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.checkpoint import read_model_config, unpack_assets
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
+    from nemo_ampo.generate.overlap import check_no_overlap
     from nemo_ampo.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
     from nemo_ampo.run_identity import check_resume, identity, inputs
     from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
@@ -43,6 +44,8 @@ def run(cfg: DictConfig) -> bool:
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, read_model_config(config.run.init_from))
     rows = read_bc_rows(data.train)
+    if not data.allow_evaluation_scenarios:
+        check_no_overlap(data.train)
     system_prompt = system_prompt_of(rows)
     train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long.value)
     heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long.value)

@@ -132,7 +132,7 @@ def check_records(records: Sequence[Record], name: str, known: Sequence[Fingerpr
         more = f" and {len(found) - _SHOWN_ROWS} more" if len(found) > _SHOWN_ROWS else ""
         raise DataError(
             f"{name}: {len(found)} of {len(records)} rows are of evaluation scenarios ({shown}{more}); "
-            "a model trained on them has seen the test. Remove them"
+            "a model trained on them has seen the test. Remove them, or say data.allow_evaluation_scenarios=true"
         )
     return len(records)
 

@@ -1,14 +1,25 @@
-"""One short quickstart, run once for all tests of this folder."""
+"""One short quickstart, run once for all tests of this folder, whichever process they run in."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
-from stage_runs import Quickstart, quickstart_command, run
+from filelock import FileLock
+from stage_runs import Finished, Quickstart, quickstart_command, run
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
-    folder = tmp_path_factory.mktemp("quickstart") / "run"
-    finished = run(quickstart_command(folder))
+def quickstart(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Quickstart:
+    base = tmp_path_factory.getbasetemp()
+    # Worker processes have folders of their own below the one they share.
+    shared = (base if worker_id == "master" else base.parent) / "quickstart"
+    shared.mkdir(exist_ok=True)
+    folder, said = shared / "run", shared / "finished.json"
+    with FileLock(shared / "lock"):
+        if not said.exists():
+            said.write_text(json.dumps(asdict(run(quickstart_command(folder)))))
+    finished = Finished(**json.loads(said.read_text()))
     assert finished.status == 0, finished.out[-3000:] + finished.err[-6000:]
     return Quickstart(folder, finished)

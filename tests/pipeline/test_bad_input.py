@@ -8,10 +8,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from stage_runs import Finished, Quickstart, run
+from stage_runs import ROOT, Finished, Quickstart, run
+
+from nemo_ampo.sotopia.opening import write_opening_rows
 
 pytestmark = pytest.mark.slow
-NOWHERE = "judge.base_url=http://127.0.0.1:9/v1"
+SOTOPIA = ROOT.parent / "shared" / "sotopia"
 
 
 def one_line(finished: Finished) -> str:
@@ -41,6 +43,18 @@ def test_bad_row_names_file_line_and_field(quickstart: Quickstart, tmp_path: Pat
     bad.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]))
     line = ampo(quickstart, tmp_path, f"data.train={bad}")
     assert "bad.jsonl" in line and "line 3" in line and "score" in line
+
+
+def test_rows_of_the_evaluation_set(quickstart: Quickstart, tmp_path: Path) -> None:
+    if not SOTOPIA.is_dir():
+        pytest.skip(f"the SOTOPIA data files are not at {SOTOPIA}")
+    rows = tmp_path / "opening.jsonl"
+    write_opening_rows(SOTOPIA, rows)
+    line = ampo(quickstart, tmp_path, f"data.train={rows}")
+    assert "opening.jsonl" in line and "data.allow_evaluation_scenarios" in line
+    assert "rollout.max_prompt_tokens" in ampo(
+        quickstart, tmp_path, f"data.train={rows}", "data.allow_evaluation_scenarios=true"
+    )
 
 
 def test_bad_cloning_row(quickstart: Quickstart, tmp_path: Path) -> None:

@@ -113,10 +113,12 @@ def test_system_prompt_travels_with_the_policy(quickstart: Quickstart, tmp_path:
     assert read_model_config(quickstart.folder / "ampo" / "policy.nemo")["mcore_gpt"] is True
 
 
-def test_an_interrupted_pipeline_goes_on_at_the_first_unfinished_stage(quickstart: Quickstart) -> None:
-    (quickstart.folder / "evaluate" / "ampo.json").unlink()
-    shutil.rmtree(quickstart.folder / "hf" / "ampo")
-    again = run(quickstart_command(quickstart.folder))
+def test_an_interrupted_pipeline_goes_on_at_the_first_unfinished_stage(quickstart: Quickstart, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quickstart.folder, folder)
+    (folder / "evaluate" / "ampo.json").unlink()
+    shutil.rmtree(folder / "hf" / "ampo")
+    again = run(quickstart_command(folder))
     assert again.status == 0, again.err
     assert again.out.count("done before") == 8
-    assert (quickstart.folder / "hf" / "ampo" / "config.json").is_file()
+    assert (folder / "hf" / "ampo" / "config.json").is_file()
