@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import sys
 import tempfile
@@ -52,11 +53,14 @@ def counts(url: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sotopia-dir", required=True)
+    parser.add_argument("--sotopia-dir", default=os.environ.get("SOTOPIA_DIR"), help="default: $SOTOPIA_DIR")
     parser.add_argument("--latency-ms", type=float, default=50.0)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="all episodes once for each")
     args = parser.parse_args()
+    if args.sotopia_dir is None:
+        print("episodes: not run; it needs a SOTOPIA folder, --sotopia-dir or SOTOPIA_DIR")
+        return
     command = [sys.executable, str(SERVER), "--latency-ms", str(args.latency_ms), "--patience", "100"]
     with (
         server_process(command, what="the rule server", start_timeout_s=60) as url,
