@@ -28,6 +28,9 @@ MAX_BODY_BYTES = 8 * 2**20
 _KEEP_ALIVE_S = 4.0
 """Below the 5 s after which uvicorn, and so vLLM, closes a silent connection: never send into a closing one."""
 
+_UNSAID = ("OpenAI-Organization", "OpenAI-Project")
+"""Headers that the package would fill from the environment."""
+
 TRANSIENT_STATUSES = (408, 409, 425, 429)
 """Statuses below 500 after which the same call may succeed."""
 
@@ -74,9 +77,7 @@ class Transport:
 
         client = self._client(key, _proxy_for(url))
         # Only what the configuration says is sent, nothing that the package would take from the environment.
-        unsaid = (
-            ("OpenAI-Organization", "OpenAI-Project") if key else ("OpenAI-Organization", "OpenAI-Project", "Authorization")
-        )
+        unsaid = _UNSAID if key else (*_UNSAID, "Authorization")
         request["options"] = {"headers": dict.fromkeys(unsaid, openai.Omit())}
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -139,11 +140,12 @@ class _TooLongError(Exception):
 
 async def _bound(response: httpx2.Response) -> None:
     """Stop reading a body that is longer than the limit."""
-    response.stream = _bounded_stream(response.stream)
+    response.stream = _bounded_stream()(response.stream)
 
 
 @functools.cache
-def _stream_class() -> type:
+def _bounded_stream() -> type:
+    """A class of its own library, which is loaded only to talk."""
     import httpx2
 
     class Bounded(httpx2.AsyncByteStream):
@@ -162,10 +164,6 @@ def _stream_class() -> type:
             await self._stream.aclose()
 
     return Bounded
-
-
-def _bounded_stream(stream: Any) -> Any:
-    return _stream_class()(stream)
 
 
 @functools.cache
