@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests/unit/converters")]
+sys.path[:0] = [str(ROOT / "tests/unit/converters"), str(ROOT / "tests/support")]
+
+from forking import fork  # noqa: E402
+
 FOLDER = Path(sys.argv[1])
 LAYOUTS = {
     "data 2": (2, 1, 1, False),
@@ -37,7 +40,7 @@ def launch(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [_fork(lambda r=rank: _as_rank(r, ranks, port, function, arguments)) for rank in range(ranks)]  # type: ignore[misc]
+    return [fork(lambda r=rank: _as_rank(r, ranks, port, function, arguments)) for rank in range(ranks)]  # type: ignore[misc]
 
 
 def run(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
@@ -49,24 +52,6 @@ def _as_rank(rank: int, ranks: int, port: int, function: Callable[..., None], ar
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "saving", "GROUP_RANK": "0"}
     function(*arguments)
-
-
-def _fork(function: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return pid
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------

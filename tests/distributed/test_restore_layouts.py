@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests/unit/converters"))
+sys.path[:0] = [str(ROOT / "tests/unit/converters"), str(ROOT / "tests/support")]
+
+from forking import fork  # noqa: E402
 
 CASES = {
     "llama-untied": ("llama", False, {}),
@@ -81,7 +83,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     import nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor  # noqa: F401 - imported once, before the forks
 
     for case, (family, tied, changes) in CASES.items():
-        _in_fork(folder, _convert, case, family, tied, changes)
+        _infork(folder, _convert, case, family, tied, changes)
     results: dict[str, Any] = {}
     for tp, pp in LAYOUTS:
         _launch(folder, tp, pp)
@@ -94,27 +96,9 @@ def run_all(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _in_fork(folder: Path, function: Any, *args: Any) -> None:
-    pid = _fork(lambda: function(folder, *args))
+def _infork(folder: Path, function: Any, *args: Any) -> None:
+    pid = fork(lambda: function(folder, *args))
     assert os.waitpid(pid, 0)[1] == 0, f"{function.__name__}{args} failed"
-
-
-def _fork(function: Any) -> int:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return pid
 
 
 def _convert(folder: Path, case: str, family: str, tied: bool, changes: dict[str, Any]) -> None:
@@ -150,7 +134,7 @@ def _launch(folder: Path, tp: int, pp: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     size = tp * pp
-    pids = [_fork(lambda rank=rank: _rank(folder, tp, pp, rank, size, port)) for rank in range(size)]
+    pids = [fork(lambda rank=rank: _rank(folder, tp, pp, rank, size, port)) for rank in range(size)]
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     assert statuses == [0] * size, f"tp{tp} pp{pp}: {statuses}"
 
