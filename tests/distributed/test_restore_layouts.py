@@ -83,7 +83,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     import nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor  # noqa: F401 - imported once, before the forks
 
     for case, (family, tied, changes) in CASES.items():
-        _infork(folder, _convert, case, family, tied, changes)
+        _in_fork(folder, _convert, case, family, tied, changes)
     results: dict[str, Any] = {}
     for tp, pp in LAYOUTS:
         _launch(folder, tp, pp)
@@ -96,7 +96,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _infork(folder: Path, function: Any, *args: Any) -> None:
+def _in_fork(folder: Path, function: Any, *args: Any) -> None:
     pid = fork(lambda: function(folder, *args))
     assert os.waitpid(pid, 0)[1] == 0, f"{function.__name__}{args} failed"
 
