@@ -31,7 +31,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def open_model(folder: Path) -> Any:
     """A session that saves, with optimizer states in place."""
     from nemo_ampo import compat
-    from nemo_ampo.checkpoint_config import CheckpointConfig
+    from nemo_ampo.checkpoint.config import CheckpointConfig
     from nemo_ampo.compose import compose
     from nemo_ampo.world.pack import make_pack
     from nemo_ampo.world.tiny_model import TinyModel, make_tiny_checkpoint
@@ -43,9 +43,9 @@ def open_model(folder: Path) -> Any:
     convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", nemo, "--no-verify"]
     subprocess.run(convert, check=True)
     compat.setup("cpu")
-    from nemo_ampo.actor import AmpoActor
-    from nemo_ampo.checkpoint import unpack_assets
-    from nemo_ampo.session import Keep, open_session, prepare_config
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import Keep, open_session, prepare_config
 
     cfg = compose("ampo", "tiny", [])
     prepare_config(cfg, folder / "run", nemo, unpack_assets(nemo, folder / "assets"), "cpu")

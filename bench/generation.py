@@ -49,10 +49,10 @@ def open_both(folder: Path) -> tuple[Any, Any]:
     convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", nemo, "--no-verify"]
     subprocess.run(convert, check=True)
     compat.setup("cpu")
-    from nemo_ampo.actor import AmpoActor
-    from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
 
     cfg = compose("ampo", "tiny", [])
     prepare_config(cfg, folder / "run", nemo, unpack_assets(nemo, folder / "assets"), "cpu")

@@ -18,7 +18,7 @@ from converters.mapping import bind
 from converters.model_config import model_shape
 from converters.nemo_to_hf import save_shards
 from converters.nemo_weights import NemoWeights
-from nemo_ampo.checkpoint import WEIGHTS_FOLDER
+from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
 
 
 def publish_weights(model: Any, assets: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.mapping import VOCAB_MULTIPLE, Family, ModelShape
-from nemo_ampo.checkpoint import tokenizer_config
+from nemo_ampo.checkpoint.nemo_file import tokenizer_config
 from nemo_ampo.errors import UserError
 
 ARCHITECTURE_KEYS: tuple[str, ...] = (
@@ -99,7 +99,7 @@ def nemo_config(config: Any, family: Family, tokenizer_dir: Path) -> dict[str, A
     """Everything MegatronGPTModel, GPTSFTModel and the REINFORCE actor read from ``model``.
 
     Transformer Engine layers are the stored choice, since that is what a GPU wants; loading on a CPU
-    overrides it (:func:`nemo_ampo.checkpoint.load_overrides`). Fusions that need compiled extensions are off;
+    overrides it (:func:`nemo_ampo.checkpoint.nemo_file.load_overrides`). Fusions that need compiled extensions are off;
     a GPU recipe may turn them on, they do not change the checkpoint.
 
     Raises:

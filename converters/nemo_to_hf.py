@@ -23,7 +23,7 @@ from converters.mapping import bind
 from converters.model_config import model_shape
 from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
-from nemo_ampo.checkpoint import unpack_assets, unpack_weights
+from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
 
 MAX_SHARD_SIZE = "5GB"

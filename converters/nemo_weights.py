@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from converters.mapping import Binding, ModelShape, check_dims, check_names, stacked_dims
-from nemo_ampo.checkpoint import WEIGHTS_FOLDER
+from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
 from nemo_ampo.errors import UserError
 
 PREFIX = "model."

@@ -25,7 +25,7 @@ from converters import cli
 from converters.hf_folder import HfFolder, asset_files, open_hf_folder, read_json
 from converters.model_config import ARCHITECTURE_KEYS, nemo_config
 from converters.nemo_weights import NemoWeights
-from nemo_ampo.checkpoint import read_model_config, unpack_assets, unpack_weights
+from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
 
 PROMPT_LENGTHS = (32, 1600)
 TOLERANCE = 1e-4

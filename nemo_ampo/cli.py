@@ -233,7 +233,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
 ) -> None:
     """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
-    from nemo_ampo.plan import compose_for_plan, lines, make_plan, shape_of
+    from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, shape_of
 
     cfg = compose_for_plan(stage, config_name, overrides or [])
     for line in lines(make_plan(stage, cfg, shape_of(model, config_name), nodes * gpus, gpu)):
@@ -242,7 +242,7 @@ def plan(
 
 def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*.sh job.")]) -> None:
     """Say what of a batch run is done, running and left, and what went wrong last."""
-    from nemo_ampo.status import read_status
+    from nemo_ampo.job.status import read_status
 
     run = read_status(run_dir)
     _show(run.table())
@@ -255,8 +255,8 @@ def pack(
     assets: Annotated[Path | None, typer.Option(help="Hugging Face files. [default: RUN/hf_assets]")] = None,
 ) -> None:
     """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
-    from nemo_ampo.checkpoint import pack_nemo
-    from nemo_ampo.checkpoint_store import MANIFEST, Manifest, check_sizes
+    from nemo_ampo.checkpoint.nemo_file import pack_nemo
+    from nemo_ampo.checkpoint.store import MANIFEST, Manifest, check_sizes
 
     check_sizes(checkpoint, Manifest.load(checkpoint / MANIFEST))
     pack_nemo(checkpoint, output, assets or checkpoint.absolute().parent.parent / "hf_assets")

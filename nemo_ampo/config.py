@@ -16,8 +16,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, check_algorithm, preset_named
-from nemo_ampo.checkpoint_config import CheckpointConfig
-from nemo_ampo.checkpoint_store import check_config as check_checkpoint
+from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig

@@ -78,10 +78,10 @@ def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from nemo_ampo.checkpoint.policy_files import stop_token_ids, system_prompt
     from nemo_ampo.data.chat import check_tokenizer, encode_prompt
     from nemo_ampo.data.episodes import chat_messages, read_turns
     from nemo_ampo.judge import open_judge
-    from nemo_ampo.policy_files import stop_token_ids, system_prompt
 
     turns = read_turns(config.data.turns)
     if config.data.limit >= 0:

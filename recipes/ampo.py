@@ -72,11 +72,11 @@ def run(cfg: DictConfig) -> bool:
 
     from transformers import AutoTokenizer
 
-    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.policy_files import check_vocabulary, stop_token_ids, system_prompt
+    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.judge import open_judge
-    from nemo_ampo.policy_files import check_vocabulary, stop_token_ids, system_prompt
-    from nemo_ampo.run_identity import check_resume, identity, inputs
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
@@ -109,15 +109,15 @@ def run(cfg: DictConfig) -> bool:
         device = compat.setup(config.run.device, config.run.verbose)
 
         from converters.live import publish_weights
-        from nemo_ampo.actor import AmpoActor
-        from nemo_ampo.checkpoint import save_nemo
+        from nemo_ampo.checkpoint.nemo_file import save_nemo
         from nemo_ampo.judge.second import SecondJudge
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import EngineSetup, make_engine
         from nemo_ampo.rollout.probe import Probe
         from nemo_ampo.runlog import RunLog, write_provenance
-        from nemo_ampo.session import Keep, open_session, prepare_config
-        from nemo_ampo.trainer import AmpoTrainer
+        from nemo_ampo.training.actor import AmpoActor
+        from nemo_ampo.training.session import Keep, open_session, prepare_config
+        from nemo_ampo.training.trainer import AmpoTrainer
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
         session = open_session(

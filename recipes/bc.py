@@ -25,12 +25,12 @@ def run(cfg: DictConfig) -> bool:
 
     from transformers import AutoTokenizer
 
-    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
+    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
     from nemo_ampo.generate.overlap import check_no_overlap
-    from nemo_ampo.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
-    from nemo_ampo.run_identity import check_resume, identity, inputs
     from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
@@ -64,11 +64,11 @@ def run(cfg: DictConfig) -> bool:
 
     from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 
-    from nemo_ampo.bc_trainer import BcParts, BcTrainer
-    from nemo_ampo.checkpoint import save_nemo
+    from nemo_ampo.checkpoint.nemo_file import save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.session import Keep, open_session, prepare_config
+    from nemo_ampo.training.bc_trainer import BcParts, BcTrainer
+    from nemo_ampo.training.session import Keep, open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
     session = open_session(

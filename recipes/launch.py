@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
 from nemo_ampo.errors import Stopped, UserError
-from nemo_ampo.interrupt import stop_while_nothing_is_lost
+from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75

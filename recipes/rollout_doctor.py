@@ -50,9 +50,9 @@ def run(cfg: DictConfig) -> bool:
 
     from transformers import AutoTokenizer
 
-    from nemo_ampo.checkpoint import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
+    from nemo_ampo.checkpoint.policy_files import stop_token_ids
     from nemo_ampo.data.chat import encode_prompt
-    from nemo_ampo.policy_files import stop_token_ids
 
     model = cfg.model
     check_parallel_layout(
@@ -68,11 +68,11 @@ def run(cfg: DictConfig) -> bool:
     device = compat.setup(config.run.device, config.run.verbose)
 
     from converters.live import publish_weights
-    from nemo_ampo.actor import AmpoActor
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.doctor import Patient, examine, findings_table, parameters_of, verdict
     from nemo_ampo.rollout.probe import Probe
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
     session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), False)

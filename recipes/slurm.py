@@ -19,8 +19,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_ampo.attempts import AttemptLog, PlannedStage, Progress, write_plan
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
 from recipes.pipeline import Stage, remember_settings
 
 TRAINING = ("bc", "ampo")

@@ -122,7 +122,7 @@ judge_line() {
 }
 
 preflight_line() {
-  line preflight all "$AMPO_RANKS_PER_NODE" "$AMPO_GPUS_PER_NODE" - plain "$AMPO_PYTHON" -m nemo_ampo.preflight \
+  line preflight all "$AMPO_RANKS_PER_NODE" "$AMPO_GPUS_PER_NODE" - plain "$AMPO_PYTHON" -m nemo_ampo.job.preflight \
     --shared "$RUN" --token "$JOB-$RESTART" --gpus "$AMPO_GPUS_PER_NODE" --min-free-gb "$AMPO_MIN_FREE_GB" \
     --judge-url "${JUDGE_URL#-}"
 }

@@ -8,8 +8,10 @@ are imported must still see the builtins).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import importlib.util
 import inspect
 import os
@@ -126,6 +128,28 @@ def _gather_scalars() -> None:
         return upstream(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
 
     torch.distributed.all_gather_into_tensor = all_gather_into_tensor
+
+
+@TORCH.add(
+    "gloo groups at the interpreter's exit",
+    "torch 2.13",
+    "nobody destroys Megatron's groups; their threads then meet a dying interpreter, and a finished rank may end in SIGABRT",
+)
+def _groups_end_before_the_interpreter() -> None:
+    atexit.register(destroy_groups)
+
+
+def destroy_groups() -> None:
+    """Destroy all process groups and join their threads."""
+    if not torch.distributed.is_initialized():
+        return
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None:
+        state.destroy_model_parallel()
+        for forgotten in ("_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP", "_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO"):
+            setattr(state, forgotten, None)
+    torch.distributed.destroy_process_group()
+    gc.collect()  # A group's threads end with its last reference.
 
 
 # --- modules that cannot be imported here --------------------------------------------------------------------------

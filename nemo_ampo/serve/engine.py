@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.data.chat import check_tokenizer, encode_prompt
 from nemo_ampo.errors import EngineError, UserError
-from nemo_ampo.policy_files import stop_token_ids
 from nemo_ampo.serve.dial import ModeDial
 
 _STOP_LOOKBACK = 8

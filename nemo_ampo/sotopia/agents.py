@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from nemo_ampo.chat import Completion, EndpointConfig
+from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.grammar import QUOTE, parse_reply, spoken_text
 from nemo_ampo.modes import MODES, NO_MODE
-from nemo_ampo.policy_files import system_prompt
 from nemo_ampo.runlog import sha256_of
 
 SILENT = "silent"

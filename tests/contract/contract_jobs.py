@@ -49,11 +49,11 @@ def open_session(family: str, folder: Path) -> tuple[Any, Path]:
         subprocess.run([*convert, "--no-verify"], check=True, env=alone)
         partial.rename(nemo)
     compat.setup("cpu")
-    from nemo_ampo.actor import AmpoActor
     from nemo_ampo.algorithm import AlgorithmConfig
-    from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.compose import compose
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
 
     while not nemo.is_file():
         import time
@@ -456,7 +456,7 @@ class Scripted:
 
 
 class Trainer:
-    """The calls :class:`nemo_ampo.trainer.AmpoTrainer` makes for a step."""
+    """The calls :class:`nemo_ampo.training.trainer.AmpoTrainer` makes for a step."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -468,7 +468,7 @@ class Trainer:
         return self._session.model.get_init_policy_logprobs(tokens)
 
     def update(self, batch: Any) -> dict[str, float]:
-        from nemo_ampo.optimise import optimise
+        from nemo_ampo.training.optimise import optimise
 
         tensors = {name: tensor for name, tensor in vars(batch).items() if name != "sampling_logprobs_BT"}
         self._session.model.prepare_for_training()

@@ -16,6 +16,7 @@ def main(out: Path) -> None:
     import nemo_aligner.algorithms.reinforce as reinforce
     from megatron.core import parallel_state
 
+    from nemo_ampo.compat.cpu import destroy_groups
     from nemo_ampo.ranks import MegatronRanks, slice_for
 
     torch.distributed.init_process_group("gloo")
@@ -35,7 +36,10 @@ def main(out: Path) -> None:
         "any": [ranks.any(ranks.data_rank == 1), ranks.any(False)],
         "main": ranks.is_main,
     }
-    (out / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+    file = out / f"{torch.distributed.get_rank()}.json"
+    destroy_groups()  # as the exit of every rank does
+    result["threads"] = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    file.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -74,11 +74,11 @@ def session(
     nemo: str = str(FOLDER / "model.nemo"),
     **checkpoint: Any,
 ) -> Any:
-    from nemo_ampo.actor import AmpoActor
-    from nemo_ampo.checkpoint import unpack_assets
-    from nemo_ampo.checkpoint_config import CheckpointConfig
+    from nemo_ampo.checkpoint.config import CheckpointConfig
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.compose import compose
-    from nemo_ampo.session import Keep, open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import Keep, open_session, prepare_config
 
     parallel = [f"model.tensor_model_parallel_size={tensor}", f"model.pipeline_model_parallel_size={pipeline}"]
     parallel += ["trainer.precision=bf16", "model.megatron_amp_O2=true"] if half else []
@@ -145,7 +145,7 @@ def restore_damaged(run_dir: Path, out: Path) -> None:
 
 def start_from_packed(checkpoint: Path, out: Path) -> None:
     """A checkpoint packed as a ``.nemo`` file, opened by NeMo, against the same one restored."""
-    from nemo_ampo.checkpoint import pack_nemo
+    from nemo_ampo.checkpoint.nemo_file import pack_nemo
 
     pack_nemo(checkpoint, FOLDER / "packed.nemo", FOLDER / "assets")
     packed = session(FOLDER / "elsewhere", nemo=str(FOLDER / "packed.nemo"))
@@ -257,8 +257,8 @@ def main() -> None:
     from nemo_ampo import compat
 
     compat.setup("cpu")
-    import nemo_ampo.actor
-    import nemo_ampo.session  # noqa: F401 - imported once, before the forks
+    import nemo_ampo.training.actor
+    import nemo_ampo.training.session  # noqa: F401 - imported once, before the forks
 
     run(convert)
     first = FOLDER / "first"

@@ -45,3 +45,8 @@ def test_collectives(ranks: list[dict[str, Any]]) -> None:
     assert [r["shared"] for r in ranks] == ["from 0", "from 1"]
     assert [r["any"] for r in ranks] == [[True, False]] * 2
     assert [r["main"] for r in ranks] == [True, False]
+
+
+def test_a_rank_joins_the_threads_of_its_groups_before_it_ends(ranks: list[dict[str, Any]]) -> None:
+    """One of them that asks for the interpreter while it goes down ends the process in SIGABRT."""
+    assert [name for r in ranks for name in r["threads"] if "gloo" in name] == []

@@ -151,8 +151,8 @@ def _rank(folder: Path, tp: int, pp: int, rank: int, size: int, port: int) -> No
     }
     import torch
 
-    from nemo_ampo.checkpoint import save_nemo, unpack_assets
-    from nemo_ampo.padding import mask_padded_vocab
+    from nemo_ampo.checkpoint.nemo_file import save_nemo, unpack_assets
+    from nemo_ampo.training.padding import mask_padded_vocab
 
     for case in CASES:
         assets = unpack_assets(folder / f"{case}.nemo", folder / f"{case}-{tp}{pp}-assets")
@@ -185,7 +185,7 @@ def _restore(nemo: Path, assets: Path, tp: int, pp: int, size: int) -> tuple[Any
     from nemo_aligner.utils.utils import load_and_override_model_config, load_from_nemo
     from omegaconf import OmegaConf
 
-    from nemo_ampo.checkpoint import load_overrides
+    from nemo_ampo.checkpoint.nemo_file import load_overrides
 
     trainer = Trainer(
         accelerator="cpu",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ampo.plan import ModelShape, state_bytes
+from nemo_ampo.job.plan import ModelShape, state_bytes
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

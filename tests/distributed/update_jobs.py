@@ -14,11 +14,11 @@ def main(folder: Path) -> None:
     from nemo_ampo import compat
 
     compat.setup("cpu")
-    from nemo_ampo.actor import AmpoActor
     from nemo_ampo.algorithm import AlgorithmConfig
-    from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.compose import compose
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
 
     nemo = str(folder / "model.nemo")
     overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=2"]
@@ -63,7 +63,7 @@ def whole_batch() -> dict[str, torch.Tensor]:
 
 
 def update(session: Any, rows: dict[str, torch.Tensor], rules: Any, lr: float) -> dict[str, float]:
-    from nemo_ampo.optimise import optimise
+    from nemo_ampo.training.optimise import optimise
 
     session.model.algorithm = rules
     session.model.prepare_for_training()

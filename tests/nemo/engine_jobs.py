@@ -30,10 +30,10 @@ def open_actor() -> tuple[Any, Any]:
     convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(FOLDER / "model.nemo")]
     subprocess.run([*convert, "--no-verify"], check=True)
     compat.setup("cpu")
-    from nemo_ampo.actor import AmpoActor
-    from nemo_ampo.checkpoint import unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.compose import compose
-    from nemo_ampo.session import open_session, prepare_config
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
 
     overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4"]
     cfg = compose("ampo", "tiny", overrides)
@@ -50,9 +50,9 @@ def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     from nemo_ampo.errors import EngineError
-    from nemo_ampo.padding import vocab_size
     from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
     from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.training.padding import vocab_size
 
     vocab = vocab_size(session.model)
     engine = MegatronEngine(session.model, batch_size=16)
@@ -113,9 +113,9 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
 
 def work_checks(session: Any) -> dict[str, Any]:
     """How many tokens go through the model, and through its output layer, for what is asked."""
-    from nemo_ampo.padding import vocab_size
     from nemo_ampo.rollout.engine import Request, SamplingSpec
     from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.training.padding import vocab_size
 
     vocab = vocab_size(session.model)
     (module,) = session.model.get_model_module_list()
@@ -168,7 +168,7 @@ def update_checks(session: Any, hf: Any) -> dict[str, Any]:
     """One optimizer step against autograd on the transformers model with the same pure loss functions."""
     from nemo_ampo.algorithm import PRESETS, AlgorithmConfig
     from nemo_ampo.loss import entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
-    from nemo_ampo.optimise import optimise
+    from nemo_ampo.training.optimise import optimise
 
     out: dict[str, Any] = {}
     g = torch.Generator().manual_seed(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stage_runs import Quickstart
 
-from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import DemoJudgeOptions, demo_judge_process
 from nemo_ampo.runlog import read_jsonl
 

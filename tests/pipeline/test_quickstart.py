@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
-from nemo_ampo.checkpoint import read_model_config, unpack_assets
+from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
 from nemo_ampo.metrics import DESCRIPTIONS
 from nemo_ampo.runlog import read_jsonl
 

@@ -15,7 +15,7 @@ import pytest
 from plan_check import plan_error
 from stage_runs import ROOT, Quickstart
 
-from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl
 

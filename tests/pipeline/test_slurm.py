@@ -20,11 +20,11 @@ import yaml
 from slurm_cluster import Cluster, missing_reason, slurm_cluster, wait_for
 from stage_runs import ROOT, Quickstart
 
-from nemo_ampo.attempts import AttemptLog, checkpoint_step
-from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import demo_judge_process
+from nemo_ampo.job.attempts import AttemptLog, checkpoint_step
+from nemo_ampo.job.status import read_status
 from nemo_ampo.runlog import read_jsonl
-from nemo_ampo.status import read_status
 
 pytestmark = [
     pytest.mark.slow,

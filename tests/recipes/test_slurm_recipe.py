@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_ampo.attempts import read_plan
 from nemo_ampo.compose import CONFIGS
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.job.attempts import read_plan
 from recipes.quickstart import stages as quickstart_stages
 from recipes.slurm import check_stage_configs, main, read_recipe, stages
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_ampo.checkpoint_store import Store
-from nemo_ampo.plan import compose_for_plan, make_plan, shape_of
+from nemo_ampo.checkpoint.store import Store
+from nemo_ampo.job.plan import compose_for_plan, make_plan, shape_of
 
 
 def plan_error(run_dir: Path, stage: str, name: str, overrides: Sequence[str], ranks: int, nemo: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nemo_jobs import CASES
 
-from nemo_ampo.checkpoint import read_model_config, unpack_assets
+from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.errors import EngineError, UserError
-from nemo_ampo.policy_files import stop_token_ids
 from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.engine import Engine, GenerateRequest, sample
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.checkpoint_config import BestMode, CheckpointConfig
+from nemo_ampo.checkpoint.config import BestMode, CheckpointConfig
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.runlog import sha256_of
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.run_lock import hold
+from nemo_ampo.job.run_lock import hold
 
-HOLDER = "import sys, time; from pathlib import Path; from nemo_ampo.run_lock import hold; f = hold(Path(sys.argv[1]))\n"
+HOLDER = "import sys, time; from pathlib import Path; from nemo_ampo.job.run_lock import hold; f = hold(Path(sys.argv[1]))\n"
 
 
 def test_a_child_that_outlives_the_job_does_not_hold_the_folder(tmp_path: Path) -> None:

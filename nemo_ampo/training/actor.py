@@ -20,7 +20,6 @@ from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
-from nemo_ampo.forward import token_logprobs
 from nemo_ampo.loss import (
     Totals,
     entropy_from_logits,
@@ -29,6 +28,7 @@ from nemo_ampo.loss import (
     update_weights,
     weighted_sum,
 )
+from nemo_ampo.training.forward import token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""

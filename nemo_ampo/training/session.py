@@ -28,11 +28,11 @@ from nemo_aligner.utils.utils import (
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_ampo.checkpoint import load_overrides
-from nemo_ampo.checkpoint_config import CheckpointConfig
-from nemo_ampo.checkpoint_store import Store
-from nemo_ampo.padding import mask_padded_vocab
-from nemo_ampo.saving import Resumed, Saver
+from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.nemo_file import load_overrides
+from nemo_ampo.checkpoint.saving import Resumed, Saver
+from nemo_ampo.checkpoint.store import Store
+from nemo_ampo.training.padding import mask_padded_vocab
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Keep:
     Attributes:
         run_dir: run folder.
         config: where training checkpoints go and which stay.
-        settings: what must not change over a resume, see :func:`nemo_ampo.run_identity.identity`.
+        settings: what must not change over a resume, see :func:`nemo_ampo.checkpoint.run_identity.identity`.
     """
 
     run_dir: Path

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.interrupt import SIGNALS, StopRequest
+from nemo_ampo.job.interrupt import SIGNALS, StopRequest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nemo_ampo.cli import make_app
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.plan import (
+from nemo_ampo.job.plan import (
     SHAPES,
     Assumptions,
     ModelShape,

@@ -190,7 +190,7 @@ def shape_of(source: Path | None, config_name: str) -> ModelShape:
             raise UserError(f"--model: needed for --config-name {config_name}; known without it: {', '.join(SHAPES)}")
         return SHAPES[config_name]
     if source.suffix == ".nemo":
-        from nemo_ampo.checkpoint import read_model_config
+        from nemo_ampo.checkpoint.nemo_file import read_model_config
 
         return _of_nemo(read_model_config(source))
     path = source / "config.json" if source.is_dir() else source

@@ -83,7 +83,7 @@ def _asset_members(tar: tarfile.TarFile, nemo_path: Path) -> dict[PurePosixPath,
     if not found:
         raise UserError(
             f"{nemo_path}: has no {ASSETS_FOLDER}/ (tokenizer, chat template, config); make it with "
-            "`python -m converters.hf_to_nemo`, or add them with nemo_ampo.checkpoint.add_assets"
+            "`python -m converters.hf_to_nemo`, or add them with nemo_ampo.checkpoint.nemo_file.add_assets"
         )
     return found
 

@@ -21,8 +21,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from omegaconf import OmegaConf
 
-from nemo_ampo.checkpoint_config import CheckpointConfig
-from nemo_ampo.checkpoint_store import (
+from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
+from nemo_ampo.checkpoint.store import (
     OPTIMIZER,
     WEIGHTS,
     Checkpoint,
@@ -35,9 +36,8 @@ from nemo_ampo.checkpoint_store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.run_lock import hold
+from nemo_ampo.job.run_lock import hold
 from nemo_ampo.runlog import log_positions
-from nemo_ampo.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
 
 RANDOM_STATES = "random"
 SPACE_MARGIN = 1.05
@@ -66,7 +66,7 @@ class Saver:
         stage: ``bc`` or ``ampo``.
         strategy: Lightning's, which owns the optimizer.
         model, optimizer, scheduler: as the trainer holds them.
-        settings: see :func:`nemo_ampo.run_identity.identity`.
+        settings: see :func:`nemo_ampo.checkpoint.run_identity.identity`.
         run_dir: where the logs are.
 
     Attributes:
@@ -308,7 +308,7 @@ def layout() -> Layout:
 
 
 def held_bytes(model: Any, optimizer: Any) -> dict[str, int]:
-    """Bytes of training state on this rank; what :mod:`nemo_ampo.plan` predicts."""
+    """Bytes of training state on this rank; what :mod:`nemo_ampo.job.plan` predicts."""
     inner = optimizer.mcore_optimizer
     parts = getattr(inner, "chained_optimizers", [inner])
     moments = [t for part in parts for state in part.optimizer.state.values() for t in state.values()]

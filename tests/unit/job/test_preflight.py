@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.demo_judge import demo_judge_process
-from nemo_ampo.preflight import NOT_FIT, different, problems
+from nemo_ampo.job.preflight import NOT_FIT, different, problems
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_ranks_meet_or_say_who_is_absent(tmp_path: Path, ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "nemo_ampo.preflight", "--shared", str(tmp_path), "--token", "7-0", "--gpus", "0"]
+    command = [sys.executable, "-m", "nemo_ampo.job.preflight", "--shared", str(tmp_path), "--token", "7-0", "--gpus", "0"]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
+from nemo_ampo.job.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
 from nemo_ampo.runlog import read_jsonl
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_ampo.checkpoint import (
+from nemo_ampo.checkpoint.nemo_file import (
     add_assets,
     load_overrides,
     pack_nemo,

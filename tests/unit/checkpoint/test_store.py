@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_ampo.checkpoint_config import BestMode, CheckpointConfig
-from nemo_ampo.checkpoint_store import (
+from nemo_ampo.checkpoint.config import BestMode, CheckpointConfig
+from nemo_ampo.checkpoint.store import (
     MANIFEST,
     Layout,
     Manifest,
@@ -171,7 +171,7 @@ SAVE_LOOP = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint_store import CheckpointConfig, Store, write
+from test_store import CheckpointConfig, Store, write
 store = Store(Path(sys.argv[1]))
 step = max((c.step for c in store.scan()[0]), default=0)
 while True:

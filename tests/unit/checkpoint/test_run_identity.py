@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.checkpoint_config import CheckpointConfig
-from nemo_ampo.checkpoint_store import Layout, Manifest, Store
+from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.run_identity import check_resume, check_unchanged, identity, inputs
+from nemo_ampo.checkpoint.store import Layout, Manifest, Store
 from nemo_ampo.compose import compose
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.run_identity import check_resume, check_unchanged, identity, inputs
 
 PATHS = ["run.dir=/run", "run.init_from=/m.nemo", "data.train=/rows.jsonl", "judge.base_url=http://localhost:1/v1"]
 

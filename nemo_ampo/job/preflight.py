@@ -1,6 +1,6 @@
 """Is every node of a job fit to train? Asked before any model loads, one process per rank.
 
-    srun ... python -m nemo_ampo.preflight --shared RUN_DIR --token T ...
+    srun ... python -m nemo_ampo.job.preflight --shared RUN_DIR --token T ...
 
 The first rank of each node looks at its machine: accelerators, free disk, the shared folder (the job's token must be there
 to read, and a file of its own to write), versions, the rendezvous port on the first node, the judge. Then all ranks meet in
@@ -31,7 +31,7 @@ NOT_FIT = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when this rank, and as far as it knows the job, is fit."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_ampo.preflight", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m nemo_ampo.job.preflight", description=__doc__)
     parser.add_argument("--shared", type=Path, required=True, help="run folder on the shared file system")
     parser.add_argument("--token", required=True, help="text of <shared>/slurm/token, written by the batch script")
     parser.add_argument("--gpus", type=int, required=True, help="accelerators expected per node; 0 for CPU nodes")

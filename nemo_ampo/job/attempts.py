@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import UserError
 from nemo_ampo.runlog import read_jsonl, write_once
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_ampo.deadline import DEFAULT_SAVE_RESERVE_S, Deadline
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.job.deadline import DEFAULT_SAVE_RESERVE_S, Deadline
 
 
 class Clock:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.checkpoint_config import CheckpointConfig
-from nemo_ampo.checkpoint_store import Store
+from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.runlog import sha256_of
 

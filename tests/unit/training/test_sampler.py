@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from nemo_ampo.sampler import SizedBatches, rows_of_step
+from nemo_ampo.training.sampler import SizedBatches, rows_of_step
 
 
 def test_an_epoch_visits_every_row_once_and_drops_the_rest() -> None:
