@@ -1,8 +1,9 @@
 """HTTP to a chat API: one request, one body of bounded size, or :class:`CallError`.
 
-The ``openai`` package sends it, without its own retries, which know nothing of our limits, and over its aiohttp client,
-which costs half the processor time of the default one: a judge beside a training loop does not have more. Only this file
-knows the package's errors.
+The ``openai`` package makes the headers and the HTTP client (over aiohttp) of each key, once. A call goes to that HTTP
+client directly: what the package does per call (its options model, headers anew, retries that know nothing of our limits)
+takes as much processor time again, and a judge beside a training loop does not have more. Only this file knows the
+package and its errors.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import functools
+import json
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,7 +23,6 @@ from nemo_ampo.chat.completion import CallError, one_line
 
 if TYPE_CHECKING:
     import httpx2
-    import openai
 
 MAX_BODY_BYTES = 8 * 2**20
 """A longer answer is not read to its end."""
@@ -29,7 +31,7 @@ _KEEP_ALIVE_S = 4.0
 """Below the 5 s after which uvicorn, and so vLLM, closes a silent connection: never send into a closing one."""
 
 _UNSAID = ("OpenAI-Organization", "OpenAI-Project")
-"""Headers that the package would fill from the environment."""
+"""Headers that the package would fill from the environment; only what the configuration says is sent."""
 
 TRANSIENT_STATUSES = (408, 409, 425, 429)
 """Statuses below 500 after which the same call may succeed."""
@@ -46,11 +48,12 @@ class Transport:
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
         self._timeout_s = timeout_s
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._clients: dict[tuple[str, str | None], openai.AsyncOpenAI] = {}
+        self._lines: dict[tuple[str, str | None], _Line] = {}
 
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
         """Body of the answer to a JSON request; see :meth:`get` for errors."""
-        return await self._exchange("post", url, key, body=payload)
+        body = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return await self._exchange("POST", url, key, body.encode())
 
     async def get(self, url: str, key: str) -> str:
         """Body of the answer.
@@ -58,12 +61,12 @@ class Transport:
         Raises:
             CallError: of kind ``timeout``, ``connection``, ``status`` or, for a body too long, ``parse``.
         """
-        return await self._exchange("get", url, key)
+        return await self._exchange("GET", url, key)
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for client in self._clients.values():
-            await client.close()
+        for line in self._lines.values():
+            await line.client.aclose()
 
     def redact(self, text: str) -> str:
         """``text`` without secrets."""
@@ -71,24 +74,21 @@ class Transport:
             text = text.replace(secret, "[API key]")
         return text
 
-    async def _exchange(self, method: str, url: str, key: str, **request: Any) -> str:
-        import httpx2  # Both take half a second, and are only needed to talk.
-        import openai
+    async def _exchange(self, method: str, url: str, key: str, content: bytes | None = None) -> str:
+        import httpx2  # It takes half a second, and is only needed to talk.
 
-        client = self._client(key, _proxy_for(url))
-        # Only what the configuration says is sent, nothing that the package would take from the environment.
-        unsaid = _UNSAID if key else (*_UNSAID, "Authorization")
-        request["options"] = {"headers": dict.fromkeys(unsaid, openai.Omit())}
+        line = self._line(key, _proxy_for(url))
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await getattr(client, method)(url, cast_to=httpx2.Response, **request)
-                return self.redact(response.text)
+                response = await line.client.request(method, url, content=content, headers=line.headers)
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
-        except openai.APIStatusError as error:
-            failure = self._failure(error.status_code, error.response.text, error.response.headers.get("Retry-After", ""))
-        except (openai.APIConnectionError, _TooLongError) as error:
-            failure = self._no_answer(error.__cause__ or error)
+        except (httpx2.RequestError, _TooLongError) as error:
+            failure = self._no_answer(error)
+        else:
+            if response.is_success:
+                return self.redact(response.text)
+            failure = self._failure(response.status_code, response.text, response.headers.get("Retry-After", ""))
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
@@ -111,27 +111,38 @@ class Transport:
             retry_after_s=read_retry_after(retry_after),
         )
 
-    def _client(self, key: str, proxy: str | None) -> openai.AsyncOpenAI:
-        import httpx2
-        import openai
+    def _line(self, key: str, proxy: str | None) -> _Line:
+        if (key, proxy) not in self._lines:
+            self._lines[key, proxy] = _open_line(key, proxy)
+        return self._lines[key, proxy]
 
-        if (key, proxy) not in self._clients:
-            self._clients[key, proxy] = openai.AsyncOpenAI(
-                api_key=key or "none",
-                base_url="http://every.request.has.its.own.address",
-                max_retries=0,
-                http_client=openai.DefaultAioHttpClient(
-                    # How many connections there may be is the limiter's business.
-                    limits=httpx2.Limits(max_connections=10**5, keepalive_expiry=_KEEP_ALIVE_S),
-                    timeout=None,
-                    proxy=proxy,
-                    # Else the library would also read passwords from .netrc.
-                    trust_env=False,
-                    follow_redirects=False,
-                    event_hooks={"response": [_bound]},
-                ),
-            )
-        return self._clients[key, proxy]
+
+@dataclass(frozen=True)
+class _Line:
+    """An HTTP client with its connections, and the headers of every request."""
+
+    client: httpx2.AsyncClient
+    headers: dict[str, str]
+
+
+def _open_line(key: str, proxy: str | None) -> _Line:
+    import httpx2
+    import openai
+
+    client = openai.DefaultAioHttpClient(
+        # How many connections there may be is the limiter's business.
+        limits=httpx2.Limits(max_connections=10**5, keepalive_expiry=_KEEP_ALIVE_S),
+        timeout=None,
+        proxy=proxy,
+        # Else the library would also read passwords from .netrc.
+        trust_env=False,
+        follow_redirects=False,
+        event_hooks={"response": [_bound]},
+    )
+    nowhere = "http://every.request.has.its.own.address"
+    package = openai.AsyncOpenAI(api_key=key or "none", base_url=nowhere, http_client=client)
+    made = {**package.default_headers, **(package.auth_headers if key else {})}
+    return _Line(client, {name: text for name, text in made.items() if isinstance(text, str) and name not in _UNSAID})
 
 
 class _TooLongError(Exception):
