@@ -78,9 +78,11 @@ class Transport:
         import httpx2  # It takes half a second, and is only needed to talk.
 
         line = self._line(key, _proxy_for(url))
+        # Not the client's own way to make one, which parses the address and merges the headers anew each time.
+        request = httpx2.Request(method, _parsed(url), headers=line.headers, content=content)
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await line.client.request(method, url, content=content, headers=line.headers)
+                response = await line.client.send(request)
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
         except (httpx2.RequestError, _TooLongError) as error:
@@ -122,7 +124,7 @@ class _Line:
     """An HTTP client with its connections, and the headers of every request."""
 
     client: httpx2.AsyncClient
-    headers: dict[str, str]
+    headers: httpx2.Headers
 
 
 def _open_line(key: str, proxy: str | None) -> _Line:
@@ -142,7 +144,17 @@ def _open_line(key: str, proxy: str | None) -> _Line:
     nowhere = "http://every.request.has.its.own.address"
     package = openai.AsyncOpenAI(api_key=key or "none", base_url=nowhere, http_client=client)
     made = {**package.default_headers, **(package.auth_headers if key else {})}
-    return _Line(client, {name: text for name, text in made.items() if isinstance(text, str) and name not in _UNSAID})
+    said = {name: text for name, text in made.items() if isinstance(text, str) and name not in _UNSAID}
+    headers = httpx2.Headers(client.headers)
+    headers.update(said)
+    return _Line(client, headers)
+
+
+@functools.cache
+def _parsed(url: str) -> httpx2.URL:
+    import httpx2
+
+    return httpx2.URL(url)
 
 
 class _TooLongError(Exception):
