@@ -21,6 +21,7 @@ from nemo_ampo.checkpoint.store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.modes import bias_problem
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.sotopia.config import SotopiaConfig
 
@@ -209,11 +210,13 @@ class GenerateConfig:
         max_new_tokens: limit, tokens.
         temperature: 0 takes the most likely token.
         batch_size: rows at once.
+        mode_bias: the mode dial: mode to a number added to the logit of its digit where the mode is chosen; null for none.
     """
 
     max_new_tokens: int = 2048
     temperature: float = 0.7
     batch_size: int = 64
+    mode_bias: dict[int, float] | None = None
 
 
 @dataclass
@@ -463,6 +466,9 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError(f"data.samples: at least 1, got {config.data.samples}")
     if config.generate.temperature < 0:
         raise ConfigError(f"generate.temperature: at least 0, got {config.generate.temperature}")
+    problem = bias_problem(config.generate.mode_bias or {})
+    if problem is not None:
+        raise ConfigError(f"generate.mode_bias: {problem}")
 
 
 def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> None:

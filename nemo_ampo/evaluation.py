@@ -21,6 +21,7 @@ from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.runlog import write_once
+from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
         "name": config.run.name,
         "checkpoint": config.run.checkpoint,
         "seed": config.run.seed,
+        "mode_bias": config.generate.mode_bias,
         "summary": summarise(answers),
         "samples": [answer.row() for answer in answers],
     }
@@ -151,8 +153,9 @@ def _answers(
     torch.manual_seed(config.run.seed)
     drawn: list[tuple[DialogueTurn, str, int, Future[Verdict] | None]] = []
     size = config.generate.batch_size
+    dial = ModeDial(tokenizer) if config.generate.mode_bias else None
     for begin in range(0, len(prompts), size):
-        replies = generate(model, prompts[begin : begin + size], stops, config)
+        replies = generate(model, prompts[begin : begin + size], stops, config, dial)
         for turn, ids in zip(turns[begin : begin + size], replies, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             answer = answer_of(text, strict=config.reward.strict_format)
@@ -161,8 +164,10 @@ def _answers(
     return [_score(turn, text, tokens, future, tokenizer, config.reward) for turn, text, tokens, future in drawn]
 
 
-def generate(model: Any, prompts: list[list[int]], stops: tuple[int, ...], config: EvaluateConfig) -> list[list[int]]:
-    """Reply tokens of a batch of prompts, each up to and including its stop token."""
+def generate(
+    model: Any, prompts: list[list[int]], stops: tuple[int, ...], config: EvaluateConfig, dial: ModeDial | None = None
+) -> list[list[int]]:
+    """Reply tokens of a batch of prompts, each up to and including its stop token; ``dial`` applies the mode dial."""
     import torch
 
     width = max(map(len, prompts))
@@ -175,6 +180,8 @@ def generate(model: Any, prompts: list[list[int]], stops: tuple[int, ...], confi
         if sampled
         else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     )
+    if dial is not None:
+        options["logits_processor"] = [DialProcessor(dial, config.generate.mode_bias or {}, width)]
     with torch.no_grad():
         out_BT = model.generate(
             input_ids=ids_BT,

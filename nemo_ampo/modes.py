@@ -6,6 +6,8 @@ of that mode contains, in this order (paper section 3; names and order as in the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -55,3 +57,11 @@ MODES: dict[int, Mode] = {
 NUM_MODES = len(MODES)
 NO_MODE = 0
 """Mode id of a reply that breaks the grammar."""
+
+
+def bias_problem(bias: Mapping[int, float]) -> str | None:
+    """What is wrong with a mode dial's setting (mode to a number added to its logit), in words; None when nothing is."""
+    unknown = [str(mode) for mode in bias if mode not in MODES]
+    if unknown:
+        return f"there is no mode {', '.join(unknown)}; the modes are 1..{max(MODES)}"
+    return None if all(math.isfinite(value) for value in bias.values()) else "must hold finite numbers"

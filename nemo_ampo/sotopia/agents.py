@@ -21,7 +21,7 @@ from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.grammar import QUOTE, parse_reply, spoken_text
-from nemo_ampo.modes import MODES, NO_MODE
+from nemo_ampo.modes import NO_MODE, bias_problem
 from nemo_ampo.runlog import sha256_of
 
 SILENT = "silent"
@@ -71,11 +71,8 @@ class AgentConfig(EndpointConfig):
             super().__post_init__()
         self._check("temperature", 0 <= self.temperature <= 2, f"must lie in 0..2, not {self.temperature}")
         self._check("top_p", 0 < self.top_p <= 1, f"must lie in 0..1 and not be 0, not {self.top_p}")
-        bias_of = self.mode_bias or {}
-        unknown = [str(mode) for mode in bias_of if mode not in MODES]
-        self._check("mode_bias", not unknown, f"there is no mode {', '.join(unknown)}; the modes are 1..{max(MODES)}")
-        finite = all(math.isfinite(bias) for bias in bias_of.values())
-        self._check("mode_bias", finite, "must hold finite numbers")
+        problem = bias_problem(self.mode_bias or {})
+        self._check("mode_bias", problem is None, problem or "")
         self._check("mode_bias", self.modes or not self.mode_bias, f"needs {self.section}.modes=true")
 
     @property

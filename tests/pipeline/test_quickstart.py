@@ -12,6 +12,7 @@ import pytest
 from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
+from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.metrics import DESCRIPTIONS
 from nemo_ampo.runlog import read_jsonl
 
@@ -122,3 +123,20 @@ def test_an_interrupted_pipeline_goes_on_at_the_first_unfinished_stage(quickstar
     assert again.status == 0, again.err
     assert again.out.count("done before") == 8
     assert (folder / "hf" / "ampo" / "config.json").is_file()
+
+
+def test_the_mode_dial_moves_every_valid_reply_to_the_mode_it_is_turned_to(quickstart: Quickstart, tmp_path: Path) -> None:
+    with demo_judge_process() as judge_url:
+        turned = run(
+            [
+                *("recipes.evaluate", f"run.dir={tmp_path}", "run.name=turned", "generate.mode_bias={3: 50}"),
+                *(f"run.checkpoint={quickstart.folder / 'hf' / 'ampo'}", "data.limit=32", f"judge.base_url={judge_url}"),
+                f"data.turns={quickstart.folder / 'world' / 'rl_heldout.jsonl'}",
+            ]
+        )
+    assert turned.status == 0, turned.err
+    result = json.loads((tmp_path / "turned.json").read_text())
+    modes = [sample["mode"] for sample in result["samples"] if sample["valid"] and sample["format_rule"] is None]
+    assert result["mode_bias"] == {"3": 50.0} and len(modes) > 8 and set(modes) == {3}
+    straight = json.loads((quickstart.folder / "evaluate" / "ampo.json").read_text())["summary"]["all"]["mode_share"]
+    assert straight["3"] < 0.9
