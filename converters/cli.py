@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import sys
@@ -20,6 +21,12 @@ def run(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the two commands that write a model."""
+    parser.add_argument("--no-verify", action="store_true", help="skip the parity check")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 @contextlib.contextmanager

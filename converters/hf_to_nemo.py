@@ -110,8 +110,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept a tokenizer without chat template or EOS token",
     )
-    p.add_argument("--no-verify", action="store_true", help="skip the parity check")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    cli.add_writing_options(p)
     return p
 
 

@@ -121,8 +121,7 @@ def parser() -> argparse.ArgumentParser:
         default="config",
         help="type of the exported weights (%(default)s: torch_dtype of config.json)",
     )
-    p.add_argument("--no-verify", action="store_true", help="skip the parity check")
-    p.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    cli.add_writing_options(p)
     return p
 
 

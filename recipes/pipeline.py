@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,19 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], ranks: i
             return process.wait()
         except KeyboardInterrupt:
             continue  # the child got the signal too and ends at its next step boundary
+
+
+def exit_status(pipeline: Callable[[], None]) -> int:
+    """Exit status of a command that runs a pipeline: 0, a failed stage's own, or 2 with one line for the user."""
+    try:
+        pipeline()
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def remember_settings(folder: Path, settings: Mapping[str, object]) -> None:

@@ -13,8 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_ampo.errors import UserError
-from recipes.pipeline import THREADS, Stage, StageError, remember_settings, run_stages
+from recipes.pipeline import THREADS, Stage, exit_status, remember_settings, run_stages
 
 
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
@@ -115,22 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nemo_ampo.demo_judge import demo_judge_process
 
-    begin = time.monotonic()
-    try:
+    def pipeline() -> None:
+        begin = time.monotonic()
         args.dir.mkdir(parents=True, exist_ok=True)
         remember_settings(args.dir, {"seed": args.seed, "ranks": args.ranks, "bc": args.bc, "ampo": args.ampo})
         with demo_judge_process() as judge_url:
             plan = stages(args.dir, judge_url, args.seed, args.ranks, args.bc, args.ampo)
             run_stages(plan, THREADS)
         finish(args.dir)
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"finished in {(time.monotonic() - begin) / 60:.1f} minutes")
-    return 0
+        print(f"finished in {(time.monotonic() - begin) / 60:.1f} minutes")
+
+    return exit_status(pipeline)
 
 
 if __name__ == "__main__":

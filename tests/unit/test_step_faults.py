@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from fault_judge import MODEL, FaultJudge, fault_judge, fault_of, scores_of
+from opening_turn import turn
 
 from nemo_ampo.algorithm import AlgorithmConfig
 from nemo_ampo.config import RolloutConfig
@@ -22,7 +23,7 @@ from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig, combine, goal_gain
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
-from nemo_ampo.types import DialogueTurn, JudgeRequest
+from nemo_ampo.types import JudgeRequest
 
 PROMPTS, GROUP, EOS = 24, 8, 0
 
@@ -86,21 +87,6 @@ class Recorder:
     def update(self, batch: TrainBatch) -> dict[str, float]:
         self.batches.append(batch)
         return {"policy/loss": 1.0}
-
-
-def turn(name: str) -> DialogueTurn:
-    return DialogueTurn(
-        row_id=name,
-        dialog=(f"Turn 0: {name} said:",),
-        turn=0,
-        instruction="Sell.",
-        agent1_name=name,
-        agent2_name="Bo",
-        agent1_goal="sell",
-        agent2_goal="buy",
-        agent1_state=4.0,
-        agent2_state=3.0,
-    )
 
 
 TURNS = [turn(f"Ann{i}") for i in range(PROMPTS)]
