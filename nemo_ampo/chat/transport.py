@@ -30,8 +30,9 @@ MAX_BODY_BYTES = 8 * 2**20
 _KEEP_ALIVE_S = 4.0
 """Below the 5 s after which uvicorn, and so vLLM, closes a silent connection: never send into a closing one."""
 
-_UNSAID = ("OpenAI-Organization", "OpenAI-Project")
-"""Headers that the package would fill from the environment; only what the configuration says is sent."""
+_UNSAID = ("OpenAI-Organization", "OpenAI-Project", "X-Stainless-")
+"""Headers, by their beginning, that the package fills from the environment or about the machine: only what the
+configuration says is sent, and every header costs time."""
 
 TRANSIENT_STATUSES = (408, 409, 425, 429)
 """Statuses below 500 after which the same call may succeed."""
@@ -144,7 +145,7 @@ def _open_line(key: str, proxy: str | None) -> _Line:
     nowhere = "http://every.request.has.its.own.address"
     package = openai.AsyncOpenAI(api_key=key or "none", base_url=nowhere, http_client=client)
     made = {**package.default_headers, **(package.auth_headers if key else {})}
-    said = {name: text for name, text in made.items() if isinstance(text, str) and name not in _UNSAID}
+    said = {name: text for name, text in made.items() if isinstance(text, str) and not name.startswith(_UNSAID)}
     headers = httpx2.Headers(client.headers)
     headers.update(said)
     return _Line(client, headers)
