@@ -391,12 +391,19 @@ class ChatClient:
             started = time.monotonic()
             payload = question.payload(endpoint.model, structured)
             body = await self._transport.post(endpoint.url("chat/completions"), endpoint.key, payload)
-            completion = read_completion(body)
-            used = (completion.prompt_tokens, completion.completion_tokens)
-            if used == (0, 0):  # not reported, but not free
-                used = (question.prompt_tokens, math.ceil(len(completion.text) / CHARS_PER_TOKEN))
-            tokens, usd = sum(used), price.usd(*used) if price else 0.0
-            self._stats.answered(time.monotonic() - started, completion.prompt_tokens, completion.completion_tokens, usd)
+            used = reported = (0, 0)
+            try:
+                completion = read_completion(body)
+                used = reported = (completion.prompt_tokens, completion.completion_tokens)
+                if used == (0, 0):  # not reported, but not free
+                    said = len(completion.text) + len(completion.reasoning or "")
+                    used = (question.prompt_tokens, math.ceil(said / CHARS_PER_TOKEN))
+            except CallError as failure:
+                used = reported = failure.usage
+                raise
+            finally:
+                tokens, usd = sum(used), price.usd(*used) if price else 0.0
+                self._stats.answered(time.monotonic() - started, *reported, usd)
             return completion
         finally:
             self._limiter.settle(lease, tokens, usd)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_ampo.errors import ChatError
+from nemo_ampo.prompts.template import utf8_safe
 
 _OPEN, _CLOSE = "<think>", "</think>"
+_ABSURD_TOKENS = 10**9
 _CLOSE_LINE = re.compile(r"^[ \t]*</think>", re.MULTILINE)
 
 
@@ -25,6 +27,7 @@ class CallError(ChatError):
         transient: whether the same call may succeed later.
         status: HTTP status, or None if no answer came.
         retry_after_s: the wait the endpoint asked for, seconds.
+        usage: prompt and completion tokens that an answer without a completion reports all the same; it is paid for.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class CallError(ChatError):
         transient: bool,
         status: int | None = None,
         retry_after_s: float = 0.0,
+        usage: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__(kind, message)
         self.cause = cause
         self.transient = transient
         self.status = status
         self.retry_after_s = retry_after_s
+        self.usage = usage
 
 
 @dataclass(frozen=True)
@@ -72,25 +77,29 @@ def read_completion(body: str) -> Completion:
     """
     try:
         record = json.loads(body)
+    except (ValueError, RecursionError):
+        raise _no_completion(body) from None
+    usage = _usage(record)
+    try:
         choice = record["choices"][0]
         message = choice["message"]
         content = message.get("content")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _no_completion(body) from None
+    except (LookupError, TypeError, AttributeError):
+        raise _no_completion(body, usage) from None
     if content is None:
         content = ""
     if not isinstance(content, str):
-        raise _no_completion(body)
-    text, thoughts = split_thoughts(content)
+        raise _no_completion(body, usage)
+    text, thoughts = split_thoughts(utf8_safe(content))
     # Servers that separate the thoughts themselves use one of these names.
     candidates = (message.get("reasoning_content"), message.get("reasoning"), thoughts)
-    usage, finish = record.get("usage"), choice.get("finish_reason")
+    finish = choice.get("finish_reason")
     return Completion(
         text=text,
-        reasoning=next((part for part in candidates if isinstance(part, str) and part), None),
-        prompt_tokens=_tokens(usage, "prompt_tokens"),
-        completion_tokens=_tokens(usage, "completion_tokens"),
-        finish_reason=finish if isinstance(finish, str) else None,
+        reasoning=next((utf8_safe(part) for part in candidates if isinstance(part, str) and part), None),
+        prompt_tokens=usage[0],
+        completion_tokens=usage[1],
+        finish_reason=utf8_safe(finish) if isinstance(finish, str) else None,
     )
 
 
@@ -128,11 +137,15 @@ def one_line(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def _tokens(usage: Any, key: str) -> int:
-    count = usage.get(key) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else 0
+def _usage(record: Any) -> tuple[int, int]:
+    """Prompt and completion tokens that an answer reports; 0 for what is no such count."""
+    usage = record.get("usage") if isinstance(record, dict) else None
+    counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
+    prompt, completion = (c if type(c) is int and 0 <= c < _ABSURD_TOKENS else 0 for c in counts)
+    return prompt, completion
 
 
-def _no_completion(body: str) -> CallError:
+def _no_completion(body: str, usage: tuple[int, int] = (0, 0)) -> CallError:
     shown = one_line(body, 80) or "an empty body"
-    return CallError("parse", f"the answer is not a chat completion: {shown}", cause="body", transient=True)
+    message = f"the answer is not a chat completion: {shown}"
+    return CallError("parse", message, cause="body", transient=True, usage=usage)

@@ -14,7 +14,7 @@ import functools
 import json
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ class Transport:
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
         """Body of the answer to a JSON request; see :meth:`get` for errors."""
         body = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        return await self._exchange("POST", url, key, body.encode())
+        return await self._exchange("POST", url, key, body.encode("utf-8", "replace"))
 
     async def get(self, url: str, key: str) -> str:
         """Body of the answer.
@@ -83,22 +83,22 @@ class Transport:
         request = httpx2.Request(method, _parsed(url), headers=line.headers, content=content)
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await line.client.send(request)
+                response = await line.client.send(request, stream=True)
+                body = self.redact(await _read(response))
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
-        except (httpx2.RequestError, _TooLongError) as error:
+        except (httpx2.RequestError, _UnusableBodyError) as error:
             failure = self._no_answer(error)
         else:
             if response.is_success:
-                return self.redact(response.text)
-            failure = self._failure(response.status_code, response.text, response.headers.get("Retry-After", ""))
+                return body
+            failure = self._failure(response.status_code, body, response.headers.get("Retry-After", ""))
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
     def _no_answer(self, reason: BaseException) -> CallError:
-        if isinstance(reason, _TooLongError):
-            limit = f"{MAX_BODY_BYTES // 2**20} MiB"
-            return CallError("parse", f"the answer is longer than {limit}", cause="body", transient=True)
+        if isinstance(reason, _UnusableBodyError):
+            return CallError("parse", f"the answer is {reason}", cause="body", transient=True)
         words = one_line(self.redact(str(reason) or type(reason).__name__))
         return CallError("connection", f"no connection: {words}", cause="connection", transient=True)
 
@@ -107,7 +107,7 @@ class Transport:
         spent = status == 429 and "insufficient_quota" in body
         return CallError(
             "status",
-            f"status {status}: {one_line(self.redact(body)) or 'no explanation'}",
+            f"status {status}: {one_line(body) or 'no explanation'}",
             cause="rate_limit" if status == 429 else "server_error" if status >= 500 else "refused",
             transient=(status in TRANSIENT_STATUSES or status >= 500) and not spent,
             status=status,
@@ -140,14 +140,13 @@ def _open_line(key: str, proxy: str | None) -> _Line:
         # Else the library would also read passwords from .netrc.
         trust_env=False,
         follow_redirects=False,
-        event_hooks={"response": [_bound]},
     )
     nowhere = "http://every.request.has.its.own.address"
     package = openai.AsyncOpenAI(api_key=key or "none", base_url=nowhere, http_client=client)
     made = {**package.default_headers, **(package.auth_headers if key else {})}
     said = {name: text for name, text in made.items() if isinstance(text, str) and not name.startswith(_UNSAID)}
     headers = httpx2.Headers(client.headers)
-    headers.update(said)
+    headers.update({**said, "Accept-Encoding": "identity"})  # Answers are short; a few packed bytes may be gigabytes.
     return _Line(client, headers)
 
 
@@ -158,36 +157,28 @@ def _parsed(url: str) -> httpx2.URL:
     return httpx2.URL(url)
 
 
-class _TooLongError(Exception):
-    """The body passed the limit."""
+class _UnusableBodyError(Exception):
+    """The body is not read to its end; the message says what it is."""
 
 
-async def _bound(response: httpx2.Response) -> None:
-    """Stop reading a body that is longer than the limit."""
-    response.stream = _bounded_stream()(response.stream)
+async def _read(response: httpx2.Response) -> str:
+    """The body as text. Always UTF-8, whatever a header claims, as JSON is; what is no UTF-8 becomes a sign for it.
 
-
-@functools.cache
-def _bounded_stream() -> type:
-    """A class of its own library, which is loaded only to talk."""
-    import httpx2
-
-    class Bounded(httpx2.AsyncByteStream):
-        def __init__(self, stream: Any) -> None:
-            self._stream = stream
-
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            size = 0
-            async for chunk in self._stream:
-                size += len(chunk)
-                if size > MAX_BODY_BYTES:
-                    raise _TooLongError
-                yield chunk
-
-        async def aclose(self) -> None:
-            await self._stream.aclose()
-
-    return Bounded
+    Raises:
+        _UnusableBodyError: it is too long, or packed although that was not asked for.
+    """
+    body = bytearray()
+    try:
+        packed = response.headers.get("Content-Encoding", "identity")
+        if packed.lower() != "identity":
+            raise _UnusableBodyError(f"packed ({one_line(packed, 20)}), which was not asked for")
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise _UnusableBodyError(f"longer than {MAX_BODY_BYTES // 2**20} MiB")
+    finally:
+        await response.aclose()
+    return body.decode("utf-8", "replace")
 
 
 @functools.cache

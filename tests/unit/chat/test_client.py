@@ -135,6 +135,20 @@ def test_structured_on_at_an_endpoint_that_lacks_it_is_one_error_at_the_start(
     with_client(config(server.url, structured="on"), lambda client: client.check())
 
 
+def test_what_is_no_completion_is_paid_for_too(server: ScriptedChat, config: Any) -> None:
+    server.play(Act(says([{"type": "text"}], usage=(1_000_000, 0))))
+    priced = config(server.url, price={"referee": Price(1.0, 2.0)}, max_usd=10.0, connection_retries=0)
+    (failure,), stats = complete(priced)
+    assert isinstance(failure, ChatError) and failure.kind == "parse"
+    assert (stats.prompt_tokens, stats.cost_usd) == (1_000_000, 1.0)
+
+
+def test_thoughts_that_no_usage_reports_are_not_free(server: ScriptedChat, config: Any) -> None:
+    server.play(Act(says("7", reasoning_content="t" * 40_000, usage=None)))
+    _, stats = complete(config(server.url, price={"referee": Price(0.0, 1.0)}))
+    assert stats.cost_usd == pytest.approx((40_000 + 4) / 4 / 1e6, rel=1e-3)
+
+
 def test_the_thoughts_of_a_reasoning_model_are_not_its_answer(server: ScriptedChat, config: Any) -> None:
     bodies = [
         says("7", reasoning_content="hmm"), says("7", reasoning="hmm"), says("<think>hmm</think>\n\n7"),

@@ -22,6 +22,24 @@ def test_missing_usage_counts_as_nothing(usage: object) -> None:
     assert read_completion(body(usage=usage)) == Completion("hi")
 
 
+@pytest.mark.parametrize("count", [10**400, 10**9, True, 1.5])
+def test_a_count_that_cannot_be_is_none(count: object) -> None:
+    assert read_completion(body(usage={"prompt_tokens": count, "completion_tokens": 3})) == Completion("hi", None, 0, 3)
+
+
+def test_lone_surrogates_are_replaced_wherever_a_reply_has_text() -> None:
+    message = {"content": "a\ud800b", "reasoning_content": "\udfff"}
+    read = read_completion(json.dumps({"choices": [{"message": message, "finish_reason": "\ud801"}]}))
+    assert (read.text, read.reasoning, read.finish_reason) == ("a?b", "?", "?")
+
+
+def test_an_answer_without_a_completion_still_says_what_it_cost() -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 50}
+    with pytest.raises(CallError) as caught:
+        read_completion(json.dumps({"choices": [{"message": {"content": [{"type": "text"}]}}], "usage": usage}))
+    assert caught.value.usage == (100, 50)
+
+
 def test_a_model_that_says_nothing_has_an_empty_text() -> None:
     assert read_completion(body(choices=[{"message": {"content": None}}])).text == ""
     assert read_completion(body(choices=[{"message": {"role": "assistant", "refusal": "no"}}])).text == ""

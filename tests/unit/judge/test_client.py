@@ -151,13 +151,34 @@ def test_a_garbage_body_is_a_failure(tools: Any, body: str, content_type: str) -
     assert (len(server.calls), stats.retries, stats.failures) == (2, {"body": 1}, {"parse": 1})
 
 
-def test_a_body_that_breaks_off_or_is_badly_packed_is_a_broken_connection(tools: Any) -> None:
-    for damage in ({"Content-Length": "999"}, {"Content-Encoding": "gzip"}):
-        server = tools.serve(tools.Answer("{}", headers=damage | {"Connection": "close"}))
-        config = tools.config(server.base_url, connection_retries=1)
-        (error,), stats = ask(config, tools.request())
-        assert isinstance(error, JudgeError) and error.kind == "connection"
-        assert stats.retries == {"connection": 1}
+@pytest.mark.parametrize(
+    ("damage", "kind", "cause"),
+    [({"Content-Length": "999"}, "connection", "connection"), ({"Content-Encoding": "gzip"}, "parse", "body")],
+    ids=["breaks off", "packed"],
+)
+def test_a_body_that_is_not_whole_or_packed_unasked(tools: Any, damage: dict[str, str], kind: str, cause: str) -> None:
+    server = tools.serve(tools.Answer("{}", headers=damage | {"Connection": "close"}))
+    config = tools.config(server.base_url, connection_retries=1)
+    (error,), stats = ask(config, tools.request())
+    assert isinstance(error, JudgeError) and error.kind == kind
+    assert stats.retries == {cause: 1}
+
+
+@pytest.mark.parametrize("charset", ["rot13", "idna", '"', "utf-16"])
+def test_json_is_utf_8_whatever_a_header_claims(tools: Any, charset: str) -> None:
+    answer = tools.verdict()
+    answer.headers["Content-Type"] = f"application/json; charset={charset}"
+    (verdict,), stats = ask(tools.config(tools.serve(answer).base_url), tools.request())
+    assert verdict.agent1 >= 0 and stats.failures == {}
+
+
+@pytest.mark.parametrize("explain", [True, False])
+def test_a_lone_surrogate_in_a_reply_is_only_an_odd_sign(tools: Any, tmp_path: Path, explain: bool) -> None:
+    odd = '{"choices": [{"message": {"content": "no \\ud800 json"}}]}'
+    server = tools.serve(lambda number, call: tools.Answer(odd) if number == 0 else tools.verdict())
+    config = tools.config(server.base_url, explain_parse_error=explain, cache=str(tmp_path / "cache.sqlite"))
+    (verdict,), stats = ask(config, tools.request())
+    assert verdict.agent1 >= 0 and stats.parse_failures == 1
 
 
 def test_silence_is_a_timeout(tools: Any) -> None:
