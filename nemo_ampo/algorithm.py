@@ -7,6 +7,7 @@ stands beside the function that computes it: :mod:`nemo_ampo.advantage`, :mod:`n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
@@ -223,7 +224,8 @@ def check_algorithm(config: AlgorithmConfig) -> None:
         ("clip_high", config.clip_high >= 0, "at least 0"),
         ("dual_clip", config.dual_clip is None or config.dual_clip > 1, "above 1, or null"),
         ("constant_tokens", config.constant_tokens > 0, "above 0"),
-        ("kl_coef", config.kl_coef >= 0, "at least 0"),
+        ("kl_coef", 0 <= config.kl_coef < math.inf, "a number of at least 0"),
+        ("entropy_coef", 0 <= config.entropy_coef < math.inf, "a number of at least 0"),
         ("tie_tolerance", config.tie_tolerance > 0, "above 0"),
         ("mismatch_low", 0 <= config.mismatch_low < 1, "at least 0 and below 1"),
         ("mismatch_high", config.mismatch_high >= 1, "at least 1"),
@@ -243,6 +245,8 @@ def check_algorithm(config: AlgorithmConfig) -> None:
             f"algorithm.kl_coef: {config.kl_coef} has no effect with algorithm.kl=off; "
             "set algorithm.kl_coef=0, or algorithm.kl to in_loss or in_reward"
         )
+    if not config.uses_reference and config.kl_kind != _AMPO.kl_kind:
+        raise ConfigError(f"algorithm.kl_kind: {config.kl_kind} has no effect while algorithm.kl_coef is 0")
     if config.advantage == ModeLevel.ampo_paper and (config.baseline, config.scale) != (_AMPO.baseline, _AMPO.scale):
         raise ConfigError(
             "algorithm.advantage: ampo_paper knows only algorithm.baseline=group_mean and algorithm.scale=group_std, "

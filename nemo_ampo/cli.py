@@ -80,7 +80,7 @@ def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
     from nemo_ampo.config import check_ampo, check_bc, check_evaluate
 
     if stage == "bc":
-        check_bc(config)
+        check_bc(config, raw, ranks)
     elif stage == "ampo":
         check_ampo(config, raw, ranks)
     elif stage == "sotopia":
@@ -88,7 +88,7 @@ def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
 
         check_sotopia(config)
     else:
-        check_evaluate(config)
+        check_evaluate(config, raw)
 
 
 @contextmanager

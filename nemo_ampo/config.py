@@ -15,17 +15,20 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, check_algorithm, preset_named
+from nemo_ampo import ranges
+from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, JudgeFailure, check_algorithm, preset_named
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.modes import bias_problem
+from nemo_ampo.ranges import check_ranges
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.sotopia.config import SotopiaConfig
 
 NEMO_SECTIONS = ("trainer", "model", "exp_manager")
+DEVICES = ("auto", "cpu", "gpu")
 
 
 @dataclass
@@ -357,13 +360,16 @@ def _resolved(schema: type[Any]) -> type[Any]:
     return schema
 
 
-def check_bc(config: BcConfig) -> None:
-    """Rules between keys of the BC stage.
+def check_bc(config: BcConfig, nemo: DictConfig, world_size: int) -> None:
+    """Rules between keys of the BC stage; see :func:`check_ampo` for the arguments.
 
     Raises:
         ConfigError: naming the key.
     """
+    check_ranges(nemo, ranges.BC)
+    _device(config.run.device)
     check_checkpoint(config.checkpoint)
+    _data_parallel_size(nemo, world_size)
     _file("run.init_from", config.run.init_from)
     _file("data.train", config.data.train)
     _file("data.heldout", config.data.heldout)
@@ -382,6 +388,8 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     """
     from nemo_ampo.rollout import check_rollout
 
+    check_ranges(nemo, ranges.AMPO)
+    _device(config.run.device)
     check_algorithm(config.algorithm)
     check_rollout(config.rollout)
     check_checkpoint(config.checkpoint)
@@ -408,33 +416,52 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             f"rollout.temperature: log-probabilities are computed at temperature 1.0, got {rollout.temperature}; the "
             "ratio of new to old policy would be wrong"
         )
+    if config.algorithm.judge_failure == JudgeFailure.zero and config.guard.min_valid != GuardConfig.min_valid:
+        raise ConfigError(
+            f"guard.min_valid: {config.guard.min_valid} has no effect with algorithm.judge_failure=zero: every sample has a "
+            "reward"
+        )
     _check_filters(rollout)
+    data_size = _data_parallel_size(nemo, world_size)
+    samples, global_batch = rollout.prompts_per_step * rollout.group_size, nemo.model.global_batch_size
+    if samples % global_batch:
+        raise ConfigError(
+            f"model.global_batch_size: {global_batch} does not divide the {samples} samples of a step "
+            "(rollout.prompts_per_step x rollout.group_size)"
+        )
+    forward = nemo.model.reinforce.forward_micro_batch_size
+    if (samples // data_size) % forward:
+        raise ConfigError(
+            f"model.reinforce.forward_micro_batch_size: {forward} does not divide the {samples // data_size} samples "
+            "of one data-parallel rank"
+        )
+
+
+def _data_parallel_size(nemo: DictConfig, world_size: int) -> int:
+    """Replicas of the model in this job.
+
+    Raises:
+        ConfigError: the ranks or the batch cannot be shared among them.
+    """
     model = nemo.model
-    replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
+    replica = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     if world_size % replica:
         raise ConfigError(
             f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not divide the "
             f"{world_size} ranks of this job"
         )
     data_size = world_size // replica
-    samples = rollout.prompts_per_step * rollout.group_size
-    global_batch, micro_batch = int(model.global_batch_size), int(model.micro_batch_size)
-    if samples % global_batch:
+    if model.global_batch_size % (model.micro_batch_size * data_size):
         raise ConfigError(
-            f"model.global_batch_size: {global_batch} does not divide the {samples} samples of a step "
-            "(rollout.prompts_per_step x rollout.group_size)"
+            f"model.global_batch_size: {model.global_batch_size} is no multiple of "
+            f"model.micro_batch_size={model.micro_batch_size} times {data_size} data-parallel ranks"
         )
-    if global_batch % (micro_batch * data_size):
-        raise ConfigError(
-            f"model.global_batch_size: {global_batch} is no multiple of model.micro_batch_size={micro_batch} times "
-            f"{data_size} data-parallel ranks"
-        )
-    forward = int(model.reinforce.forward_micro_batch_size)
-    if (samples // data_size) % forward:
-        raise ConfigError(
-            f"model.reinforce.forward_micro_batch_size: {forward} does not divide the {samples // data_size} samples "
-            "of one data-parallel rank"
-        )
+    return data_size
+
+
+def _device(device: str) -> None:
+    if device not in DEVICES:
+        raise ConfigError(f"run.device: expected {', '.join(DEVICES)}, got {device!r}")
 
 
 def _check_filters(rollout: RolloutConfig) -> None:
@@ -453,19 +480,21 @@ def _check_filters(rollout: RolloutConfig) -> None:
             )
 
 
-def check_evaluate(config: EvaluateConfig) -> None:
+def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
     """Rules between keys of the evaluation stage.
+
+    Args:
+        config: the composed config as objects.
+        raw: the composed config.
 
     Raises:
         ConfigError: naming the key.
     """
+    check_ranges(raw, ranges.EVALUATE)
+    _device(config.run.device)
     _file("data.turns", config.data.turns)
     if not (Path(config.run.checkpoint) / "config.json").is_file():
         raise ConfigError(f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}")
-    if config.data.samples < 1:
-        raise ConfigError(f"data.samples: at least 1, got {config.data.samples}")
-    if config.generate.temperature < 0:
-        raise ConfigError(f"generate.temperature: at least 0, got {config.generate.temperature}")
     problem = bias_problem(config.generate.mode_bias or {})
     if problem is not None:
         raise ConfigError(f"generate.mode_bias: {problem}")

@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
 from nemo_ampo.trackers import check_trackers, open_trackers
-from recipes.launch import main
+from recipes.launch import main, world_size
 
 
 def run(cfg: DictConfig) -> bool:
     """Clone the four thinking modes from examples."""
     config = read_config(cfg, BcConfig)
-    check_bc(config)
+    check_bc(config, cfg, world_size())
     check_trackers(config.run)
 
     from transformers import AutoTokenizer

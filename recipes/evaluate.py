@@ -14,7 +14,7 @@ from recipes.launch import main
 def run(cfg: DictConfig) -> bool:
     """Answer held-out turns with an exported checkpoint, judge the answers, print a table."""
     config = read_config(cfg, EvaluateConfig)
-    check_evaluate(config)
+    check_evaluate(config, cfg)
 
     from rich.console import Console
 
