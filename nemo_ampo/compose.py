@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import STAGES, default_keys, fill_preset
 from nemo_ampo.errors import ConfigError
+
+CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
+"""Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. ``model`` itself is
+not among them: a checkpoint's own config decides what it may hold."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -31,9 +36,29 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
         known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
         raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
     try:
+        with initialize_config_dir(str(CONFIGS / stage), version_base=None):
+            base = hydra_compose("base")
         with initialize_config_dir(str(where), version_base=None):
             cfg = hydra_compose(name, list(overrides))
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    _refuse_unknown_keys(cfg, base, overrides)
     fill_preset(cfg)
     return cfg
+
+
+def _refuse_unknown_keys(cfg: DictConfig, base: DictConfig, overrides: Sequence[str]) -> None:
+    """Hold the sections whose keys are all in ``base.yaml`` to those; one more has to be added by a ``+key=`` override.
+
+    Raises:
+        ConfigError: naming the key and the one that may be meant.
+    """
+    added = {override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")}
+    for section in CLOSED_SECTIONS:
+        known = list(OmegaConf.select(base, section) or {})
+        for key in OmegaConf.select(cfg, section) or {}:
+            path = f"{section}.{key}"
+            if key not in known and not any(path == name or name.startswith(f"{path}.") for name in added):
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                raise ConfigError(f"{path}: no such key; {hint} (+{path}=... on the command line adds it all the same)")

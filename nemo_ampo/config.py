@@ -297,12 +297,17 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
         raise ConfigError(
             f"{unknown[0]}: unknown section; this stage has {', '.join(sorted(ours))} and NeMo's {', '.join(NEMO_SECTIONS)}"
         )
+    return schema(**{f.name: _read_section(f.name, f.type, raw.get(f.name)) for f in fields(_resolved(schema))})
+
+
+def _read_section(name: str, section: Any, given: Any) -> Any:
     try:
-        sections = {f.name: _section(f.name, f.type, raw.get(f.name)) for f in fields(_resolved(schema))}
+        return _section(name, section, given)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "config"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
-    return schema(**sections)
+        key = str(getattr(error, "full_key", None) or name)
+        # Inside a list OmegaConf forgets where it is.
+        where = key if key.partition(".")[0] == name else f"{name}, {key}"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
 def default_keys(schema: type[Any]) -> dict[str, Any]:

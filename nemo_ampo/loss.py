@@ -66,7 +66,7 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: str = "k3", 
     """
     estimate = _choose("algorithm.kl_kind", KL_KINDS, kind)
     _same_shape(logprobs_BT=logprobs_BT, ref_logprobs_BT=ref_logprobs_BT, mask_BT=mask_BT)
-    log_ratio_BT = ref_logprobs_BT - logprobs_BT
+    log_ratio_BT = _wide(ref_logprobs_BT) - _wide(logprobs_BT)
     if mask_BT is not None:
         log_ratio_BT = _masked(log_ratio_BT, mask_BT)
     return estimate(log_ratio_BT)
@@ -242,7 +242,7 @@ def surrogate(
     if dual_clip is not None and dual_clip <= 1:
         raise ConfigError(f"algorithm.dual_clip: must be above 1, got {dual_clip}")
     _same_shape(logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT, mask_BT=mask_BT)
-    log_ratio_BT = _masked(logprobs_BT - old_logprobs_BT, mask_BT)
+    log_ratio_BT = _masked(_wide(logprobs_BT) - _wide(old_logprobs_BT), mask_BT)
     log_ratio_BT = _choose("algorithm.ratio", _LOG_RATIOS, ratio)(log_ratio_BT, mask_BT)
     ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     free_BT = -advantages_BT * ratio_BT
@@ -332,7 +332,7 @@ def policy_loss(
         advantages_B: one per sequence.
         mask_BT: bool or 0/1, the tokens the policy drew.
         clip_low, clip_high: half widths of the clip range below and above 1.
-        aggregate: a key of :data:`AGGREGATES`.
+        aggregate: a key of :data:`AGGREGATES`; ``token-mean`` is ``token_mean``.
 
     Returns:
         The loss, a scalar (0 with zero gradient when no token is in the mask), and detached scalars over the
@@ -343,7 +343,7 @@ def policy_loss(
         ConfigError: unknown aggregate, or an impossible clip range.
         ValueError: shapes differ.
     """
-    reduce = _choose("algorithm.aggregate", AGGREGATES, aggregate)
+    reduce = _choose("algorithm.aggregate", AGGREGATES, aggregate.replace("-", "_"))
     if logprobs_BT.dim() != 2 or advantages_B.shape != logprobs_BT.shape[:1]:
         shapes = f"{tuple(logprobs_BT.shape)} and {tuple(advantages_B.shape)}"
         raise ValueError(f"logprobs_BT must be [B, T] and advantages_B [B], got {shapes}")
@@ -352,7 +352,7 @@ def policy_loss(
         metrics = {
             "clip_fraction": token_mean(tokens.clipped_BT.to(tokens.ratio_BT.dtype), mask_BT),
             "ratio_mean": token_mean(tokens.ratio_BT, mask_BT),
-            "ratio_max": _masked(tokens.ratio_BT, mask_BT).max(),
+            "ratio_max": torch.nn.functional.pad(_masked(tokens.ratio_BT, mask_BT).flatten(), (0, 1)).max(),
             "approx_kl": token_mean(_masked(old_logprobs_BT - logprobs_BT, mask_BT), mask_BT),
         }
     return reduce(tokens.loss_BT, mask_BT), metrics
@@ -372,6 +372,11 @@ def entropy_from_logits(logits_BTV: Tensor) -> Tensor:
     probs_BTV = logprobs_BTV.exp()
     # 0 * log 0 is 0 in the limit but NaN in floating point.
     return -(probs_BTV * logprobs_BTV.masked_fill(probs_BTV == 0, 0.0)).sum(-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: the exponential of a clamped log-ratio does not fit into half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _masked(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

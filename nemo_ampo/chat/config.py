@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -13,6 +14,9 @@ STRUCTURED = ("auto", "on", "off")
 
 
 # Not frozen, unlike the section itself: OmegaConf makes entries of a list or dict read-only while it still fills them.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
 @dataclass
 class PoolMember:
     """One more address that serves the same model.
@@ -107,6 +111,10 @@ class EndpointConfig:
         self._check("model", bool(self.model.strip()), "must not be empty")
         for key, url in self._addresses():
             self._check_url(key, url)
+        for key, variable in self._key_variables():
+            # No message repeats the value: what is no name may be a key.
+            is_name = not variable or _VARIABLE.fullmatch(variable) is not None
+            self._check(key, is_name, "must be the name of an environment variable; the key belongs into that variable")
         for key in ("max_tokens", "max_concurrency"):
             self._check(key, getattr(self, key) >= 1, f"must be at least 1, not {getattr(self, key)}")
         for key in ("connection_retries", "requests_per_minute", "tokens_per_minute"):
@@ -137,6 +145,10 @@ class EndpointConfig:
             )
             for m in (first, *self.endpoints)
         ]
+
+    def _key_variables(self) -> list[tuple[str, str]]:
+        pool = [(f"endpoints[{i}].api_key_env", member.api_key_env or "") for i, member in enumerate(self.endpoints)]
+        return [("api_key_env", self.api_key_env), *pool]
 
     def _addresses(self) -> list[tuple[str, str]]:
         pool = [(f"endpoints[{i}].base_url", member.base_url) for i, member in enumerate(self.endpoints)]

@@ -8,7 +8,6 @@ knows what a record means.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ class Record:
     def number(self, key: str, low: float | None = None, high: float | None = None) -> float:
         """A finite number within ``[low, high]``."""
         value = self._required(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
             raise self.error(key, f"expected a number, got {_show(value)}")
         if (low is not None and value < low) or (high is not None and value > high):
             raise self.error(key, f"expected {_span(low, high)}, got {value}")
@@ -163,7 +162,9 @@ def parse_json(text: str, where: str) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
         raise DataError(f"{where}: not valid JSON: {error}") from error
 
 

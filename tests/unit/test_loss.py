@@ -471,3 +471,29 @@ def test_entropy_gradient_stays_finite_where_a_token_is_ruled_out() -> None:
 
 def test_entropy_of_half_precision_logits_is_float32() -> None:
     assert entropy_from_logits(torch.zeros(1, 2, 5, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_half_precision_is_widened_before_the_exponential() -> None:
+    logprobs, old = torch.full((1, 2), -1.0), torch.full((1, 2), -13.0)
+    mask, bad = torch.ones(1, 2), torch.tensor([-1.0])
+    wide, _ = policy_loss(logprobs, old, bad, mask, 0.2, 0.2, "token_mean")
+    half, _ = policy_loss(logprobs.half(), old.half(), bad, mask, 0.2, 0.2, "token_mean")
+    assert wide.isfinite() and half == wide
+    assert kl_estimate(logprobs.half(), old.half()).dtype == torch.float32
+
+
+def test_an_empty_batch_has_no_loss() -> None:
+    empty = torch.zeros(0, 3)
+    loss, metrics = policy_loss(empty, empty, torch.zeros(0), empty, 0.2, 0.2, "sequence_mean")
+    assert loss == 0 and metrics["ratio_max"] == 0
+
+
+def test_the_papers_spelling_of_an_aggregate_is_understood() -> None:
+    values, mask = torch.randn(2, 3), torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    advantages = torch.tensor([1.0, -2.0])
+    for name in ("token_mean", "sequence_mean"):
+        ours, papers = (
+            policy_loss(values, values - 0.1, advantages, mask, 0.2, 0.2, spelling)[0]
+            for spelling in (name, name.replace("_", "-"))
+        )
+        assert ours == papers

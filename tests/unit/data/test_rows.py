@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -116,3 +118,11 @@ def test_good_fields_come_back_typed():
     assert isinstance(r.number("f", 0, 2), float)
     assert r.optional_text("e") is None and r.optional_text("n") is None and r.optional_text("s") == "x"
     assert not r.has("n") and not r.has("absent") and r.has("e")
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "[" * 100_000, "1e400"])
+def test_a_number_that_cannot_be_read_is_an_error_of_its_row(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"state": ' + value + "}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        [row.number("state") for row in read_records(path)]

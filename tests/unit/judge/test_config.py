@@ -110,3 +110,11 @@ def test_omegaconf_merges_and_checks_it() -> None:
         OmegaConf.to_object(OmegaConf.merge(merged, {"max_tokens": 0}))
     with pytest.raises(OmegaConfBaseException, match="max_token"):
         OmegaConf.merge(schema, {"max_token": 5})
+
+
+@pytest.mark.parametrize("pasted", ["sk-SECRET123", "sk SECRET", "7KEYS", "a.b"])
+def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated(pasted: str) -> None:
+    for keys in ({"api_key_env": pasted}, {"endpoints": [PoolMember("http://a:1/v1", api_key_env=pasted)]}):
+        with pytest.raises(ConfigError, match=r"api_key_env: must be the name of an environment variable") as caught:
+            JudgeConfig("http://a:1/v1", "m", **keys)  # type: ignore[arg-type]
+        assert pasted not in str(caught.value)

@@ -1,0 +1,117 @@
+"""Numbers that make no sense and keys that NeMo would overlook stop a stage before it divides by them or loads anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_ampo.compose import CONFIGS, compose
+from nemo_ampo.config import STAGES, check_ampo, check_bc, check_evaluate, read_config
+from nemo_ampo.errors import ConfigError
+
+
+def check(stage: str, folder: Path, *overrides: str) -> None:
+    file = folder / "config.json"
+    file.touch()
+    given = {
+        "bc": ["run.dir=r", f"run.init_from={file}", f"data.train={file}", f"data.heldout={file}"],
+        "ampo": ["run.dir=r", f"run.init_from={file}", f"data.train={file}", "judge.base_url=http://localhost:1/v1"],
+        "evaluate": [
+            *("run.dir=r", "run.name=n", f"run.checkpoint={folder}", f"data.turns={file}"),
+            "judge.base_url=http://localhost:1/v1",
+        ],
+    }
+    cfg = compose(stage, "tiny", [*given[stage], *overrides])
+    config = read_config(cfg, STAGES[stage])
+    if stage == "bc":
+        check_bc(config, cfg, 1)
+    elif stage == "ampo":
+        check_ampo(config, cfg, 1)
+    else:
+        check_evaluate(config, cfg)
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo", "evaluate"])
+def test_the_shipped_values_are_within_the_ranges(stage: str, tmp_path: Path) -> None:
+    check(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        *(("ampo", f"model.{key}={value}") for key in ("micro_batch_size", "global_batch_size") for value in (0, "abc", -1)),
+        *(("bc", f"model.{key}=0") for key in ("micro_batch_size", "global_batch_size", "tensor_model_parallel_size")),
+        ("ampo", "model.pipeline_model_parallel_size=0"),
+        ("ampo", "model.reinforce.forward_micro_batch_size=0"),
+        ("ampo", "rollout.prompts_per_step=0"),
+        ("ampo", "rollout.prompts_per_step=-8"),
+        ("ampo", "rollout.batch_size=0"),
+        ("ampo", "rollout.max_new_tokens=0"),
+        ("ampo", "rollout.max_prompt_tokens=0"),
+        *(("ampo", f"trainer.reinforce.max_steps={value}") for value in ("null", 0, -5, 2.5)),
+        ("ampo", "trainer.reinforce.save_interval=-1"),
+        *(("ampo", f"trainer.reinforce.gradient_clip_val={value}") for value in ("null", 0, "nan")),
+        *(("ampo", f"model.optim.lr={value}") for value in ("abc", "nan", -1, "true")),
+        ("ampo", "run.device=tpu"),
+        ("ampo", "run.log_rollouts=-2"),
+        *(("ampo", f"algorithm.{key}={value}") for key in ("entropy_coef", "kl_coef") for value in ("nan", "inf", -1)),
+        ("bc", "data.max_tokens=0"),
+        ("bc", "data.heldout_replies=-1"),
+        ("bc", "model.tensor_model_parallel_size=3"),
+        ("bc", "model.micro_batch_size=7"),
+        ("evaluate", "generate.temperature=nan"),
+        ("evaluate", "generate.batch_size=0"),
+        ("evaluate", "generate.max_new_tokens=0"),
+        ("evaluate", "data.limit=-5"),
+        ("evaluate", "data.samples=0"),
+        ("evaluate", "generate.mode_bias={7: 1}"),
+    ],
+)
+def test_a_value_outside_is_one_line_that_names_the_key(stage: str, override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")) as caught:
+        check(stage, tmp_path, override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.kl=off", "algorithm.kl_coef=0", "algorithm.kl_kind=k1"],
+        ["algorithm.kl_coef=0", "algorithm.kl_kind=k1"],
+        ["algorithm.judge_failure=zero", "guard.min_valid=4"],
+    ],
+)
+def test_a_key_without_effect_beside_the_others_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no effect"):
+        check("ampo", tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("lr:", "learning_rate:", r"model\.optim\.learning_rate: no such key; it has name, lr"),
+        (
+            "save_interval:",
+            "save_intervall:",
+            r"trainer\.reinforce\.save_intervall: no such key; did you mean save_int",
+        ),
+    ],
+)
+def test_a_misspelt_key_of_nemo_in_a_file_is_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
+    text = (CONFIGS / "ampo" / "tiny.yaml").read_text(encoding="utf-8")
+    assert before in text
+    (tmp_path / "base.yaml").write_text((CONFIGS / "ampo" / "base.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text.replace(before, after), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        compose("ampo", "mine", [], tmp_path)
+
+
+def test_one_more_key_can_be_added_on_purpose() -> None:
+    assert compose("ampo", "tiny", ["+model.optim.sched.name=CosineAnnealing"]).model.optim.sched.name == "CosineAnnealing"
+    assert compose("ampo", "tiny", ["+model.optim.amsgrad=true"]).model.optim.amsgrad is True
+
+
+def test_a_key_of_a_list_is_named_with_its_section(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^judge"):
+        check("ampo", tmp_path, "judge.endpoints=[{url: x}]")
