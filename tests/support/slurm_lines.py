@@ -66,13 +66,10 @@ class Case:
 
 
 CASES = [
-    *(
-        Case(nodes, judge, container)
-        for container in ("none", "pyxis")
-        for judge in ("external", "hetjob")
-        for nodes in (1, 2, 4)
-    ),
-    *(Case(2, judge, "apptainer") for judge in ("external", "hetjob")),
+    Case(nodes, judge, container)
+    for container in ("none", "pyxis", "apptainer")
+    for judge in ("external", "hetjob")
+    for nodes in (1, 2, 4)
 ]
 
 
