@@ -36,7 +36,7 @@ from nemo_ampo.rollout.engine import (
 )
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
-from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, all_verdicts
+from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,9 @@ class StepResult:
     advantages: list[float]
 
 
-def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts) -> StepResult:
+def ampo_step(
+    step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts, stop: StopAsked = lambda: False
+) -> StepResult:
     """Draw, judge, compare within groups, and improve the policy once.
 
     Args:
@@ -169,6 +171,7 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         prompts: of the whole job, the same on every rank.
         policy: the model being trained.
         parts: engine, judge and settings.
+        stop: whether this process was asked to end the run; a step that can still end well ends first.
 
     Returns:
         Metrics and samples of the whole job, the same on every rank.
@@ -184,7 +187,7 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         with clock("rollout"):
             responses, pending = roll_out(requests, turns, parts)
     with clock("judge_wait"):
-        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard)
+        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard, stop)
     samples = [
         score(turn, request, response, judged, parts)
         for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)

@@ -105,7 +105,7 @@ class AmpoTrainer(ReinforceTrainer):
             metrics: dict[str, float] = {}
             while self.step < self.max_steps:
                 try:
-                    result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
+                    result = ampo_step(self.step, self._prompts_of_step(), self, self.parts, lambda: stop.requested)
                 except JudgeOutageError as outage:
                     self._keep_progress(metrics)
                     progress.say(f"judge: {outage}")
