@@ -20,7 +20,7 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig, combine, goal_gain
-from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
+from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport, UnavailableError
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
 from nemo_ampo.types import DialogueTurn, JudgeRequest
 
@@ -319,6 +319,28 @@ def test_the_outage_of_one_replica_is_decided_by_all() -> None:
     assert all(isinstance(result, JudgeOutageError) for result in stopped)
     assert str(stopped[0]) == str(stopped[1])
     assert f"{failed} of {len(QUESTIONS)} verdicts" in str(stopped[0])
+
+
+class Absent(Scripted):
+    """An engine whose server is gone."""
+
+    def sync(self, weight_version: int) -> SyncReport:
+        raise UnavailableError("rollout server: gone")
+
+
+def test_a_replica_without_its_engine_ends_the_step_of_all() -> None:
+    job = Two()
+
+    def replica(rank: int) -> StepResult | Exception:
+        engine = Absent() if rank else Scripted()
+        with fault_judge(0) as server, step_parts(server, GuardConfig()) as parts:
+            try:
+                return run(replace(parts, engine=engine, ranks=Replica(job, rank)), Recorder())
+            except UnavailableError as error:
+                return error
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [str(outcome) for outcome in pool.map(replica, range(2))] == ["rollout server: gone"] * 2
 
 
 AN_HOUR = GuardConfig(max_failed_fraction=0.4, step_retries=100, retry_pause_s=3600)
