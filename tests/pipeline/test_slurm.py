@@ -69,6 +69,7 @@ def test_sbatch_runs_the_whole_pipeline_on_two_nodes(cluster: Cluster, tmp_path:
     assert output(cluster, again).count("done before") == 7
 
 
+@pytest.mark.timeout(1800)
 def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: Quickstart, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     started_with_a_clone(quickstart, run_dir)
