@@ -59,7 +59,13 @@ class JudgeError(ChatError):
 
 
 class EngineError(RuntimeError):
-    """A rollout engine refused a request or returned something that cannot be trained on."""
+    """A rollout engine refused a request or returned something that cannot be trained on.
+
+    Attributes:
+        is_bug: of the caller; nobody at the keyboard can mend it, so a stage ends with a traceback, not with one line.
+    """
+
+    is_bug = False
 
 
 class Stopped(BaseException):

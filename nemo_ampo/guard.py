@@ -29,7 +29,8 @@ class GuardConfig:
             bad one), a sample whose judge failed has none.
         max_failed_fraction: of the verdicts a step asks for, 0..1; above it the failed ones are asked for again.
         step_retries: how often they are, before the run stops at a checkpoint.
-        retry_pause_s: wait before each time, seconds; the judge's own retries come on top.
+        retry_pause_s: wait before each time, seconds; the judge's own retries come on top. A run that was asked to stop
+            waits no longer than this for the verdicts on their way, and asks for none again.
         max_mismatch_kl: limit of ``mismatch/kl`` (rollout engine against trainer), nats per token; null for none.
         abort_steps: so many steps in a row over ``max_mismatch_kl``, or with a skipped update, end the run.
         min_mode_share: a mode with a smaller share of the samples is about to die out, 0..1.

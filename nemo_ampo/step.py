@@ -7,10 +7,10 @@ laptop, on a cluster and in tests. Legend: B samples of this replica, T tokens, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -31,12 +31,15 @@ from nemo_ampo.rollout.engine import (
     Request,
     Response,
     SamplingSpec,
+    UnavailableError,
     pack,
     request_seed,
 )
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
-from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, all_verdicts
+from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,9 @@ class StepResult:
     advantages: list[float]
 
 
-def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts) -> StepResult:
+def ampo_step(
+    step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts, stop: StopAsked = lambda: False
+) -> StepResult:
     """Draw, judge, compare within groups, and improve the policy once.
 
     Args:
@@ -169,22 +174,28 @@ def ampo_step(step: int, prompts: Sequence[Prompt], policy: Policy, parts: Parts
         prompts: of the whole job, the same on every rank.
         policy: the model being trained.
         parts: engine, judge and settings.
+        stop: whether this process was asked to end the run; a step that can still end well ends first.
 
     Returns:
         Metrics and samples of the whole job, the same on every rank.
 
     Raises:
         JudgeOutageError: on every rank, when too many verdicts could not be had; nothing was trained on.
+        UnavailableError: on every rank, when the engine of a replica was not there; nothing was trained on.
     """
     clock = Clock()
     requests, turns = expand(step, prompts, parts)
-    with released_after(parts.engine):
-        with clock("sync"):
-            sync_and_probe(parts.engine, step, policy.logprobs, parts.probe)
-        with clock("rollout"):
-            responses, pending = roll_out(requests, turns, parts)
+
+    def draw() -> tuple[list[Response], list[PendingVerdict]]:
+        with released_after(parts.engine):
+            with clock("sync"):
+                sync_and_probe(parts.engine, step, policy.logprobs, parts.probe)
+            with clock("rollout"):
+                return roll_out(requests, turns, parts)
+
+    responses, pending = by_all_or_none(draw, parts.ranks)
     with clock("judge_wait"):
-        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard)
+        verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard, stop)
     samples = [
         score(turn, request, response, judged, parts)
         for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)
@@ -241,6 +252,23 @@ def expand(step: int, prompts: Sequence[Prompt], parts: Parts) -> tuple[list[Req
     ]
     mine = slice_for(everything, parts.ranks.data_rank, parts.ranks.data_size)
     return [request for request, _ in mine], [turn for _, turn in mine]
+
+
+def by_all_or_none(work: Callable[[], T], ranks: Ranks) -> T:
+    """The result of ``work``, which each replica does with an engine of its own.
+
+    Raises:
+        UnavailableError: on every rank, when one replica's engine was not there; the others would wait for it for ever.
+    """
+    outage: UnavailableError | None = None
+    try:
+        result = work()
+    except UnavailableError as error:
+        outage = error
+    met = next((other for other in ranks.gather([outage]) if other is not None), None)
+    if met is not None:
+        raise met
+    return result
 
 
 def roll_out(

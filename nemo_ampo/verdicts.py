@@ -5,8 +5,11 @@ A verdict that could not be had stays a missing value (:class:`Judged` with an `
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -16,6 +19,11 @@ from nemo_ampo.guard import GuardConfig, too_many_failed
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.ranks import Ranks
 from nemo_ampo.types import JudgeRequest, Verdict
+
+LOOK_S = 1.0
+"""How often a wait looks whether the run was asked to stop, seconds."""
+StopAsked = Callable[[], bool]
+"""Whether this process was asked to end the run."""
 
 
 class Judge(Protocol):
@@ -52,6 +60,10 @@ class Judged:
     latency_s: float | None = None
 
 
+GIVEN_UP = "given_up"
+"""Kind of failure of a verdict that was no longer waited for, because the run was asked to stop."""
+
+
 class PendingVerdict:
     """A verdict on its way; the question can be asked again."""
 
@@ -71,10 +83,22 @@ class PendingVerdict:
     def _stop_clock(self, future: Future[Verdict]) -> None:
         self._end = time.monotonic()
 
+    @property
+    def is_open(self) -> bool:
+        """Asked, and neither answered nor failed yet."""
+        return self._future is not None and not self._future.done()
+
+    def wait(self, seconds: float) -> None:
+        """Until it is answered or has failed, at most so long."""
+        if self._future is not None:
+            wait_for([self._future], seconds)
+
     def result(self) -> Judged:
-        """Wait for the verdict; a failed call is a missing value."""
+        """What became of it; a failed call is a missing value, and so is one that has not ended."""
         if self._future is None:
             return Judged()
+        if self.is_open:
+            return Judged(error=GIVEN_UP)
         try:
             verdict = self._future.result()
         except JudgeError as error:
@@ -84,36 +108,65 @@ class PendingVerdict:
         return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)
 
 
-def all_verdicts(pending: list[PendingVerdict], ranks: Ranks, guard: GuardConfig) -> tuple[list[Judged], int]:
+def all_verdicts(
+    pending: list[PendingVerdict], ranks: Ranks, guard: GuardConfig, stop: StopAsked
+) -> tuple[list[Judged], int]:
     """Wait for the verdicts of this replica; while too many of the whole job failed, ask for the failed ones again.
 
-    Only the verdicts that failed are asked for again: the replies and the verdicts at hand stay as they are.
+    Only the verdicts that failed are asked for again: the replies and the verdicts at hand stay as they are. A request to
+    stop on any rank ends an outage at once; a judge that answers is heard out, for ``guard.retry_pause_s`` at most.
 
     Returns:
         What became of each response, on every rank of the replica, and how many further rounds of asking it took.
 
     Raises:
         UserError: no further verdict may be asked for; on every rank.
-        JudgeOutageError: more than ``guard.max_failed_fraction`` still failed after ``guard.step_retries`` rounds; on
-            every rank.
+        JudgeOutageError: more than ``guard.max_failed_fraction`` still failed after ``guard.step_retries`` rounds, or
+            failed and the run was asked to stop, or some were no longer waited for; on every rank.
     """
     for rounds in count():
-        mine: list[Judged] = ranks.share([p.result() for p in pending] if ranks.is_leader else None)
+        mine: list[Judged] = ranks.share(_outcomes(pending, guard.retry_pause_s, stop) if ranks.is_leader else None)
         asked = [judged for judged in ranks.gather(mine) if judged.verdict is not None or judged.error is not None]
-        stop = next((judged.stop for judged in asked if judged.stop is not None), None)
-        if stop is not None:
-            raise UserError(stop)
+        spent = next((judged.stop for judged in asked if judged.stop is not None), None)
+        if spent is not None:
+            raise UserError(spent)
         failed = [judged.error for judged in asked if judged.error is not None]
-        if not too_many_failed(len(failed), len(asked), guard):
+        # To train on the rest would make a run that was stopped another one than a run that was not.
+        given_up = GIVEN_UP in failed
+        if not given_up and not too_many_failed(len(failed), len(asked), guard):
             return mine, rounds
-        if rounds == guard.step_retries:
+        missing = f"{len(failed)} of {len(asked)} verdicts could not be had, "
+        kind = max(failed, key=failed.count)
+        if not given_up and rounds == guard.step_retries:
             raise JudgeOutageError(
-                f"{len(failed)} of {len(asked)} verdicts could not be had, although asked for {rounds + 1} times "
-                f"(mostly: {max(failed, key=failed.count)}); more than guard.max_failed_fraction="
-                f"{guard.max_failed_fraction}"
+                f"{missing}although asked for {rounds + 1} times (mostly: {kind}); more than "
+                f"guard.max_failed_fraction={guard.max_failed_fraction}"
             )
-        time.sleep(guard.retry_pause_s)
+        if given_up or _stopped_during(guard.retry_pause_s, ranks, stop):
+            raise JudgeOutageError(f"{missing}and the run was asked to stop (mostly: {kind})")
         for verdict, judged in zip(pending, mine, strict=True):
             if judged.error is not None:
                 verdict.ask()
     raise AssertionError("unreachable: the loop ends by return or raise")
+
+
+def _outcomes(pending: Sequence[PendingVerdict], patience_s: float, stop: StopAsked) -> list[Judged]:
+    """Of every verdict; once asked to stop, those still on their way ``patience_s`` later are given up."""
+    give_up_at = math.inf
+    for verdict in pending:
+        while verdict.is_open and time.monotonic() < give_up_at:
+            verdict.wait(LOOK_S)
+            if stop():
+                give_up_at = min(give_up_at, time.monotonic() + patience_s)
+    return [verdict.result() for verdict in pending]
+
+
+def _stopped_during(pause_s: float, ranks: Ranks, stop: StopAsked) -> bool:
+    """Wait; True, on every rank and at once, when one of them was asked to stop."""
+    # Counted, not timed: every rank must come to the same number of exchanges.
+    looks = math.ceil(pause_s / LOOK_S)
+    for _ in range(looks):
+        if ranks.any(stop()):
+            return True
+        time.sleep(pause_s / looks)
+    return ranks.any(stop())

@@ -12,12 +12,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
-from nemo_ampo.errors import Stopped, UserError
+from nemo_ampo.errors import EngineError, Stopped, UserError
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A stage that was asked to stop and can be continued by the same command (EX_TEMPFAIL)."""
+AT_A_CHECKPOINT = "stopped at a checkpoint; the same command continues"
 
 
 def world_size() -> int:
@@ -30,16 +31,22 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None = None) -> int:
+def main(
+    stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None = None, unfinished: str = AT_A_CHECKPOINT
+) -> int:
     """Parse, compose, run.
 
     Args:
         stage: folder below ``configs``.
-        run: the stage; True when finished, False when it stopped at a checkpoint.
+        run: the stage; True when finished, False when the same command continues it.
         argv: without the program name.
+        unfinished: what to say when it returned False.
 
     Returns:
         Exit status: 0 finished, 2 for an error the user can fix, 75 stopped and resumable, 130 interrupted.
+
+    Raises:
+        EngineError: one that is a bug of the caller.
     """
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{stage}", description=run.__doc__)
     parser.add_argument("--config-name", default="tiny", help=f"a file of configs/{stage} (default: tiny)")
@@ -59,13 +66,19 @@ def main(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except EngineError as error:
+        if error.is_bug:
+            raise
+        # An engine may fail one replica alone, so that each of its ranks speaks.
+        print(f"error: {error}" if is_main_process() else f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except Stopped:
-        finished = False
+        finished, unfinished = False, "asked to stop while there was nothing to save; the same command continues"
     if not finished:
-        print("stopped at a checkpoint; the same command continues", file=sys.stderr)
+        print(unfinished, file=sys.stderr)
         return EXIT_STOPPED
     return 0
 

@@ -100,6 +100,19 @@ class JudgePlace:
 
 
 @dataclass
+class RolloutPlace:
+    """A rollout server in a group of the job, which there is when the AMPO stage draws from one and names no URL.
+
+    Attributes:
+        port: 0 derives one from the job's id.
+        start_s: seconds it may take until the server answers.
+    """
+
+    port: int = 0
+    start_s: int = 1800
+
+
+@dataclass
 class PipelineConfig:
     """One recipe of ``configs/pipeline``.
 
@@ -109,6 +122,7 @@ class PipelineConfig:
         seed: of every stage.
         data: files.
         judge: where it is.
+        rollout: the server of ``ampo.rollout.engine=trtllm_server``.
         bc, ampo, evaluate: stages.
     """
 
@@ -117,6 +131,7 @@ class PipelineConfig:
     seed: int = 1
     data: DataFiles = field(default_factory=DataFiles)
     judge: JudgePlace = field(default_factory=JudgePlace)
+    rollout: RolloutPlace = field(default_factory=RolloutPlace)
     bc: StageConfig = field(default_factory=StageConfig)
     ampo: StageConfig = field(default_factory=StageConfig)
     evaluate: EvaluateStageConfig = field(default_factory=EvaluateStageConfig)
@@ -193,18 +208,55 @@ def _check(recipe: PipelineConfig) -> None:
         raise ConfigError(f"evaluate.policies: expected {' or '.join(TRAINING)}, got {unknown[0]!r}")
 
 
-def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
-    """The pipeline of a checked recipe, asking the judge at ``judge_url``."""
+def start_of(recipe: PipelineConfig) -> Path:
+    """The Hugging Face folder a recipe starts from; with ``data.world`` one of its stages makes it."""
+    return Path(recipe.checkpoint) if recipe.checkpoint else Path(recipe.run_dir) / "hf" / "base"
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """What a rollout server must be able to hold: tokens of a prompt, and of prompt and response together."""
+
+    max_prompt: int
+    max_total: int
+
+
+def own_rollout_server(recipe: PipelineConfig) -> RolloutLimits | None:
+    """Limits of the rollout server the job must start itself; None when the AMPO stage needs none or names its URL.
+
+    Raises:
+        ConfigError: the stage's configuration is wrong, naming the key.
+    """
+    from nemo_ampo.compose import compose
+
+    try:
+        rollout = compose("ampo", recipe.ampo.config, recipe.ampo.overrides).rollout
+    except ConfigError as error:
+        raise ConfigError(f"stage ampo: {error}") from None
+    if rollout.engine != "trtllm_server" or rollout.trtllm_server.url:
+        return None
+    return RolloutLimits(rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_new_tokens)
+
+
+def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> list[Stage]:
+    """The pipeline of a checked recipe, asking the judge at ``judge_url``.
+
+    Args:
+        recipe: checked.
+        judge_url: of the judge.
+        rollout_url: of the rollout server the job starts itself; empty without one.
+    """
     root, seed = Path(recipe.run_dir), recipe.seed
     world, base = root / "world", root / "nemo" / "base.nemo"
     data = recipe.data
-    checkpoint = Path(recipe.checkpoint) if recipe.checkpoint else root / "hf" / "base"
+    checkpoint = start_of(recipe)
     if data.world:
         bc_train, bc_heldout, rl_train, heldout = (
             str(world / f"{name}.jsonl") for name in ("bc_train", "bc_heldout", "rl_train", "rl_heldout")
         )
         data = DataFiles(world=True, bc_train=bc_train, bc_heldout=bc_heldout, rl_train=rl_train, heldout=heldout)
     judge = [f"judge.base_url={judge_url}", *([f"judge.model={recipe.judge.model}"] if recipe.judge.model else [])]
+    rollout = [f"rollout.trtllm_server.url={rollout_url}"] if rollout_url else []
     turns = f"data.train={data.rl_train}" if data.rl_train else f"data.sotopia_dir={data.sotopia_dir}"
 
     def of(stage: str, config: StageConfig, *arguments: str) -> tuple[str, ...]:
@@ -234,7 +286,7 @@ def stages(recipe: PipelineConfig, judge_url: str) -> list[Stage]:
         ),
         Stage(
             "ampo",
-            of("ampo", recipe.ampo, f"run.dir={root / 'ampo'}", f"run.init_from={trained('bc')}", turns, *judge),
+            of("ampo", recipe.ampo, f"run.dir={root / 'ampo'}", f"run.init_from={trained('bc')}", turns, *judge, *rollout),
             trained("ampo"),
         ),
         *(
@@ -317,7 +369,7 @@ def plan_command(args: argparse.Namespace) -> None:
     """Print the stages; with ``--record`` also write the run folder's plan."""
     recipe = read_recipe(args.recipe, args.overrides)
     judge_url = args.judge_url or recipe.judge.base_url or "http://judge.invalid/v1"
-    plan = stages(recipe, judge_url)
+    plan = stages(recipe, judge_url, args.rollout_url)
     if args.only:
         plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
     with_mpi = check_stage_configs(plan, args.ranks)
@@ -327,11 +379,12 @@ def plan_command(args: argparse.Namespace) -> None:
 
 
 def record(recipe: PipelineConfig) -> None:
-    """The run folder's settings and plan. Where the judge is may change from attempt to attempt, the rest may not."""
+    """The run folder's settings and plan. Where its servers are may change from attempt to attempt, the rest may not."""
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
-    settings.pop("judge")
+    for place in ("judge", "rollout"):
+        settings.pop(place)
     remember_settings(folder, settings)
     write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages(recipe, "")])
 
@@ -345,12 +398,17 @@ def show_command(args: argparse.Namespace) -> None:
 def get_command(args: argparse.Namespace) -> None:
     """Print what the shell needs to know of the recipe, one value a line."""
     recipe = read_recipe(args.recipe, args.overrides)
+    limits = own_rollout_server(recipe)
     print(
         recipe.run_dir,
         recipe.judge.mode.value,
         recipe.judge.base_url or "-",
         recipe.judge.port,
         recipe.judge.start_s,
+        start_of(recipe) if limits else "-",
+        recipe.rollout.port,
+        recipe.rollout.start_s,
+        " ".join(f"--{f.name.replace('_', '-')} {getattr(limits, f.name)}" for f in fields(limits)) if limits else "-",
         sep="\n",
     )
 
@@ -386,6 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.add_argument("overrides", nargs="*", metavar="key=value")
         if name == "plan":
             sub.add_argument("--judge-url", default="", help="of a judge inside the job")
+            sub.add_argument("--rollout-url", default="", help="of a rollout server inside the job")
             sub.add_argument("--ranks", type=int, default=1, help="processes of a training stage")
             sub.add_argument("--only", nargs="*", help="stages, exports and evaluations without their policy's name")
             sub.add_argument("--record", action=argparse.BooleanOptionalAction, help="write the plan into the run folder")

@@ -11,6 +11,8 @@ from nemo_ampo.config import read_config
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 from recipes.launch import main
 
+PARTIAL = "not complete; the same command plays and scores what is missing (all of the subset without run.limit)"
+
 
 def run(cfg: DictConfig) -> bool:
     """Play and score SOTOPIA episodes; the same command continues a folder that is not complete."""
@@ -43,4 +45,4 @@ def run(cfg: DictConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main("sotopia", run))
+    sys.exit(main("sotopia", run, unfinished=PARTIAL))

@@ -1,4 +1,4 @@
-# Shared by slurm/*.sh: settings, srun lines, the judge's group, signals, requeue. Sourced, never run.
+# Shared by slurm/*.sh: settings, srun lines, the servers' groups, signals, requeue. Sourced, never run.
 #
 # What runs is decided by `python -m recipes.slurm` (see there); this file only starts it on the job's nodes.
 # Every AMPO_* variable may come from the environment or from slurm/site.env; slurm/site.env.example explains them.
@@ -8,6 +8,7 @@ set -euo pipefail
 
 PREFLIGHT_S=120
 STOPPED=75 # a stage that was asked to stop and continues with the same command
+declare -A SERVER_PIDS=() # of the servers that were started, by name
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
 
@@ -34,7 +35,7 @@ settings() {
   fi
   : "${AMPO_NODES:=1}" "${AMPO_GPUS_PER_NODE:=0}" "${AMPO_JUDGE_GPUS:=0}" "${AMPO_SBATCH:=}" "${AMPO_JUDGE_COMMAND:=}"
   : "${AMPO_RANKS_PER_NODE:=$((AMPO_GPUS_PER_NODE > 0 ? AMPO_GPUS_PER_NODE : 1))}"
-  : "${AMPO_CONTAINER:=none}" "${AMPO_IMAGE:=}" "${AMPO_MOUNTS:=}" "${AMPO_MPI:=pmix}"
+  : "${ROLLOUT_GPUS:=1}" "${AMPO_CONTAINER:=none}" "${AMPO_IMAGE:=}" "${AMPO_MOUNTS:=}" "${AMPO_MPI:=pmix}"
   : "${AMPO_MAX_RESTARTS:=20}" "${AMPO_MIN_FREE_GB:=10}"
   if [[ -z ${AMPO_PYTHON:-} ]]; then
     AMPO_PYTHON=python
@@ -50,7 +51,6 @@ settings() {
   RESTART=${SLURM_RESTART_COUNT:-0}
   HET=${SLURM_HET_SIZE:-}
   mapfile -t NODES < <(node_names "${SLURM_JOB_NODELIST_HET_GROUP_0:-${SLURM_JOB_NODELIST:-}}" "$AMPO_NODES" node)
-  JUDGE_NODE=$(node_names "${SLURM_JOB_NODELIST_HET_GROUP_1:-}" 1 judge | head -n 1)
   RANKS=$((${#NODES[@]} * AMPO_RANKS_PER_NODE))
   # Ports differ from job to job, and from stage to stage, so that none waits for its predecessor's to be released. They end
   # below the range from which systems hand out ports of their own.
@@ -74,16 +74,20 @@ node_address() {
 # --- srun lines -------------------------------------------------------------------------------------------------
 
 # line NAME WHERE COUNT GPUS LOG MPI COMMAND...: fills LINE.
-#   WHERE  all (nodes of the trainer), first (of them), judge (first node of the second group)
+#   WHERE  all (nodes of the trainer), first (of them), or the number of a server's group (its first node)
 #   COUNT  processes per node;  GPUS per node
 #   LOG    log file of each process, or - for the job's own output
 #   MPI    mpi or plain: only a stage that needs MPI gets its environment
 line() {
-  local name=$1 where=$2 count=$3 gpus=$4 log=$5 mpi=$6 nodes=1 inside=()
+  local name=$1 where=$2 count=$3 gpus=$4 log=$5 mpi=$6 nodes=1 group=0 inside=()
   shift 6
-  if [[ $where == all ]]; then nodes=${#NODES[@]}; fi
+  case $where in
+    all) nodes=${#NODES[@]} ;;
+    first) ;;
+    *) group=$where ;;
+  esac
   LINE=(srun "--job-name=$name")
-  if [[ $HET ]]; then LINE+=("--het-group=$([[ $where == judge ]] && echo 1 || echo 0)"); fi
+  if [[ $HET ]]; then LINE+=("--het-group=$group"); fi
   LINE+=("--nodes=$nodes" "--ntasks=$((nodes * count))" "--ntasks-per-node=$count" --overlap --kill-on-bad-exit=1)
   if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then LINE+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
   if ((gpus)); then LINE+=("--gpus-per-node=$gpus"); fi
@@ -113,7 +117,7 @@ stage_line() { # FIELD...: a line of `recipes.slurm plan`
   fi
 }
 
-judge_line() {
+judge_line() { # WHERE
   local command=("$AMPO_PYTHON" -m nemo_ampo.demo_judge --host 0.0.0.0 --port "$JUDGE_PORT")
   # The site's command is shell text that may use $JUDGE_PORT; quoting and variables are its own.
   if [[ $AMPO_JUDGE_COMMAND ]]; then command=(bash -c "$AMPO_JUDGE_COMMAND"); fi
@@ -121,10 +125,18 @@ judge_line() {
   line judge "$1" 1 "$AMPO_JUDGE_GPUS" "$LOGS/judge.log" plain "${command[@]}"
 }
 
+rollout_line() { # GROUP [--dry-run]
+  export AMPO_ROOT=$ROOT ROLLOUT_HET_GROUP=$1 ROLLOUT_PORT ROLLOUT_GPUS ROLLOUT_LOG=$LOGS/rollout-server.log
+  if [[ $AMPO_CONTAINER != none ]]; then export ROLLOUT_CONTAINER=${ROLLOUT_CONTAINER:-$AMPO_CONTAINER}; fi
+  LINE=("$ROOT/slurm/rollout_server.sh" "${@:2}" "$RUN" "$ROLLOUT_MODEL" "${ROLLOUT_LIMITS[@]}")
+}
+
 preflight_line() {
+  local rollout=()
+  if [[ $DRY || ${SERVER_PIDS[rollout server]:-} ]]; then rollout=(${ROLLOUT_URL:+--rollout-url "$ROLLOUT_URL"}); fi
   line preflight all "$AMPO_RANKS_PER_NODE" "$AMPO_GPUS_PER_NODE" - plain "$AMPO_PYTHON" -m nemo_ampo.job.preflight \
     --shared "$RUN" --token "$JOB-$RESTART" --gpus "$AMPO_GPUS_PER_NODE" --min-free-gb "$AMPO_MIN_FREE_GB" \
-    --judge-url "${JUDGE_URL#-}"
+    --judge-url "${JUDGE_URL#-}" "${rollout[@]}"
 }
 
 # Python that only reads and writes the run folder: here, or in the container on the job's first node.
@@ -143,24 +155,26 @@ helper() {
 # --- submitting and showing -------------------------------------------------------------------------------------
 
 submit_line() { # fills LINE with the sbatch command
-  local group=("--ntasks-per-node=$AMPO_RANKS_PER_NODE") common=()
+  local group=("--ntasks-per-node=$AMPO_RANKS_PER_NODE") common=() server gpus
   read -r -a common <<<"$AMPO_SBATCH"
   if ((AMPO_GPUS_PER_NODE)); then group+=("--gpus-per-node=$AMPO_GPUS_PER_NODE"); fi
   LINE=(sbatch "${common[@]}" "--nodes=$AMPO_NODES" "${group[@]}")
-  if [[ $JUDGE_MODE == hetjob ]]; then
+  for server in "${SERVERS[@]}"; do
     LINE+=(: "${common[@]}" --nodes=1 --ntasks=1)
-    if ((AMPO_JUDGE_GPUS)); then LINE+=("--gpus-per-node=$AMPO_JUDGE_GPUS"); fi
-  fi
+    gpus=$([[ $server == judge ]] && echo "$AMPO_JUDGE_GPUS" || echo "$ROLLOUT_GPUS")
+    if ((gpus)); then LINE+=("--gpus-per-node=$gpus"); fi
+  done
   LINE+=("$ROOT/slurm/$SCRIPT" "$RECIPE" "${OVERRIDES[@]}")
 }
 
 dry_run() {
-  local fields LINE
+  local fields group LINE
   submit_line
   printf '# submit\n' && show "${LINE[@]}"
   printf '\n# script: %s\n' "$ROOT/slurm/$SCRIPT" && cat "$ROOT/slurm/$SCRIPT"
   printf '\n# srun\n'
-  if [[ $JUDGE_MODE == hetjob ]]; then judge_line judge && show "${LINE[@]}"; fi
+  if group=$(group_of judge); then judge_line "$group" && show "${LINE[@]}"; fi
+  if group=$(group_of rollout); then rollout_line "$group" --dry-run && "${LINE[@]}"; fi
   preflight_line && show "${LINE[@]}"
   while IFS=$'\t' read -r -a fields; do
     stage_line "${fields[@]}" && show "${LINE[@]}"
@@ -173,7 +187,7 @@ dry_run() {
 
 # open_recipe SCRIPT [--dry-run] [RECIPE] [key=value...]: settings, recipe, and whether this is more than a dry run.
 open_recipe() {
-  local facts
+  local facts limits
   SCRIPT=$1 DRY='' RECIPE=configs/pipeline/tiny.yaml
   shift
   if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
@@ -182,8 +196,14 @@ open_recipe() {
   if [[ ${1:-} && $1 != *=* ]]; then RECIPE=$1 && shift; fi
   OVERRIDES=("$@")
   facts=$(helper recipes.slurm get "$RECIPE" "${OVERRIDES[@]}") || exit 2
-  { read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S; } <<<"$facts"
+  {
+    read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S
+    read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits
+  } <<<"$facts"
   if ((JUDGE_PORT == 0)); then JUDGE_PORT=$((AMPO_PORT + 15)); fi
+  if ((ROLLOUT_PORT == 0)); then ROLLOUT_PORT=$((AMPO_PORT + 14)); fi
+  read -r -a ROLLOUT_LIMITS <<<"$limits"
+  ROLLOUT_URL=''
   RUN=$(realpath -m "$RUN")
   LOGS=$RUN/logs/$JOB-$RESTART
 }
@@ -201,11 +221,16 @@ run_job() {
   local only record=--record
   read -r -a only <<<"$2"
   open_recipe "$1" "${@:3}"
+  # The parts of the pipeline that are run alone do not draw.
+  if ((${#only[@]})); then ROLLOUT_MODEL=-; fi
+  SERVERS=()
+  if [[ $JUDGE_MODE == hetjob ]]; then SERVERS+=(judge); fi
+  if [[ $ROLLOUT_MODEL != - ]]; then SERVERS+=(rollout); fi
   submit_unless_inside
-  find_judge
+  find_servers
   if [[ $DRY ]]; then record=--no-record; fi
   PLAN=$(helper recipes.slurm plan "$RECIPE" "${OVERRIDES[@]}" "$record" --ranks "$RANKS" --judge-url "$JUDGE_URL" \
-    --only "${only[@]}") || exit 2
+    --rollout-url "$ROLLOUT_URL" --only "${only[@]}") || exit 2
   if [[ $DRY ]]; then dry_run; else attempt; fi
 }
 
@@ -213,7 +238,7 @@ run_job() {
 run_judge() {
   AMPO_RANKS_PER_NODE=1 AMPO_GPUS_PER_NODE=${AMPO_JUDGE_GPUS:-0}
   open_recipe judge.sh "$@"
-  JUDGE_MODE=alone
+  SERVERS=()
   submit_unless_inside
   JUDGE_URL=http://$MASTER_ADDR:$JUDGE_PORT/v1
   judge_line first
@@ -228,12 +253,28 @@ run_judge() {
   "${LINE[@]}"
 }
 
-find_judge() {
-  if [[ $JUDGE_MODE == hetjob ]]; then
-    if [[ $DRY && ! ${SLURM_JOB_ID:-} ]]; then HET=2; fi
-    [[ $HET ]] || fail "judge.mode=hetjob: this job has no second group; submit with slurm/$SCRIPT, or sbatch OPTIONS : OPTIONS slurm/$SCRIPT"
-    JUDGE_URL=http://$(node_address "$JUDGE_NODE"):$JUDGE_PORT/v1
-  fi
+# The number of the group that runs a server of SERVERS; status 1 when none does.
+group_of() { # SERVER
+  local index
+  for index in "${!SERVERS[@]}"; do
+    if [[ ${SERVERS[index]} == "$1" ]]; then echo $((index + 1)) && return; fi
+  done
+  return 1
+}
+
+find_servers() { # JUDGE_URL and ROLLOUT_URL from the nodes of their groups
+  local server names
+  if ((${#SERVERS[@]} == 0)); then return; fi
+  if [[ $DRY && ! ${SLURM_JOB_ID:-} ]]; then HET=$((${#SERVERS[@]} + 1)); fi
+  ((${HET:-1} > ${#SERVERS[@]})) || fail "this job has no group for each of: ${SERVERS[*]}; submit with slurm/$SCRIPT, or sbatch OPTIONS : OPTIONS slurm/$SCRIPT"
+  for server in "${SERVERS[@]}"; do
+    names=SLURM_JOB_NODELIST_HET_GROUP_$(group_of "$server")
+    names=$(node_names "${!names:-}" 1 "$server" | head -n 1)
+    case $server in
+      judge) JUDGE_URL=http://$(node_address "$names"):$JUDGE_PORT/v1 ;;
+      rollout) ROLLOUT_URL=http://$(node_address "$names"):$ROLLOUT_PORT ;;
+    esac
+  done
 }
 
 attempt() {
@@ -241,7 +282,7 @@ attempt() {
   STOP='' STEP_PID=''
   trap 'stop "asked to stop before the time limit"' USR1
   trap 'stop "asked to end"' TERM
-  trap 'stop "the judge died"' USR2
+  trap stop_if_server_died USR2
   helper recipes.slurm begin "$RUN" --job "$JOB" --restart "$RESTART" --max-restarts "$AMPO_MAX_RESTARTS" || exit 2
   mkdir -p "$LOGS"
   job_end_time
@@ -249,9 +290,8 @@ attempt() {
   REASON=''
   stages || status=$?
   if [[ $STOP ]]; then
-    REASON=$STOP
-    # Whatever a stage made of the request: it did not finish.
-    if ((status == 0)); then status=$STOPPED; fi
+    # Whatever a stage made of the request, or of the loss of its server: it did not finish, and another attempt may.
+    REASON=$STOP status=$STOPPED
   elif ((status == STOPPED)); then
     REASON="stopped at a checkpoint before the time limit"
   fi
@@ -260,7 +300,8 @@ attempt() {
 
 stages() {
   local fields number=0
-  if [[ $JUDGE_MODE == hetjob ]]; then start_judge || return; fi
+  start_judge || return
+  start_rollout_server || return
   preflight || return
   while IFS=$'\t' read -r -a fields <&3; do
     number=$((number + 1))
@@ -269,10 +310,11 @@ stages() {
       continue
     fi
     if [[ $STOP ]]; then return "$STOPPED"; fi
-    export MASTER_PORT=$((AMPO_PORT + number % 14 + 1))
+    start_rollout_server || return
+    export MASTER_PORT=$((AMPO_PORT + number % 13 + 1))
     stage_line "${fields[@]}"
     say "${fields[0]}: $(show "${LINE[@]}")"
-    run_step || { local status=$? && REASON="${fields[0]} failed" && return "$status"; }
+    run_step || { local status=$? && REASON="${fields[0]} failed" && hear_of_servers; return "$status"; }
     [[ -e ${fields[3]} ]] || { REASON="${fields[0]} left no ${fields[3]}" && return 1; }
     say "${fields[0]}: done"
   done 3<<<"$PLAN"
@@ -310,26 +352,66 @@ preflight() {
   return 3
 }
 
-# --- the judge's group ------------------------------------------------------------------------------------------
+# --- the servers' groups ----------------------------------------------------------------------------------------
 
-start_judge() {
-  local begin=$SECONDS host=${JUDGE_URL#http://}
-  host=${host%%:*}
-  judge_line judge
-  say "judge: $(show "${LINE[@]}")"
+# start_server NAME URL SECONDS: LINE in the background, until its port answers; from then on its death stops the job.
+start_server() {
+  local name=$1 url=$2 patience=$3 begin=$SECONDS place=${2#http://} job_shell=$$
+  place=${place%%/*}
+  say "$name: $(show "${LINE[@]}")"
   "${LINE[@]}" &
-  JUDGE_PID=$!
-  until (exec 9<>"/dev/tcp/$host/$JUDGE_PORT") 2>/dev/null; do
-    if ! kill -0 "$JUDGE_PID" 2>/dev/null || ((SECONDS - begin > JUDGE_START_S)); then
-      REASON="the judge does not answer at $JUDGE_URL"
+  SERVER_PIDS[$name]=$!
+  until (exec 9<>"/dev/tcp/${place%:*}/${place##*:}") 2>/dev/null; do
+    if ! kill -0 "${SERVER_PIDS[$name]}" 2>/dev/null || ((SECONDS - begin > patience)); then
+      REASON="the $name does not answer at $url"
       return 4
     fi
     if [[ $STOP ]]; then return "$STOPPED"; fi
     sleep 0.5
   done
-  say "judge: answers at $JUDGE_URL after $((SECONDS - begin)) s"
-  local job_shell=$$
-  (while kill -0 "$JUDGE_PID" 2>/dev/null; do sleep 1; done && kill -USR2 "$job_shell") &
+  say "$name: answers at $url after $((SECONDS - begin)) s"
+  (while kill -0 "${SERVER_PIDS[$name]}" 2>/dev/null; do sleep 1; done && kill -USR2 "$job_shell") &
+}
+
+start_judge() {
+  local group
+  group=$(group_of judge) || return 0
+  judge_line "$group"
+  start_server judge "$JUDGE_URL" "$JUDGE_START_S"
+}
+
+# Before all else, or as soon as a stage of this very job has made the model it starts with; never when AMPO is done.
+start_rollout_server() {
+  local group
+  group=$(group_of rollout) || return 0
+  if [[ ${SERVER_PIDS[rollout server]:-} || ! -f $ROLLOUT_MODEL/config.json ]] || is_done ampo; then return 0; fi
+  rollout_line "$group"
+  start_server "rollout server" "$ROLLOUT_URL" "$ROLLOUT_START_S"
+}
+
+is_done() { # STAGE
+  local fields
+  while IFS=$'\t' read -r -a fields; do
+    if [[ ${fields[0]} == "$1" && -e ${fields[3]} ]]; then return 0; fi
+  done <<<"$PLAN"
+  return 1
+}
+
+stop_if_server_died() {
+  local name
+  for name in "${!SERVER_PIDS[@]}"; do
+    if ! kill -0 "${SERVER_PIDS[$name]}" 2>/dev/null; then stop "the $name died"; fi
+  done
+}
+
+# A stage may end because its server died before this shell has heard of it.
+hear_of_servers() {
+  local second
+  for second in 1 2 3; do
+    if [[ $STOP ]] || ((${#SERVER_PIDS[@]} == 0)); then return; fi
+    sleep "$((second > 1))"
+    stop_if_server_died
+  done
 }
 
 # --- the end ----------------------------------------------------------------------------------------------------

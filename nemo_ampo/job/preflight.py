@@ -3,8 +3,8 @@
     srun ... python -m nemo_ampo.job.preflight --shared RUN_DIR --token T ...
 
 The first rank of each node looks at its machine: accelerators, free disk, the shared folder (the job's token must be there
-to read, and a file of its own to write), versions, the rendezvous port on the first node, the judge. Then all ranks meet in
-one sum over the job's own backend. A node that is not fit says so under its name and the job stops.
+to read, and a file of its own to write), versions, the rendezvous port on the first node, the judge and the rollout server.
+Then all ranks meet in one sum over the job's own backend. A node that is not fit says so under its name and the job stops.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, required=True, help="accelerators expected per node; 0 for CPU nodes")
     parser.add_argument("--min-free-gb", type=float, default=10.0, help="in the shared folder and in TMPDIR")
     parser.add_argument("--judge-url", default="", help="base URL that every node must reach; empty asks nobody")
+    parser.add_argument("--rollout-url", default="", help="URL of a rollout server, likewise")
     parser.add_argument("--timeout-s", type=float, default=90.0, help="of the collective")
     args = parser.parse_args(argv)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -65,7 +66,9 @@ def problems(args: argparse.Namespace, node: str) -> Iterator[str]:
     if os.environ.get("RANK", "0") == "0":
         yield from _port(int(os.environ.get("MASTER_PORT", "0")))
     if args.judge_url:
-        yield from _judge(args.judge_url)
+        yield from _answers("judge", args.judge_url, "/models")
+    if args.rollout_url:
+        yield from _answers("rollout server", args.rollout_url, "/state")
 
 
 def _shared_folder(shared: Path, token: str, node: str) -> Iterator[str]:
@@ -112,15 +115,15 @@ def _port(port: int) -> Iterator[str]:
             yield f"MASTER_PORT {port} cannot be used ({error.strerror}); set AMPO_PORT"
 
 
-def _judge(base_url: str) -> Iterator[str]:
+def _answers(name: str, base_url: str, path: str) -> Iterator[str]:
     # A proxy of the environment must not stand between the nodes of a cluster.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        direct.open(f"{base_url.rstrip('/')}/models", timeout=20).close()
+        direct.open(f"{base_url.rstrip('/')}{path}", timeout=20).close()
     except urllib.error.HTTPError:
         return  # It answers; whether it lets us in is checked with the key, by the stage itself.
     except (OSError, ValueError) as error:
-        yield f"judge {base_url} cannot be reached ({error})"
+        yield f"{name} {base_url} cannot be reached ({error})"
 
 
 def fingerprint() -> dict[str, Any]:

@@ -23,7 +23,16 @@ LogprobKind = Literal["raw", "sampling"]
 
 
 class RequestError(EngineError):
-    """The call cannot be answered faithfully; nothing was drawn."""
+    """The call cannot be answered faithfully; nothing was drawn.
+
+    Args:
+        message: naming the request and the limit.
+        is_bug: False where a setting of the run is at fault.
+    """
+
+    def __init__(self, message: str, is_bug: bool = True) -> None:
+        super().__init__(message)
+        self.is_bug = is_bug
 
 
 class StaleWeightsError(EngineError):
@@ -225,12 +234,14 @@ def check_requests(requests: Sequence[Request], sampling: SamplingSpec, caps: Ca
         if length > caps.max_prompt:
             raise RequestError(
                 f"request {r.request_id}: prompt of {length} tokens exceeds the engine's {caps.max_prompt} "
-                "(rollout.max_prompt_tokens)"
+                "(rollout.max_prompt_tokens)",
+                is_bug=False,
             )
         if length + sampling.max_new_tokens > caps.max_total:
             raise RequestError(
                 f"request {r.request_id}: prompt of {length} tokens plus {sampling.max_new_tokens} new ones "
-                f"exceeds the engine's {caps.max_total} (rollout.max_prompt_tokens, rollout.max_new_tokens)"
+                f"exceeds the engine's {caps.max_total} (rollout.max_prompt_tokens, rollout.max_new_tokens)",
+                is_bug=False,
             )
         if max(r.prompt_ids) >= caps.vocab_size or min(r.prompt_ids) < 0:
             raise RequestError(f"request {r.request_id}: token id outside the vocabulary of {caps.vocab_size}")

@@ -27,6 +27,7 @@ from nemo_ampo.judge.second import FirstOpinion, SecondJudge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.metrics import continued
 from nemo_ampo.progress import Progress
+from nemo_ampo.rollout.engine import UnavailableError
 from nemo_ampo.runlog import RunLog
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
 from nemo_ampo.training.optimise import optimise
@@ -92,8 +93,8 @@ class AmpoTrainer(ReinforceTrainer):
         """Train to the last step.
 
         Returns:
-            True when all steps are done; False when a signal, the time limit or an outage of the judge ended the run at a
-            checkpoint.
+            True when all steps are done; False when a signal, the time limit or an outage of the judge or of the rollout
+            server ended the run at a checkpoint.
 
         Raises:
             UserError: the judge's budget is spent (after a checkpoint), or ``guard`` found the training broken.
@@ -105,10 +106,10 @@ class AmpoTrainer(ReinforceTrainer):
             metrics: dict[str, float] = {}
             while self.step < self.max_steps:
                 try:
-                    result = ampo_step(self.step, self._prompts_of_step(), self, self.parts)
-                except JudgeOutageError as outage:
+                    result = ampo_step(self.step, self._prompts_of_step(), self, self.parts, lambda: stop.requested)
+                except (JudgeOutageError, UnavailableError) as outage:
                     self._keep_progress(metrics)
-                    progress.say(f"judge: {outage}")
+                    progress.say(f"judge: {outage}" if isinstance(outage, JudgeOutageError) else str(outage))
                     return False
                 except UserError:
                     self._keep_progress(metrics)

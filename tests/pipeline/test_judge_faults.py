@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,34 @@ def test_faults_are_masked_an_outage_stops_and_the_same_command_goes_on(quicksta
             assert row["judge_error"] is not None and row["reward"] is None and row["advantage"] == 0
     assert injected and steps[0]["guard/masked_samples"] == injected
     assert [row["guard/masked_samples"] for row in steps[done:]] == [0] * (AMPO_STEPS - done)
+
+
+def test_a_signal_ends_the_wait_for_a_judge_that_is_out(quickstart: Quickstart, tmp_path: Path) -> None:
+    """The pause before asking again is an hour; nobody waits for it."""
+    folder = tmp_path / "ampo"
+    with fault_judge(ALL) as judge:
+        command = [
+            *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}"),
+            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
+            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.temperatures=[0.0]"),
+            *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
+            *("guard.step_retries=100", "guard.retry_pause_s=3600", *AMPO),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not judge.asked:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    assert process.returncode == 75, errors
+    assert "verdicts could not be had, and the run was asked to stop" in errors
+    assert not read_jsonl(folder / "metrics.jsonl")
 
 
 def test_a_run_that_goes_wrong_step_after_step_ends_with_one_line(quickstart: Quickstart, tmp_path: Path) -> None:

