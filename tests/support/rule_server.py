@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,12 @@ class RuleServer:
             return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]}
         if path == "/counts":
             repeated = {key: n for key, n in self.answered.items() if n > 1}
-            return 200, {"answered": sum(self.answered.values()), "repeated": len(repeated), "models": dict(self.by_model)}
+            return 200, {
+                "answered": sum(self.answered.values()),
+                "repeated": len(repeated),
+                "models": dict(self.by_model),
+                "processor_s": time.process_time(),
+            }
         if path.startswith("/hold/"):
             count = int(path.rsplit("/", 1)[1])
             self.left_before_hold = count or None
