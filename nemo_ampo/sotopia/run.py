@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import sys
@@ -170,11 +171,26 @@ async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, 
         work = _Work(plan, store, judge, replies, teams)
         ticker = asyncio.create_task(work.tell())
         try:
-            with _signals(work.stop):
+            with _signals(work.stop), _collector_off_libraries():
                 await work.run()
         finally:
             ticker.cancel()
     return work.outcome
+
+
+@contextlib.contextmanager
+def _collector_off_libraries() -> Iterator[None]:
+    """Keep what exists by now, mostly imported libraries, out of the garbage collector's rounds.
+
+    It would walk them again and again while episodes are played; 450 of them take about 15 % less processor time so
+    (bench/episodes.py).
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
