@@ -236,8 +236,13 @@ class _Made:
         found = self.store.protocol(SCENARIOS_FILE)
         if found is None:
             return None, None
-        meant = found["set"]
-        return meant, unlike_published(PackCounts(**found["counts"])) if meant == "published" else None
+        try:
+            meant, counts = found["set"], PackCounts(**found["counts"])
+        except (LookupError, TypeError):
+            raise DataError(
+                f"{self.store.folder / SCENARIOS_FILE}: expected 'set' and 'counts'; run again to write it"
+            ) from None
+        return meant, unlike_published(counts) if meant == "published" else None
 
 
 def _summary(

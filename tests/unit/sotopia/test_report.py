@@ -316,6 +316,9 @@ def test_scenarios_that_are_not_the_published_ones_make_a_run_partial_unless_the
     assert "own scenarios, not the published set" in result.output
     scenarios_file(run, "published", 450)
     assert run_cli(run).exit_code == 0
+    (run / "scenarios.json").write_text("{}")
+    with pytest.raises(DataError, match=r"scenarios\.json: expected 'set' and 'counts'"):
+        read_summary(run, resamples=50)
 
 
 def test_a_run_of_the_hard_pairings_says_nothing_about_all(tmp_path: Path) -> None:
