@@ -3,15 +3,21 @@
     python -m bench.episodes --sotopia-dir DIR [--latency-ms 50] [--concurrency 64]
 
 450 episodes of 20 turns in self-play, each scored once; speakers and judge answer by rule after ``--latency-ms``, in a
-process of their own. The ideal run keeps ``--concurrency`` calls in flight from the first to the last; it ends after
-ceil(calls / concurrency) latencies, but not before one episode is played and scored. Everything real is included:
-prompts, records on disk, reading replies. With several ``--seeds`` the peak memory shows that it does not grow with the
-number of episodes.
+process of their own. Speakers and judge have ``--concurrency`` calls in flight each, and work beside each other. With T
+turns, J judge calls, concurrency C and L turns in the longest dialogue the ideal run takes
+
+    max(ceil(T / C) + 1, L + ceil(J / C))
+
+latencies: the last dialogues to end are scored one latency after their last turn, and no scoring begins before a first
+dialogue of L turns is over. Everything real is included: prompts, records on disk, reading replies. What a process does
+once, loading libraries, is timed apart. With several ``--seeds`` the peak memory shows that it does not grow with the number
+of episodes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -21,6 +27,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from nemo_ampo.compose import compose
 from nemo_ampo.config import read_config
@@ -29,6 +36,8 @@ from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 from nemo_ampo.sotopia.plan import make_plan
 from nemo_ampo.sotopia.run import evaluate
 
+LONGEST_DIALOGUE = 20
+LIBRARIES = ("openai", "httpx2", "aiohttp")
 SERVER = Path(__file__).resolve().parent.parent / "tests" / "support" / "rule_server.py"
 
 
@@ -46,9 +55,23 @@ def run(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> No
         sys.exit(f"{outcome.line()}: {outcome.failures}")
 
 
-def counts(url: str) -> dict[str, int]:
+def counts(url: str) -> dict[str, Any]:
     with urllib.request.urlopen(url.removesuffix("/v1") + "/counts") as answer:
-        return json.load(answer)["models"]
+        return json.load(answer)
+
+
+def ideal_s(turns: int, judged: int, concurrency: int, latency_s: float) -> float:
+    """Shortest time of all calls, seconds; see the formula above."""
+    spoken, scored = math.ceil(turns / concurrency), math.ceil(judged / concurrency)
+    return max(spoken + 1, LONGEST_DIALOGUE + scored) * latency_s
+
+
+def load_libraries() -> float:
+    """What the first call of a process would load; seconds it took."""
+    started = time.perf_counter()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -61,6 +84,7 @@ def main() -> None:
     if args.sotopia_dir is None:
         print("episodes: not run; it needs a SOTOPIA folder, --sotopia-dir or SOTOPIA_DIR")
         return
+    print(f"start-up: {load_libraries():.2f} s for {', '.join(LIBRARIES)}", flush=True)
     command = [sys.executable, str(SERVER), "--latency-ms", str(args.latency_ms), "--patience", "100"]
     with (
         server_process(command, what="the rule server", start_timeout_s=60) as url,
@@ -70,13 +94,16 @@ def main() -> None:
             before, cpu, started = counts(url), time.process_time(), time.perf_counter()
             run(folder, url, args, args.seeds[:done])
             wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-            turns, judged = (counts(url)[model] - before.get(model, 0) for model in ("rule-speaker", "rule-judge"))
-            rounds = max(math.ceil((turns + judged) / args.concurrency), 21)
-            ideal = rounds * args.latency_ms / 1000
+            after = counts(url)
+            models = ("rule-speaker", "rule-judge")
+            turns, judged = (after["models"][model] - before["models"].get(model, 0) for model in models)
+            server_cpu = after["processor_s"] - before["processor_s"]
+            ideal = ideal_s(turns, judged, args.concurrency, args.latency_ms / 1000)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(
                 f"seed {seed}: {turns} turns + {judged} judge calls in {wall:.2f} s; ideal {ideal:.2f} s; "
-                f"ratio {wall / ideal:.2f}; own processor time {cpu:.2f} s; peak memory {memory:.0f} MiB",
+                f"ratio {wall / ideal:.2f}; processor time {cpu:.2f} s, of the server {server_cpu:.2f} s; "
+                f"peak memory {memory:.0f} MiB",
                 flush=True,
             )
 

@@ -29,6 +29,8 @@ def run(cfg: DictConfig) -> bool:
     console = Console()
     plan = make_plan(config)
     console.print(estimate_table(estimate(plan)))
+    if plan.unlike_published is not None:
+        print(f"{plan.unlike_published}; the run will be PARTIAL unless data.set=own says so", file=sys.stderr)
     if config.run.estimate_only:
         return True
     outcome = evaluate(plan)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,6 +111,10 @@ class ReplyFile:
         kept = await self.get(key)
         # What this very call brought is not a hit.
         return replace(kept, cached=False) if kept is not None and kept == _as_cached(outcome) else kept
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Remove what is kept of these questions."""
+        self._db.executemany("DELETE FROM replies WHERE key = ?", [(key,) for key in keys])
 
     async def aclose(self) -> None:
         """See :class:`Cache`."""

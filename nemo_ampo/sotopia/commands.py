@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.sotopia.compare import compare_runs, comparison_table, write_comparison
-from nemo_ampo.sotopia.overview import check_same_view, overview_table, write_overview
+from nemo_ampo.sotopia.overview import check_same_view, overview_table, problems, write_overview
 from nemo_ampo.sotopia.report import Written, score_table, status_lines, write_report
-from nemo_ampo.sotopia.summary import is_result_file, is_sotopia_run, read_summary
+from nemo_ampo.sotopia.summary import RunSummary, is_result_file, is_sotopia_run, read_summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,15 +51,21 @@ def report(
     if len(runs) == 2:
         comparison = compare_runs(runs[0], runs[1], seed)
         written = write_comparison(comparison, out)
-        lines = [f"PARTIAL: {'; '.join(comparison.problems())}"] if comparison.partial else comparison.problems()
+        lines = _warnings(comparison.problems(), comparison.partial, runs)
         return comparison_table(comparison), [*lines, _where(written)], comparison.partial
     if len(runs) > 2:
         check_same_view(runs)
-        lines = [f"PARTIAL: {run.name}: {'; '.join(run.problems())}" for run in runs if run.partial]
-        return overview_table(runs), [*lines, _where(write_overview(runs, out))], bool(lines)
+        partial = any(run.partial for run in runs)
+        lines = _warnings(problems(runs), partial, runs)
+        return overview_table(runs), [*lines, _where(write_overview(runs, out))], partial
     (run,) = runs
     written = write_report(run, out)
     return score_table(run), [*status_lines(run), _where(written)], run.partial
+
+
+def _warnings(problems: Sequence[str], partial: bool, runs: Sequence[RunSummary]) -> list[str]:
+    marked = [f"{'PARTIAL' if partial else 'NOT ALIKE'}: {'; '.join(problems)}"] if problems else []
+    return [*marked, *(f"note: {run.name}: {note}" for run in runs for note in run.notes())]
 
 
 def _where(written: Written) -> str:

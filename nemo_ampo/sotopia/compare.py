@@ -9,9 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ampo.errors import DataError
 from nemo_ampo.runlog import write_once
-from nemo_ampo.sotopia.overview import check_same_view
-from nemo_ampo.sotopia.report import COLUMN_TITLES, RANGES, Bar, Written, mode_colour, mode_title, render_template
+from nemo_ampo.sotopia.overview import check_same_view, unlike
+from nemo_ampo.sotopia.report import (
+    COLUMN_TITLES,
+    RANGES,
+    Bar,
+    Written,
+    judge_title,
+    mode_colour,
+    mode_title,
+    render_template,
+)
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan
 from nemo_ampo.sotopia.tally import MODE_IDS, shares
@@ -20,7 +30,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SIGNIFICANT = 0.05
-CSV_COLUMNS = ("subset", "role", "dimension", "first", "second", "difference", "low", "high", "p", "pairs", "scenarios")
+CSV_COLUMNS = (
+    *("view", "first_judge", "second_judge", "subset", "role", "dimension"),
+    *("first", "second", "difference", "low", "high", "p", "pairs", "scenarios"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class RunComparison:
 
     Attributes:
         first, second: the runs.
-        subsets: ``all``, and ``hard`` where both have hard episodes.
+        subsets: ``all`` and ``hard``, each where both runs have such episodes.
     """
 
     first: RunSummary
@@ -49,8 +62,10 @@ class RunComparison:
     def problems(self) -> list[str]:
         """What makes the comparison unsafe, one sentence each."""
         found = [f"{run.name}: {'; '.join(run.problems())}" for run in (self.first, self.second) if run.partial]
-        if self.subsets["all"].unpaired:
-            found.append(f"{self.subsets['all'].unpaired} pairings and seats have scores in one run only and are left out")
+        found += unlike(self.first, self.second)
+        for name, subset in list(self.subsets.items())[:1]:
+            if subset.unpaired:
+                found.append(f"{subset.unpaired} pairings and seats ({name}) have scores in one run only and are left out")
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -61,6 +76,7 @@ class RunComparison:
             "partial": self.partial,
             "problems": self.problems(),
             "view": self.first.view,
+            "judges": [{"name": run.judge, **run.judged_with} for run in (self.first, self.second)],
             "headline_role": self.role,
             "subsets": {name: without_nan(asdict(subset)) for name, subset in self.subsets.items()},
         }
@@ -70,14 +86,18 @@ def compare_runs(first: RunSummary, second: RunSummary, seed: int = 0, resamples
     """Compare two runs over the pairings and seats both have.
 
     Raises:
-        DataError: the runs were made in different views, or share no scored episode.
+        DataError: the runs were made in different views, or share no scored episode of one subset.
     """
     check_same_view((first, second))
     subsets = {}
     for name in SUBSETS:
-        ours, theirs = ([e for e in run.scored if name == "all" or e.hard] for run in (first, second))
-        if name == "all" or (ours and theirs):
+        ours, theirs = (run.of_subset(name) for run in (first, second))
+        if ours and theirs:
             subsets[name] = compare(ours, theirs, seed, resamples)
+    if not subsets:
+        raise DataError(
+            f"{first.name} and {second.name} have no scored episodes of the same subset; nothing can be compared"
+        )
     return RunComparison(first, second, subsets)
 
 
@@ -89,20 +109,20 @@ def comparison_table(comparison: RunComparison) -> Table:
 
     table = Table(
         title=f"SOTOPIA {escape(comparison.second.name)} against {escape(comparison.first.name)} ({comparison.role})",
-        caption="difference: second minus first, over paired episodes; * p < 0.05, not corrected for their number",
+        caption="difference: second minus first, of pairs; * p < 0.05, not corrected",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 2, 0, 0),
     )
-    for heading in ("episodes", "dimension", "first", "second", "difference", "95 % interval", "p"):
-        table.add_column(heading, justify="left" if heading in ("episodes", "dimension") else "right", no_wrap=True)
+    for heading in ("dimension", "first", "second", "difference", "95 % interval", "p"):
+        table.add_column(heading, justify="left" if heading == "dimension" else "right", no_wrap=True)
     for name, subset in comparison.subsets.items():
         differences: dict[str, Difference] = getattr(subset, comparison.role)
+        table.add_row(f"[bold]{name}: {subset.pairs} pairs[/]")
         for column, d in differences.items():
-            label = f"{name} ({subset.pairs} pairs)" if column == COLUMNS[0] else ""
-            table.add_row(label, COLUMN_TITLES[column], *_cells(d), end_section=column == COLUMNS[-1])
+            table.add_row(COLUMN_TITLES[column], *map(escape, _cells(d)), end_section=column == COLUMNS[-1])
     return table
 
 
@@ -126,7 +146,8 @@ def comparison_csv(comparison: RunComparison) -> str:
         for role in ROLES:
             for column, d in getattr(subset, role).items():
                 numbers = ["" if v != v else repr(v) for v in (d.first, d.second, d.mean, d.low, d.high, d.p)]
-                writer.writerow([name, role, column, *numbers, subset.pairs, subset.scenarios])
+                about = [comparison.first.view, comparison.first.judge or "", comparison.second.judge or ""]
+                writer.writerow([*about, name, role, column, *numbers, subset.pairs, subset.scenarios])
     return text.getvalue()
 
 
@@ -134,7 +155,7 @@ def default_stem(comparison: RunComparison) -> Path:
     """Where the files of a comparison go unless told otherwise: beside the second run's report."""
     path = comparison.second.path
     folder = path if path.is_dir() else path.with_suffix("")
-    return folder / f"compared-with-{comparison.first.name}"
+    return folder / f"compared-with-{comparison.first.name}{comparison.second.suffix}"
 
 
 def write_comparison(comparison: RunComparison, page: Path | None = None) -> Written:
@@ -142,7 +163,8 @@ def write_comparison(comparison: RunComparison, page: Path | None = None) -> Wri
 
     Args:
         comparison: of two runs.
-        page: HTML file; by default ``compared-with-FIRST.html`` in the second run's folder.
+        page: HTML file; by default ``compared-with-FIRST.html`` (``compared-with-FIRST-JUDGE.html``) in the second run's
+            folder.
     """
     page = page or default_stem(comparison).with_name(default_stem(comparison).name + ".html")
     written = Written(page, page.with_suffix(".json"), page.with_suffix(".csv"))
@@ -159,6 +181,7 @@ def page_context(comparison: RunComparison) -> dict[str, Any]:
         "first": comparison.first.name,
         "second": comparison.second.name,
         "view": comparison.first.view,
+        "judges": list(dict.fromkeys(judge_title(run) for run in runs)),
         "role": comparison.role,
         "partial": comparison.partial,
         "problems": comparison.problems(),

@@ -53,15 +53,27 @@ class SotopiaRunConfig:
     episodes_in_flight: int = 256
 
 
+class ScenarioSet(StrEnum):
+    """What a folder of scenarios is meant to be."""
+
+    published = "published"
+    """The evaluation set that benchmark numbers are made with; a folder of other sizes makes the run PARTIAL."""
+    own = "own"
+    """Somebody's own scenarios, as many as there are."""
+
+
 @dataclass
 class SotopiaDataConfig:
     """The scenarios.
 
     Attributes:
         sotopia_dir: folder with agents.json, envs.json, env_agent_combos.json and sotopia_hard.json.
+        set: ``published`` expects the 450 published pairings, 70 of them hard, and calls any other folder PARTIAL; ``own``
+            takes the folder as it is, and the report says so.
     """
 
     sotopia_dir: str = MISSING
+    set: ScenarioSet = ScenarioSet.published
 
 
 @dataclass

@@ -89,8 +89,10 @@ def estimate_table(estimates: Iterable[Estimate]) -> Table:
     from rich.table import Table
 
     table = Table(title="what is left to be called, at most", title_justify="left")
-    for name in ("role", "model", "calls", "prompt tokens", "reply tokens", "US dollars"):
-        table.add_column(name, justify="left" if name in ("role", "model") else "right")
+    table.add_column("role", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    for name in ("calls", "prompt tokens", "reply tokens", "US dollars"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in estimates:
         usd = "no price given" if row.usd is None else f"{row.usd:,.2f}"
         tokens = (f"{row.prompt_tokens / 1e6:,.2f} M", f"{row.completion_tokens / 1e6:,.2f} M")

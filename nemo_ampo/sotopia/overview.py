@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,17 @@ from nemo_ampo.report.inputs import Series
 from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
 from nemo_ampo.runlog import write_once
 from nemo_ampo.sotopia.dimensions import OVERALL
-from nemo_ampo.sotopia.report import ABSENT, Figure, Written, mode_colour, mode_title, render_template, with_interval
+from nemo_ampo.sotopia.report import (
+    ABSENT,
+    Figure,
+    Written,
+    judge_title,
+    mode_colour,
+    mode_title,
+    render_template,
+    with_interval,
+    with_suffix,
+)
 from nemo_ampo.sotopia.statistics import Estimate
 from nemo_ampo.sotopia.summary import SUBSETS, RunSummary, without_nan
 from nemo_ampo.sotopia.tally import MODE_IDS, shares
@@ -28,10 +38,11 @@ if TYPE_CHECKING:
 
 PAGE_FILE = "overview.html"
 CSV_COLUMNS = (
-    *("run", "partial", "role", "subset", "column", "mean", "low", "high", "episodes", "tokens_per_turn"),
+    *("run", "view", "judge", "partial", "role", "subset", "column", "mean", "low", "high", "episodes", "tokens_per_turn"),
     *(f"mode_{k}" for k in MODE_IDS),
 )
 SHOWN = ("goal", OVERALL)
+COST_COLUMNS = ("tokens", "% 1-4, broken")
 
 
 def check_same_view(runs: Sequence[RunSummary]) -> None:
@@ -46,6 +57,46 @@ def check_same_view(runs: Sequence[RunSummary]) -> None:
         raise DataError(f"{shown}: what the characters knew differs, so the scores cannot be compared")
 
 
+NOT_PROTOCOL = ("policy", "subsets", "episodes")
+"""Keys in which two runs may differ: what is evaluated, and how much of it."""
+
+
+def unlike(first: RunSummary, second: RunSummary) -> list[str]:
+    """What but the policy differs in how two runs were made and scored, one sentence each; such scores do not tell the
+    policies apart."""
+    found = [f"{run.name} does not say with what protocol and judge it was made" for run in (first, second) if run.imported]
+    if found:
+        return found
+    keys = sorted({*first.made_with, *second.made_with} - set(NOT_PROTOCOL))
+    found += [_differing(key, first, second, first.made_with, second.made_with) for key in keys]
+    if first.judged_with and second.judged_with:
+        keys = sorted({*first.judged_with, *second.judged_with})
+        found += [_differing(key, first, second, first.judged_with, second.judged_with, "judge's ") for key in keys]
+    elif first.judge != second.judge:
+        found.append(f"judge is {first.judge} in {first.name} and {second.judge} in {second.name}")
+    return [sentence for sentence in found if sentence]
+
+
+def _differing(
+    key: str, first: RunSummary, second: RunSummary, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = ""
+) -> str:
+    one, other = ours.get(key), theirs.get(key)
+    if one == other:
+        return ""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        parts = sorted(part for part in {*one, *other} if one.get(part) != other.get(part))
+        return f"{whose}{key} differs between {first.name} and {second.name} ({', '.join(parts)})"
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        return f"{whose}{key} differs between {first.name} and {second.name}"
+    return f"{whose}{key} is {one} in {first.name} and {other} in {second.name}"
+
+
+def problems(runs: Sequence[RunSummary]) -> list[str]:
+    """What makes a table of these runs unsafe: what each lacks, and what differs from the first one."""
+    lacking = [f"{run.name}: {'; '.join(run.problems())}" for run in runs if run.partial]
+    return [*lacking, *dict.fromkeys(sentence for run in runs[1:] for sentence in unlike(runs[0], run))]
+
+
 def score(run: RunSummary, subset: str, column: str) -> Estimate:
     """A run's own score: of both agents in self-play, otherwise of the actor."""
     estimates: dict[str, Estimate] = getattr(run.subsets[subset], run.role)
@@ -53,7 +104,7 @@ def score(run: RunSummary, subset: str, column: str) -> Estimate:
 
 
 def overview_table(runs: Sequence[RunSummary]) -> Table:
-    """One line per run: goal and overall with intervals, tokens, modes."""
+    """Goal and overall with intervals, tokens and modes of each run, all above hard, for a terminal of 80 columns."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -61,17 +112,24 @@ def overview_table(runs: Sequence[RunSummary]) -> Table:
     table = Table(
         title="SOTOPIA, several runs", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for heading in columns():
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    table.add_column("", no_wrap=True)
+    for heading in (*SHOWN, *COST_COLUMNS):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        table.add_row(*map(escape, cells(run)))
+        name, *_, tokens, modes = cells(run)
+        for i, subset in enumerate(SUBSETS):
+            scores = [with_interval(score(run, subset, column)) for column in SHOWN]
+            about = (name, tokens, modes) if i == 0 else ("", "", "")
+            row = (about[0], subset, *scores, *about[1:])
+            table.add_row(*map(escape, row), end_section=subset == SUBSETS[-1])
     return table
 
 
 def columns() -> list[str]:
     """Headings of the table; the last one stands for the shares of modes 1 to 4 and of broken replies."""
     scores = [f"{column}, {subset}" for column in SHOWN for subset in SUBSETS]
-    return ["run", *scores, "tokens", "% 1-4, broken"]
+    return ["run", *scores, *COST_COLUMNS]
 
 
 def cells(run: RunSummary) -> list[str]:
@@ -117,6 +175,8 @@ def overview_csv(runs: Sequence[RunSummary]) -> str:
                 numbers = ["" if value != value else repr(value) for value in (e.mean, e.low, e.high)]
                 about = [
                     run.name,
+                    run.view,
+                    run.judge or "",
                     str(run.partial).lower(),
                     run.role,
                     subset,
@@ -136,7 +196,8 @@ def write_overview(runs: Sequence[RunSummary], page: Path | None = None) -> Writ
         page: HTML file; ``overview.html`` in the last run's folder by default.
     """
     last = runs[-1].path
-    page = page or (last if last.is_dir() else last.with_suffix("")) / PAGE_FILE
+    folder = last if last.is_dir() else last.with_suffix("")
+    page = page or folder / with_suffix(PAGE_FILE, runs[-1].suffix)
     written = Written(page, page.with_suffix(".json"), page.with_suffix(".csv"))
     write_once(
         written.result, json.dumps([_record(run) for run in runs], ensure_ascii=False, indent=1, allow_nan=False) + "\n"
@@ -152,7 +213,9 @@ def _record(run: RunSummary) -> dict[str, Any]:
         "name": run.name,
         "partial": run.partial,
         "problems": run.problems(),
+        "notes": run.notes(),
         "view": run.view,
+        "judge": {"name": run.judge, **run.judged_with},
         "pairing": run.pairing,
         "role": run.role,
         "scores": scores,
@@ -166,7 +229,10 @@ def page_context(runs: Sequence[RunSummary]) -> dict[str, Any]:
     drawn = [frontier(runs, subset, column) for column in SHOWN for subset in SUBSETS]
     return {
         "view": runs[0].view,
-        "problems": [f"{run.name}: {'; '.join(run.problems())}" for run in runs if run.partial],
+        "judges": list(dict.fromkeys(judge_title(run) for run in runs)),
+        "partial": any(run.partial for run in runs),
+        "problems": problems(runs),
+        "notes": [f"{run.name}: {note}" for run in runs for note in run.notes()],
         "headings": columns(),
         "rows": [cells(run) for run in runs],
         "figures": [figure for figure in drawn if figure is not None],

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
-from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
+from nemo_ampo.sotopia.config import ScenarioSet, ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt
 from nemo_ampo.sotopia.episode import EpisodeRules
 from nemo_ampo.sotopia.pairings import Subset, chosen, opposite, planned, policy_seats
 from nemo_ampo.sotopia.prompts import load_texts
 from nemo_ampo.sotopia.records import EpisodeKey
-from nemo_ampo.sotopia.scenarios import Scenario, load_scenarios, other_seat
+from nemo_ampo.sotopia.scenarios import PackCounts, Scenario, load_scenarios, other_seat, unlike_published
 from nemo_ampo.types import Seat
 
 
@@ -27,7 +27,7 @@ class Plan:
         config: as given.
         scenarios: to be played, by ``env_id``.
         whole: they are the whole subset of the folder.
-        sizes: pairings of each subset of the folder.
+        counts: how much the folder holds.
         sha256: digests of the folder's files, by name.
         rules: of the dialogues.
         model: hash of the policy.
@@ -37,7 +37,7 @@ class Plan:
     config: SotopiaConfig
     scenarios: Mapping[int, Scenario]
     whole: bool
-    sizes: Mapping[str, int]
+    counts: PackCounts
     sha256: Mapping[str, str]
     rules: EpisodeRules
     model: str
@@ -47,6 +47,16 @@ class Plan:
         """Of every episode."""
         run = self.config.run
         return planned(list(self.scenarios.values()), self.config.episode.pairing, run.seeds, self.model)
+
+    @property
+    def episodes(self) -> int:
+        """Number of :meth:`episode_keys`."""
+        return len(self.scenarios) * len(policy_seats(self.config.episode.pairing)) * len(self.config.run.seeds)
+
+    @property
+    def unlike_published(self) -> str | None:
+        """How the folder differs from the set it is meant to be, one phrase; None when it does not."""
+        return unlike_published(self.counts) if self.config.data.set is ScenarioSet.published else None
 
     def speakers(self, seat: Seat) -> dict[Seat, AgentConfig]:
         """Who speaks for which seat when the policy sits on ``seat``."""
@@ -69,7 +79,7 @@ def make_plan(config: SotopiaConfig) -> Plan:
         config=config,
         scenarios={scenario.env_id: scenario for scenario in scenarios},
         whole=len(scenarios) == len(chosen(pack, run.subset)),
-        sizes={Subset.all.value: pack.counts.scenarios, Subset.hard.value: pack.counts.hard},
+        counts=pack.counts,
         sha256=pack.sha256,
         rules=EpisodeRules(episode.view.value, texts, episode.leave_rule, episode.max_turns, episode.max_prompt_tokens),
         model=model_hash(config.policy),
@@ -90,9 +100,10 @@ def protocol(plan: Plan, old: Mapping[str, Any] | None = None) -> dict[str, Any]
     subsets = {str(seed): plan.config.run.subset.value for seed in plan.config.run.seeds}
     for seed, subset in (old or {}).get("subsets", {}).items():
         subsets[seed] = subset if subset == Subset.all.value else subsets.get(seed, subset)
+    sizes = {Subset.all.value: plan.counts.scenarios, Subset.hard.value: plan.counts.hard}
     return {
         "subsets": dict(sorted(subsets.items())),
-        "episodes": sum(plan.sizes[s] for s in subsets.values()) * len(policy_seats(episode.pairing)),
+        "episodes": sum(sizes[s] for s in subsets.values()) * len(policy_seats(episode.pairing)),
         "pairing": episode.pairing.value,
         "view": episode.view.value,
         "leave_rule": episode.leave_rule.value,
@@ -115,6 +126,11 @@ def judge_protocol(judge: ScoreJudgeConfig) -> dict[str, Any]:
         "seed": judge.seed,
         "extra_body": judge.extra_body,
     }
+
+
+def scenario_set(plan: Plan) -> dict[str, Any]:
+    """What the folder of scenarios is meant to be and how much it holds; not part of the protocol, which has its digests."""
+    return {"set": plan.config.data.set.value, "counts": asdict(plan.counts)}
 
 
 def _agent(config: AgentConfig) -> dict[str, Any]:

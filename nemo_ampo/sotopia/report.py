@@ -1,5 +1,7 @@
 """The report of a SOTOPIA run: a table for the terminal, ``result.json``, ``table.csv`` and one HTML page.
 
+Scores of a judge that is not called ``default`` go to ``result-NAME.json``, ``table-NAME.csv`` and ``report-NAME.html``.
+
 The page loads nothing and runs nothing: dialogues come from models and are untrusted, so the template escapes
 everything but the charts, which hold numbers only, and a content security policy forbids scripts and network.
 A run with anything missing is written all the same, under a banner that says PARTIAL.
@@ -35,7 +37,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RESULT_FILE, TABLE_FILE, PAGE_FILE = "result.json", "table.csv", "report.html"
-CSV_COLUMNS = ("subset", "role", "dimension", "mean", "low", "high", "std", "episodes", "scenarios", "partial")
+CSV_COLUMNS = (
+    *("view", "judge", "subset", "role", "dimension", "mean", "low", "high", "std"),
+    *("episodes", "scenarios", "partial"),
+)
 COLUMN_TITLES = {
     OVERALL: "overall",
     **{name: name.replace("_", " ") for name in DIMENSIONS},
@@ -70,16 +75,23 @@ def write_report(summary: RunSummary, page: Path | None = None) -> Written:
 
     Args:
         summary: of the run.
-        page: HTML file; by default ``report.html`` in the run's own folder, for an imported file in a folder of
-            its name beside it.
+        page: HTML file; by default ``report.html`` (``report-JUDGE.html``) in the run's own folder, for an imported file
+            in a folder of its name beside it.
     """
-    if page is None:
-        page = (summary.path if summary.path.is_dir() else summary.path.with_suffix("")) / PAGE_FILE
-    written = Written(page, page.with_name(RESULT_FILE), page.with_name(TABLE_FILE))
+    folder = summary.path if summary.path.is_dir() else summary.path.with_suffix("")
+    page = page or folder / with_suffix(PAGE_FILE, summary.suffix)
+    result, table = (page.with_name(with_suffix(name, summary.suffix)) for name in (RESULT_FILE, TABLE_FILE))
+    written = Written(page, result, table)
     write_once(written.result, json.dumps(summary.as_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
     write_once(written.table, table_csv(summary))
     write_once(written.page, render(summary).encode("utf-8", "replace").decode("utf-8"))
     return written
+
+
+def with_suffix(name: str, suffix: str) -> str:
+    """``report.html`` and ``-second`` give ``report-second.html``."""
+    path = Path(name)
+    return f"{path.stem}{suffix}{path.suffix}"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -96,21 +108,21 @@ def table_csv(summary: RunSummary) -> str:
             for column, e in getattr(subset, role).items():
                 numbers = ["" if value != value else repr(value) for value in (e.mean, e.low, e.high, e.std)]
                 partial = str(summary.partial).lower()
-                writer.writerow([name, role, column, *numbers, subset.episodes, subset.scenarios, partial])
+                about = [summary.view, summary.judge or "", name, role, column]
+                writer.writerow([*about, *numbers, subset.episodes, subset.scenarios, partial])
     return text.getvalue()
 
 
 def score_table(summary: RunSummary) -> Table:
-    """Mean and interval of every dimension, all and hard, for a terminal."""
+    """Mean and interval of every dimension, all and hard, for a terminal of 80 columns."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    counts = ", ".join(f"{name}: {summary.subsets[name].episodes} episodes" for name in SUBSETS)
     pairing = PAIRING_TITLES.get(summary.pairing, summary.pairing)
     table = Table(
-        title=f"SOTOPIA {escape(summary.name)} ({pairing}, view: {summary.view})",
-        caption=f"{counts}; 95 % intervals by scenario",
+        title=f"SOTOPIA {escape(summary.name)} ({pairing}, view: {summary.view}, judge: {summary.judge or ABSENT})",
+        caption="95 % intervals by scenario",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -118,13 +130,14 @@ def score_table(summary: RunSummary) -> Table:
         padding=(0, 2, 0, 0),
     )
     roles = (summary.role,) if summary.role == "average" else ("actor", "partner")
-    table.add_column("dimension", no_wrap=True)
+    for heading in ("dimension", *roles):
+        table.add_column(heading, justify="left" if heading == "dimension" else "right", no_wrap=True)
     for name in SUBSETS:
-        for role in roles:
-            table.add_column(name if role == "average" else f"{name}, {role}", justify="right", no_wrap=True)
-    for column in COLUMNS:
-        cells = [getattr(summary.subsets[name], role)[column] for name in SUBSETS for role in roles]
-        table.add_row(COLUMN_TITLES[column], *map(with_interval, cells), end_section=column == OVERALL)
+        subset = summary.subsets[name]
+        table.add_row(f"[bold]{name}: {subset.episodes} episodes[/]")
+        for column in COLUMNS:
+            cells = [with_interval(getattr(subset, role)[column]) for role in roles]
+            table.add_row(COLUMN_TITLES[column], *map(escape, cells), end_section=column == COLUMNS[-1])
     return table
 
 
@@ -133,6 +146,7 @@ def status_lines(summary: RunSummary) -> list[str]:
     counts = summary.tally
     lines = [f"PARTIAL: {'; '.join(summary.problems())}. These numbers must not be published."] if summary.partial else []
     expected = summary.expected if summary.expected is not None else counts.begun
+    lines += [f"note      {note}" for note in summary.notes()]
     lines.append(f"episodes  {counts.scored} of {expected} scored")
     lines.append("ended by  " + ", ".join(f"{name} {number}" for name, number in sorted(counts.terminated_by.items())))
     if counts.tokens_per_turn is not None:
@@ -274,6 +288,8 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
         "pairing": PAIRING_TITLES.get(summary.pairing, summary.pairing),
         "view": summary.view,
         "view_note": VIEW_NOTES.get(summary.view, ""),
+        "judge": judge_title(summary),
+        "notes": summary.notes(),
         "partial": summary.partial,
         "problems": summary.problems(),
         "headlines": headlines(summary),
@@ -302,13 +318,28 @@ def page_context(summary: RunSummary) -> dict[str, Any]:
         "endings": _shown_counts(counts.terminated_by, counts.begun),
         "failures": [
             ("turns with a broken reply", sorted(counts.failed_turns.items())),
-            ("episodes that could not be played", sorted(counts.episode_errors.items())),
+            (
+                "episodes that could not be played",
+                [(f"{kind} ({counts.error_examples[kind]})", n) for kind, n in sorted(counts.episode_errors.items())],
+            ),
             ("episodes without scores", sorted(counts.unscored.items())),
             ("evaluator", [("answers asked for again", counts.judge_repeats)] if counts.judge_repeats else []),
         ],
         "dialogues": [dialogue_view(shown) for shown in summary.shown],
-        "made_with": json.dumps(dict(summary.made_with), indent=2, ensure_ascii=False) if summary.made_with else None,
+        "made_with": json.dumps(made_with(summary), indent=2, ensure_ascii=False) if summary.made_with else None,
     }
+
+
+def made_with(summary: RunSummary) -> dict[str, Any]:
+    """The protocol of the dialogues and of the scoring."""
+    judge = {"judge": {"name": summary.judge, **summary.judged_with}} if summary.judge is not None else {}
+    return {**summary.made_with, **judge}
+
+
+def judge_title(summary: RunSummary) -> str:
+    """Whose scores: the scoring's name and the judge's model, as far as they are known."""
+    model = summary.judged_with.get("model")
+    return (summary.judge or ABSENT) + (f" ({model})" if model else "")
 
 
 @dataclass(frozen=True)
@@ -361,13 +392,15 @@ def _bar(column: str, e: Estimate, colour: str) -> Bar:
 
 
 def seed_rows(summary: RunSummary) -> list[tuple[int, str, str, str, str]]:
-    """Seed, then goal and overall of all and hard; empty with a single seed."""
-    seeds = sorted(summary.subsets["all"].by_seed)
+    """Seed, then goal and overall of all and hard in the headline's role; empty with a single seed."""
+    by_seed = {name: summary.subsets[name].by_seed for name in SUBSETS}
+    seeds = sorted({seed for means in by_seed.values() for seed in means})
     if len(seeds) < 2:
         return []
     rows = []
     for seed in seeds:
-        cells = [summary.subsets[name].by_seed.get(seed, {}).get(column) for column in ("goal", OVERALL) for name in SUBSETS]
+        means = {name: by_seed[name].get(seed, {}).get(summary.role, {}) for name in SUBSETS}
+        cells = [means[name].get(column) for column in ("goal", OVERALL) for name in SUBSETS]
         rows.append((seed, *(ABSENT if value is None else f"{value:.2f}" for value in cells)))
     return rows  # type: ignore[return-value]
 
@@ -379,7 +412,7 @@ def mode_colour(mode: int) -> str:
 
 def mode_bars(counts: Tally) -> list[tuple[str, int, dict[int, float]]]:
     """Label, number of turns and mode shares: all, hard, then each relationship."""
-    groups = [("all episodes", counts.mode_by_subset["all"]), ("hard episodes", counts.mode_by_subset["hard"])]
+    groups = [("all that were played", counts.mode_by_subset["all"]), ("hard episodes", counts.mode_by_subset["hard"])]
     groups += [(RELATIONSHIPS[r], counts.mode_by_relationship[r]) for r in sorted(counts.mode_by_relationship)]
     return [(label, sum(count.values()), shares(count)) for label, count in groups if count]
 

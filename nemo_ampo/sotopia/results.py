@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,18 +56,17 @@ class ImportedResults:
         Raises:
             DataError: naming file, row and field.
         """
-        keys: Counter[tuple[int, Seat]] = Counter()
+        seen: dict[tuple[int, Seat], str] = {}
         records = read_records(self.path)
         # The file does not say which pairing it was; only self-play has its policy in one seat alone.
         pairing = "partner" if any(record.values.get("actor_role") == "agent2" for record in records) else "self_play"
         for record in records:
             result = self._result(record, pairing)
             key = (result.episode.key.env_id, result.episode.key.seat)
-            # A file may hold several passes over the episodes; each is a seed of its own.
-            seed = keys[key]
-            keys[key] += 1
-            episode = result.episode
-            yield replace(result, episode=replace(episode, key=replace(episode.key, seed=seed)))
+            if key in seen:
+                raise record.error("env_id", f"{key[0]} with actor_role {key[1]!r} stands in {seen[key]} already")
+            seen[key] = record.where
+            yield result
 
     def _result(self, record: Record, pairing: str) -> EpisodeResult:
         env_id, actor = record.integer("env_id", low=0), record.text("actor_role")

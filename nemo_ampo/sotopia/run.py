@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import json
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from nemo_ampo.chat import ChatClient, ChatError
+from nemo_ampo.chat.cache import ReplyFile
+from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
+from nemo_ampo.chat.limits import Limits
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.runlog import write_provenance
+from nemo_ampo.runlog import write_once, write_provenance
 from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.sotopia.agents import Agent, AgentConfig, token_counter
@@ -26,11 +31,14 @@ from nemo_ampo.sotopia.config import ScoreJudgeConfig
 from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, load_score_prompt, parse_scores, score_messages
 from nemo_ampo.sotopia.episode import new_episode, play
 from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge
-from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol
+from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol, scenario_set
 from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores, Termination, Turn
+from nemo_ampo.sotopia.replies import RepliesUnderWay
 from nemo_ampo.sotopia.scenarios import Scenario
+from nemo_ampo.sotopia.summary import SCENARIOS_FILE
 from nemo_ampo.types import Seat
 
+SPENT_FOLDER, REPLIES_FOLDER = "spent", "replies"
 _SHOWN_FAILURES = 5
 _PROGRESS_S = 20.0
 
@@ -43,8 +51,9 @@ class Outcome:
     """How far an evaluation got.
 
     Attributes:
-        planned, played, scored: episodes.
+        planned, played, scored: episodes; the first number is the plan's, whether they were begun or not.
         whole: the whole subset was planned.
+        unlike: how the scenarios differ from the set they are meant to be; None when they do not.
         failures: the first few, one line each.
     """
 
@@ -52,19 +61,22 @@ class Outcome:
     played: int = 0
     scored: int = 0
     whole: bool = True
+    unlike: str | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        """Every episode of the whole subset is played and scored."""
-        return self.whole and self.planned > 0 and self.scored == self.planned
+        """Every episode of the whole subset, of the set that was asked for, is played and scored."""
+        return self.whole and self.unlike is None and self.planned > 0 and self.scored == self.planned
 
     def line(self) -> str:
         """For the terminal."""
         counts = f"{self.played} of {self.planned} episodes played, {self.scored} scored"
         if self.complete:
             return f"complete: {counts}"
-        return f"PARTIAL: {counts}" + ("" if self.whole else "; a limited run is no benchmark result")
+        reasons = [] if self.whole else ["a limited run is no benchmark result"]
+        reasons += [] if self.unlike is None else [self.unlike]
+        return "; ".join([f"PARTIAL: {counts}", *reasons])
 
     def note(self, failure: str) -> None:
         """Keep one of the first failures."""
@@ -114,8 +126,7 @@ def evaluate(plan: Plan) -> Outcome:
     config = plan.config
     store = EpisodeStore(config.run.dir)
     with store.locked(), contextlib.ExitStack() as servers:
-        _hold_to_protocol(plan, store, write=True)
-        write_provenance(store.folder, asdict(config, dict_factory=_plain), plan.sha256)
+        _hold_to_protocol(plan, store, write=False)
         agents = None if config.run.judge_only else tuple(_reachable(plan, servers))
         return asyncio.run(_evaluate(plan, store, agents))
 
@@ -124,6 +135,13 @@ def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:
     judge = plan.config.judge
     store.keep_protocol(protocol(plan, store.protocol()), write=write)
     store.keep_protocol(judge_protocol(judge), f"judge-{judge.name}.json", write=write)
+
+
+def _begin_folder(plan: Plan, store: EpisodeStore) -> None:
+    """Write down what the run is made with. Comes after every check: a start that failed binds the folder to nothing."""
+    _hold_to_protocol(plan, store, write=True)
+    write_once(store.folder / SCENARIOS_FILE, json.dumps(scenario_set(plan), indent=1) + "\n")
+    write_provenance(store.folder, asdict(plan.config, dict_factory=_plain), plan.sha256)
 
 
 def _reachable(plan: Plan, servers: contextlib.ExitStack) -> Iterator[AgentConfig]:
@@ -142,19 +160,37 @@ def _reachable(plan: Plan, servers: contextlib.ExitStack) -> Iterator[AgentConfi
 
 
 async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, ...] | None) -> Outcome:
-    judge_config = plan.config.judge
+    config, folder = plan.config.judge, store.folder
+    replies = _replies(config, folder)
+    limiter = LocalLimiter(Limits.of(config), _spent(folder, f"judge-{config.name}"))
     async with contextlib.AsyncExitStack() as clients:
-        judge = await clients.enter_async_context(ChatClient(judge_config))
+        judge = await clients.enter_async_context(ChatClient(config, limiter=limiter, cache=replies))
         await judge.check()
-        teams = await clients.enter_async_context(_teams(plan, agents)) if agents is not None else None
-        work = _Work(plan, store, judge, teams)
+        teams = await clients.enter_async_context(_teams(plan, folder, agents)) if agents is not None else None
+        _begin_folder(plan, store)
+        work = _Work(plan, store, judge, replies, teams)
         ticker = asyncio.create_task(work.tell())
         try:
-            with _signals(work.stop):
+            with _signals(work.stop), _collector_off_libraries():
                 await work.run()
         finally:
             ticker.cancel()
     return work.outcome
+
+
+@contextlib.contextmanager
+def _collector_off_libraries() -> Iterator[None]:
+    """Keep what exists by now, mostly imported libraries, out of the garbage collector's rounds.
+
+    It would walk them again and again while episodes are played; 450 of them take about 15 % less processor time so
+    (bench/episodes.py).
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -185,37 +221,80 @@ class _StoppedError(Exception):
 
 
 @contextlib.asynccontextmanager
-async def _teams(plan: Plan, agents: tuple[AgentConfig, ...]) -> AsyncIterator[dict[Seat, Team]]:
-    """Who speaks, by the policy's seat. Agents at one address share a client, and so its limits."""
+async def _teams(plan: Plan, folder: Path, agents: tuple[AgentConfig, ...]) -> AsyncIterator[dict[Seat, Team]]:
+    """Who speaks, by the policy's seat. Agents of one model at one address share its limits."""
     async with contextlib.AsyncExitStack() as stack:
-        clients: dict[tuple[str, str], ChatClient] = {}
+        limiters: dict[tuple[str, str], LocalLimiter] = {}
+        clients: list[ChatClient] = []
         speakers: list[Agent] = []
         for given, config in zip(plan.agents, agents, strict=True):
             place = (config.base_url, config.model)
-            if place not in clients:
-                clients[place] = await stack.enter_async_context(ChatClient(config))
-                await clients[place].check()
+            if place not in limiters:
+                there = [other for other in agents if (other.base_url, other.model) == place]
+                limiters[place] = LocalLimiter(shared_limits(there), _spent(folder, config.section))
+            client = next((known for known in clients if known.config == config), None)
+            if client is None:
+                client = await stack.enter_async_context(ChatClient(config, limiter=limiters[place]))
+                await client.check()
+                clients.append(client)
             if config.mode_bias and not await announces_mode_bias(config.base_url):
                 raise ConfigError(
                     f"{config.section}.mode_bias: the endpoint {config.base_url} cannot bias the mode; "
                     "only nemo-ampo's embedded server can (serve.engine=embedded)"
                 )
-            speakers.append(Agent(config, clients[place], token_counter(given)))
+            speakers.append(Agent(config, client, token_counter(given)))
         policy, other = speakers
         yield {"agent1": {"agent1": policy, "agent2": other}, "agent2": {"agent1": other, "agent2": policy}}
+
+
+def shared_limits(agents: Sequence[AgentConfig]) -> Limits:
+    """What the agents of one model at one address may call together: the smaller number wherever theirs differ.
+
+    Zero calls or tokens a minute, and no budget, mean no limit.
+    """
+    first, *others = [Limits.of(agent) for agent in agents]
+    for other in others:
+        values = {
+            key: min((v for v in (value, getattr(other, key)) if v), default=value)
+            for key, value in asdict(first).items()
+            if key != "section"
+        }
+        section = first.section if other.section == first.section else f"{first.section} and {other.section}"
+        first = Limits(**values, section=section)
+    return first
+
+
+def _replies(judge: ScoreJudgeConfig, folder: Path) -> RepliesUnderWay | None:
+    """What keeps a judge's answers; None where its configuration names a cache or a replay, which keeps all of them."""
+    if judge.cache is not None or judge.replay is not None:
+        return None
+    return RepliesUnderWay(ReplyFile(folder / REPLIES_FOLDER / f"judge-{judge.name}.sqlite", "run.dir"))
+
+
+def _spent(folder: Path, role: str) -> SpentFile:
+    """What a role's calls have cost since the folder was begun."""
+    return SpentFile(folder / SPENT_FOLDER / f"{role}.json")
 
 
 class _Work:
     """The episodes of one run, a few hundred at a time."""
 
-    def __init__(self, plan: Plan, store: EpisodeStore, judge: ChatClient, teams: Mapping[Seat, Team] | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: EpisodeStore,
+        judge: ChatClient,
+        replies: RepliesUnderWay | None,
+        teams: Mapping[Seat, Team] | None,
+    ) -> None:
         self._plan = plan
         self._store = store
         self._judge = judge
+        self._replies = replies
         self._teams = teams
         self._prompt = load_score_prompt(plan.config.judge.prompt)
         self._stopping = False
-        self.outcome = Outcome(whole=plan.whole)
+        self.outcome = Outcome(planned=plan.episodes, whole=plan.whole, unlike=plan.unlike_published)
 
     def stop(self) -> None:
         """Record the answers under way and ask for no more."""
@@ -263,7 +342,6 @@ class _Work:
 
     async def _episode(self, key: EpisodeKey) -> None:
         scenario, config = self._plan.scenarios[key.env_id], self._plan.config
-        self.outcome.planned += 1
         found = self._store.read(key, config.judge.name)
         episode = found.episode if found else new_episode(key, scenario, config.episode.pairing.value, self._plan.rules.view)
         if not episode.played:
@@ -278,8 +356,9 @@ class _Work:
         self.outcome.played += 1
         if found is None or found.scores is None:
             self._store.begin(episode)
-            scores = await self._score(episode, scenario, config.judge)
-            self._store.add_scores(key, scores)
+            with self._replies.question() if self._replies is not None else contextlib.nullcontext():
+                scores = await self._score(episode, scenario, config.judge)
+                self._store.add_scores(key, scores)
             if isinstance(scores, ScoreError):
                 self.outcome.note(f"{_named(key)}: no scores, {scores.kind}: {scores.message}")
                 return

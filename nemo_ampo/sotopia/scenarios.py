@@ -196,6 +196,14 @@ class ScenarioPack:
         return PackCounts(len(self.agents), len(self.environments), len(self.scenarios), len(self.hard))
 
 
+def unlike_published(counts: PackCounts) -> str | None:
+    """How a folder differs in size from the published evaluation set, as one phrase; None when it does not."""
+    names = {"scenarios": "pairings", "environments": "scenarios", "agents": "agents", "hard": "hard pairings"}
+    sizes = [(what, getattr(counts, key), getattr(OFFICIAL_COUNTS, key)) for key, what in names.items()]
+    wrong = [f"{found} of {expected} {what}" for what, found, expected in sizes if found != expected]
+    return f"not the published set: {', '.join(wrong)}" if wrong else None
+
+
 def check_official(pack: ScenarioPack) -> None:
     """Refuse a folder that is not the published evaluation set, by its sizes.
 

@@ -151,7 +151,7 @@ class SubsetSummary:
     Attributes:
         episodes, scenarios: how many entered.
         actor, partner, average: estimates per column.
-        by_seed: seed to the plain means of ``average`` per column.
+        by_seed: seed to role (``actor``, ``partner``, ``average``) to the plain means per column.
     """
 
     episodes: int
@@ -159,7 +159,7 @@ class SubsetSummary:
     actor: Estimates
     partner: Estimates
     average: Estimates
-    by_seed: dict[int, dict[str, float]]
+    by_seed: dict[int, dict[str, dict[str, float]]]
 
 
 def summarise(episodes: Sequence[ScoredEpisode], seed: int = 0, resamples: int = RESAMPLES) -> SubsetSummary:
@@ -177,7 +177,10 @@ def summarise(episodes: Sequence[ScoredEpisode], seed: int = 0, resamples: int =
     }
     seeds_N = np.array([e.seed for e in episodes], dtype=np.int64)
     by_seed = {
-        int(s): dict(zip(COLUMNS, map(float, tables["average"][seeds_N == s].mean(axis=0)), strict=True))
+        int(s): {
+            role: dict(zip(COLUMNS, map(float, values_NK[seeds_N == s].mean(axis=0)), strict=True))
+            for role, values_NK in tables.items()
+        }
         for s in np.unique(seeds_N)
     }
     return SubsetSummary(len(episodes), len(set(scenarios_N.tolist())), **estimates, by_seed=by_seed)

@@ -6,6 +6,7 @@ Modes are those of turns whose speaker was told to use them; a turn that broke t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,6 +32,23 @@ RELATIONSHIPS = {
 }
 
 
+MAX_FAILURE_KINDS = 20
+OTHER_FAILURES = "other failures"
+"""What the rarer kinds are counted under once there are :data:`MAX_FAILURE_KINDS`."""
+_PLACE = re.compile(r"turn \d+, agent[12] \(.*?\): ")
+_KIND_CHARACTERS = 100
+
+
+def failure_kind(message: str) -> str:
+    """A failure without turn, speaker and the endpoint's own words, which differ from episode to episode.
+
+    >>> failure_kind("turn 3, agent1 (Ada Quill): status 503: request 81c was dropped")
+    'status 503'
+    """
+    kind, _, _ = _PLACE.sub("", message, count=1).partition(": ")
+    return kind[:_KIND_CHARACTERS]
+
+
 def policy_seats(episode: Episode) -> tuple[Seat, ...]:
     """Where the evaluated policy sits: both seats in self-play."""
     return SEATS if episode.pairing == SELF_PLAY else (episode.key.seat,)
@@ -51,7 +69,8 @@ class Tally:
         unfinished: begun and not over.
         terminated_by: reason to episodes that ended so.
         unscored: kind of failure to played episodes without scores; ``not asked`` where no judge was asked yet.
-        episode_errors: message of an episode that failed, to how often.
+        episode_errors: kind of failure to how often an episode ended by it; see :func:`failure_kind`.
+        error_examples: kind of failure to the message of the first such episode.
         turns, partner_turns: utterances of the policy, and of others.
         tokens, partner_tokens: completion tokens of these.
         prompt_tokens: of all speakers. judge_tokens: prompt and completion tokens of the scoring.
@@ -70,6 +89,7 @@ class Tally:
     terminated_by: Counter[str] = field(default_factory=Counter)
     unscored: Counter[str] = field(default_factory=Counter)
     episode_errors: Counter[str] = field(default_factory=Counter)
+    error_examples: dict[str, str] = field(default_factory=dict)
     turns: int = 0
     partner_turns: int = 0
     tokens: int = 0
@@ -94,7 +114,7 @@ class Tally:
         else:
             self.terminated_by[episode.terminated_by.value] += 1
         if episode.error is not None:
-            self.episode_errors[episode.error] += 1
+            self._add_error(episode.error)
         if result.scores is not None:
             self.scored += 1
             self.judge_repeats += result.scores.tries - 1
@@ -112,6 +132,13 @@ class Tally:
         for seat in seats:
             modes = [turn.mode for turn in episode.turns_of(seat) if turn.mode is not None]
             self.switches.update(pairwise(modes))
+
+    def _add_error(self, message: str) -> None:
+        kind = failure_kind(message)
+        if kind not in self.episode_errors and len(self.episode_errors) >= MAX_FAILURE_KINDS:
+            kind = OTHER_FAILURES
+        self.episode_errors[kind] += 1
+        self.error_examples.setdefault(kind, message)
 
     def _add_turn(self, turn: Turn, episode: Episode) -> None:
         self.turns += 1
@@ -159,7 +186,10 @@ class Tally:
             },
             "failures": {
                 "turns": dict(sorted(self.failed_turns.items())),
-                "episodes": dict(sorted(self.episode_errors.items())),
+                "episodes": {
+                    kind: {"episodes": number, "example": self.error_examples[kind]}
+                    for kind, number in sorted(self.episode_errors.items())
+                },
                 "unscored": dict(sorted(self.unscored.items())),
                 "judge_repeats": self.judge_repeats,
             },

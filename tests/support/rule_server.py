@@ -2,7 +2,8 @@
 
 Models: ``rule-speaker`` (thinks in the four modes when it has a system prompt), ``rule-partner`` (plain speech,
 ``rule-reasoner`` with a hidden chain of thought in <think> tags), ``rule-judge`` (seven dimensions by a hash of the
-dialogue), ``prose-judge`` (never answers in JSON). What is said depends on the request alone.
+dialogue), ``prose-judge`` (never answers in JSON), ``second-try-judge`` (does when told what was wrong). What is said
+depends on the request alone.
 
 ``GET /counts`` says what was answered. ``POST /hold/N`` lets N more calls be answered and then keeps every further caller
 waiting until ``POST /hold/0``: a run can be killed while it is certain that nothing answered was lost.
@@ -15,6 +16,7 @@ import asyncio
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from nemo_ampo.modes import MODES
 from nemo_ampo.serve.local import run_app
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
 
-MODELS = ("rule-speaker", "rule-partner", "rule-reasoner", "rule-judge", "prose-judge")
+MODELS = ("rule-speaker", "rule-partner", "rule-reasoner", "rule-judge", "prose-judge", "second-try-judge")
 _OPEN_LINE = re.compile(r"Turn (\d+): (.+) said:\Z")
 
 
@@ -66,7 +68,12 @@ class RuleServer:
             return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in MODELS]}
         if path == "/counts":
             repeated = {key: n for key, n in self.answered.items() if n > 1}
-            return 200, {"answered": sum(self.answered.values()), "repeated": len(repeated), "models": dict(self.by_model)}
+            return 200, {
+                "answered": sum(self.answered.values()),
+                "repeated": len(repeated),
+                "models": dict(self.by_model),
+                "processor_s": time.process_time(),
+            }
         if path.startswith("/hold/"):
             count = int(path.rsplit("/", 1)[1])
             self.left_before_hold = count or None
@@ -103,9 +110,9 @@ class RuleServer:
 def reply(model: str, contents: list[str], told_to_think: bool, patience: int) -> str:
     prompt = contents[-1]
     draw = int.from_bytes(hashlib.sha256(f"{model} {prompt}".encode()).digest()[:4])
-    if model == "prose-judge":
+    if model == "prose-judge" or (model == "second-try-judge" and len(contents) == 1):
         return "Both of them did rather well, I should say."
-    if model == "rule-judge":
+    if model in ("rule-judge", "second-try-judge"):
         return json.dumps({agent: _grades(draw >> shift) for agent, shift in (("agent1", 0), ("agent2", 3))})
     line = _OPEN_LINE.search(prompt)
     assert line is not None, prompt[-200:]

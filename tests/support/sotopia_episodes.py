@@ -24,7 +24,7 @@ def made_up_scores(rng: random.Random, shift: float = 0.0) -> Scores:
         return {name: float(value) for name, value in values.items()}
 
     reasons = {name: f"because of {name}" for name in DIMENSIONS}
-    return Scores("rules", agent(shift), agent(0.0), reasons, reasons, prompt_tokens=500, completion_tokens=100)
+    return Scores("default", agent(shift), agent(0.0), reasons, reasons, prompt_tokens=500, completion_tokens=100)
 
 
 def made_up_turn(rng: random.Random, index: int, thinking: bool) -> Turn:
@@ -50,6 +50,7 @@ def write_run(
     failed: tuple[int, ...] = (),
     expected: int | None = None,
     seed: int = 0,
+    **protocol: object,
 ) -> Path:
     """A run folder with ``episodes`` pairings, three of each scenario, every second scenario hard.
 
@@ -57,11 +58,13 @@ def write_run(
         unscored: env ids whose evaluation failed.
         failed: env ids that could not be played.
         expected: what the protocol asks for; the episodes written by default.
+        protocol: further keys of the protocol.
     """
     store = EpisodeStore(folder)
     seats = ("agent1",) if pairing == "self_play" else SEATS
     folder.mkdir(parents=True, exist_ok=True)
-    store.keep_protocol({"pairing": pairing, "view": "sotopia", "episodes": expected or episodes * len(seats) * len(seeds)})
+    asked = expected or episodes * len(seats) * len(seeds)
+    store.keep_protocol({"pairing": pairing, "view": "sotopia", "episodes": asked, **protocol})
     rng = random.Random(seed)
     for run_seed in seeds:
         for seat in seats:
@@ -93,5 +96,5 @@ def write_run(
                     continue
                 store.end(key, rng.choice((Termination.left, Termination.max_turns)))
                 scores = made_up_scores(rng, shift)
-                store.add_scores(key, ScoreError("rules", "parse", "prose") if env_id in unscored else scores)
+                store.add_scores(key, ScoreError("default", "parse", "prose") if env_id in unscored else scores)
     return folder

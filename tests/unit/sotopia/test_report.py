@@ -12,16 +12,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from sotopia_episodes import GOALS, NAMES, write_run
 from typer.testing import CliRunner
 
 from nemo_ampo.cli import make_app
 from nemo_ampo.errors import DataError, UserError
-from nemo_ampo.sotopia.compare import compare_runs
+from nemo_ampo.sotopia.compare import compare_runs, comparison_csv, comparison_table
+from nemo_ampo.sotopia.overview import overview_csv, overview_table
 from nemo_ampo.sotopia.records import Episode, EpisodeResult, EpisodeStore
-from nemo_ampo.sotopia.report import render, table_csv, write_report
-from nemo_ampo.sotopia.summary import read_summary
-from nemo_ampo.sotopia.tally import tally
+from nemo_ampo.sotopia.report import RANGES, render, score_table, seed_rows, table_csv, with_interval, write_report
+from nemo_ampo.sotopia.statistics import Estimate
+from nemo_ampo.sotopia.summary import RunSummary, read_summary
+from nemo_ampo.sotopia.tally import MAX_FAILURE_KINDS, OTHER_FAILURES, tally
 
 
 def run_cli(*arguments: object):
@@ -82,12 +85,21 @@ def test_scores_of_two_judges_are_never_mixed(tmp_path: Path) -> None:
     store = EpisodeStore(run)
     for result in list(store.results())[:5]:
         store.add_scores(result.episode.key, replace(result.scores, judge="other"))
-    with pytest.raises(DataError, match="several judges; choose one with --judge: other, rules"):
+    with pytest.raises(DataError, match="several judges; choose one with --judge: default, other"):
         read_summary(run)
-    assert run_cli(run, "--judge", "rules").exit_code == 0
+    assert run_cli(run, "--judge", "default").exit_code == 0
+    first = report_files(run)
     partial = run_cli(run, "--judge", "other")
     assert partial.exit_code == 1
     assert "PARTIAL: 7 episodes played and not scored (not asked)" in partial.output
+    assert report_files(run) == first
+    assert json.loads((run / "result-other.json").read_text())["judge"]["name"] == "other"
+    assert {row["judge"] for row in csv.DictReader((run / "table-other.csv").open())} == {"other"}
+    assert "judge: other" in (run / "report-other.html").read_text()
+
+
+def report_files(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in ("result.json", "report.html", "table.csv")]
 
 
 def test_a_run_of_one_easy_scenario_has_means_and_no_intervals(tmp_path: Path) -> None:
@@ -233,7 +245,7 @@ def test_a_comparison_with_a_partial_run_is_partial(tmp_path: Path) -> None:
     result = run_cli(first, second)
     assert result.exit_code == 1
     assert "PARTIAL: b: 1 episode played and not scored (parse)" in result.output
-    assert "1 pairings and seats have scores in one run only" in result.output
+    assert "1 pairings and seats (all) have scores in one run only" in result.output
 
 
 def test_different_views_are_not_compared(tmp_path: Path) -> None:
@@ -247,7 +259,8 @@ def test_others_results_are_reported_beside_their_file(tmp_path: Path) -> None:
     path = tmp_path / "published.json"
     path.write_text(json.dumps(golden["cases"][0]["episodes"]))
     result = run_cli(path)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1  # four episodes of 450
+    assert "PARTIAL: 446 episodes not in the file" in result.output
     assert (tmp_path / "published" / "report.html").is_file()
     assert json.loads((tmp_path / "published" / "result.json").read_text())["view"] == "reference"
 
@@ -280,3 +293,171 @@ def test_many_runs_stand_in_one_table_with_score_against_tokens(tmp_path: Path) 
     assert page.count("<svg") == 4
     assert len(list(csv.DictReader((runs[-1] / "overview.csv").open()))) == 3 * 2 * 2
     assert run_cli(*runs, write_run(tmp_path / "cut", unscored=(1,))).exit_code == 1
+
+
+# What a reader could take for something else ------------------------------------------------------
+
+
+def scenarios_file(run: Path, meant: str, pairings: int) -> None:
+    counts = {"agents": 40, "environments": 90, "scenarios": pairings, "hard": 70}
+    (run / "scenarios.json").write_text(json.dumps({"set": meant, "counts": counts}))
+
+
+def test_scenarios_that_are_not_the_published_ones_make_a_run_partial_unless_they_are_our_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", episodes=3)
+    scenarios_file(run, "published", 3)
+    result = run_cli(run)
+    assert result.exit_code == 1
+    assert "PARTIAL: not the published set: 3 of 450 pairings." in result.output
+    assert "not the published set: 3 of 450 pairings" in (run / "report.html").read_text()
+    scenarios_file(run, "own", 3)
+    result = run_cli(run)
+    assert result.exit_code == 0
+    assert "own scenarios, not the published set" in result.output
+    scenarios_file(run, "published", 450)
+    assert run_cli(run).exit_code == 0
+    (run / "scenarios.json").write_text("{}")
+    with pytest.raises(DataError, match=r"scenarios\.json: expected 'set' and 'counts'"):
+        read_summary(run, resamples=50)
+
+
+def test_a_run_of_the_hard_pairings_says_nothing_about_all(tmp_path: Path) -> None:
+    hard = write_run(tmp_path / "hard", subsets={"1": "hard"})
+    whole = write_run(tmp_path / "whole", subsets={"1": "all"})
+    result = run_cli(hard)
+    assert result.exit_code == 0
+    assert "only the hard pairings of seed 1 were asked for" in result.output
+    numbers = json.loads((hard / "result.json").read_text())["scores"]
+    assert (numbers["all"]["episodes"], numbers["all"]["average"]["goal"]["mean"]) == (0, None)
+    assert numbers["hard"]["episodes"] == 6
+    page = (hard / "report.html").read_text()
+    assert "only the hard pairings of seed 1 were asked for" in page
+
+    assert run_cli(hard, whole, hard).exit_code == 0
+    rows = {(r["run"], r["subset"], r["column"]): r["mean"] for r in csv.DictReader((hard / "overview.csv").open())}
+    assert rows["hard", "all", "goal"] == "" and rows["whole", "all", "goal"] != "" and rows["hard", "hard", "goal"] != ""
+    assert run_cli(whole, hard).exit_code == 0
+    assert set(json.loads((hard / "compared-with-whole.json").read_text())["subsets"]) == {"hard"}
+
+
+def test_seeds_of_different_subsets_are_not_mixed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", seeds=(1, 2), subsets={"1": "all", "2": "hard"})
+    summary = read_summary(run, resamples=50)
+    alone = read_summary(write_run(tmp_path / "alone", seeds=(1,), subsets={"1": "all"}), resamples=50)
+    assert summary.subsets["all"].average["goal"].mean == alone.subsets["all"].average["goal"].mean
+    assert set(summary.subsets["all"].by_seed) == {1}
+    assert set(summary.subsets["hard"].by_seed) == {1, 2}
+    assert [row[1] == "\N{EN DASH}" for row in seed_rows(summary)] == [False, True]
+
+
+def test_means_by_seed_are_of_the_role_in_the_headline(tmp_path: Path) -> None:
+    summary = read_summary(write_run(tmp_path / "run", pairing="partner", seeds=(1, 2), shift=3.0), resamples=50)
+    assert summary.role == "actor"
+    goals = [e.actor[-1] for e in summary.scored if e.seed == 2]
+    assert next(row for row in seed_rows(summary) if row[0] == 2)[1] == f"{sum(goals) / len(goals):.2f}"
+    assert "means of the actor" in render(summary)
+
+
+MADE = {"leave_rule": "strict", "max_turns": 20, "scenarios": {"envs.json": "aa"}, "policy": {"model": "one"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"leave_rule": "reference"}, "leave_rule is strict in a and reference in b"),
+        ({"max_turns": 10}, "max_turns is 20 in a and 10 in b"),
+        ({"scenarios": {"envs.json": "bb"}}, "scenarios differs between a and b (envs.json)"),
+        ({"partner": {"model": "other"}}, "partner differs between a and b"),
+        ({"policy": {"model": "two"}}, None),
+    ],
+)
+def test_what_else_than_the_policy_differs_is_named(tmp_path: Path, changes: dict, named: str | None) -> None:
+    runs = [write_run(tmp_path / "a", **MADE), write_run(tmp_path / "b", **(MADE | changes))]
+    for several in (runs, [*runs, write_run(tmp_path / "c", **MADE)]):
+        result = run_cli(*several)
+        assert result.exit_code == 0, result.output
+        assert ("NOT ALIKE" in result.output) == (named is not None)
+        assert named is None or named in " ".join(result.output.split())
+    page = (tmp_path / "b" / "compared-with-a.html").read_text()
+    assert ("NOT ALIKE" in page) == (named is not None)
+
+
+def test_scores_of_different_judges_are_named_in_a_comparison(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, **MADE) for name in ("a", "b")]
+    for run, model in zip(runs, ("strict-judge", "kind-judge"), strict=True):
+        (run / "judge-default.json").write_text(json.dumps({"model": model, "seed": None}))
+    result = run_cli(*runs)
+    assert "judge's model is strict-judge in a and kind-judge in b" in " ".join(result.output.split())
+    run_cli(runs[0])
+    assert json.loads((runs[0] / "result.json").read_text())["judge"] == {
+        "name": "default",
+        "model": "strict-judge",
+        "seed": None,
+    }
+
+
+def test_every_table_names_view_and_judge(tmp_path: Path) -> None:
+    a, b = (read_summary(write_run(tmp_path / name), resamples=50) for name in "ab")
+    b = replace(b, judge="second")
+    rows = list(csv.DictReader(table_csv(b).splitlines()))
+    assert {(row["view"], row["judge"]) for row in rows} == {("sotopia", "second")}
+    rows = list(csv.DictReader(comparison_csv(compare_runs(a, b, resamples=50)).splitlines()))
+    assert {(row["view"], row["first_judge"], row["second_judge"]) for row in rows} == {("sotopia", "default", "second")}
+    rows = list(csv.DictReader(overview_csv([a, b]).splitlines()))
+    assert {(row["run"], row["view"], row["judge"]) for row in rows} == {
+        ("a", "sotopia", "default"),
+        ("b", "sotopia", "second"),
+    }
+
+
+def printed(table: object) -> str:
+    console = Console(width=80, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+LONGEST = {column: Estimate(*[max(limits, key=lambda v: len(f"{v:.2f}"))] * 3, 0.0) for column, limits in RANGES.items()}
+
+
+def widest(summary: RunSummary) -> RunSummary:
+    """The same run with the longest numbers there can be."""
+
+    def stretched(subset):
+        return replace(subset, **dict.fromkeys(("actor", "partner", "average"), LONGEST))
+
+    return replace(summary, subsets={name: stretched(subset) for name, subset in summary.subsets.items()})
+
+
+def test_every_number_can_be_read_at_80_columns(tmp_path: Path) -> None:
+    runs = [
+        widest(read_summary(write_run(tmp_path / f"a-run-with-a-long-name-{pairing}", pairing=pairing), resamples=50))
+        for pairing in ("self_play", "partner", "api")
+    ]
+    for run in runs:
+        roles = 1 if run.role == "average" else 2
+        shown = printed(score_table(run))
+        assert shown.count(with_interval(LONGEST["secret"])) == 2 * 2 * roles  # and social rules
+        assert shown.count(with_interval(LONGEST["overall"])) == 2 * roles
+    shown = printed(overview_table(runs))
+    assert shown.count(with_interval(LONGEST["goal"])) == shown.count(with_interval(LONGEST["overall"])) == 2 * 3
+    for run in runs:
+        assert f"{run.tally.tokens_per_turn:.1f}" in shown
+    compared = compare_runs(runs[1], runs[2], resamples=50)
+    text = printed(comparison_table(compared))
+    for difference in compared.subsets["hard"].actor.values():
+        assert f"[{difference.low:+.2f}, {difference.high:+.2f}]" in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text + shown
+
+
+def test_failures_are_counted_by_kind_with_one_example(tmp_path: Path) -> None:
+    results = all_results(write_run(tmp_path / "run"))
+    messages = [f"turn {i % 7}, agent1 (Ada Quill): status 503: request {i} was dropped" for i in range(3)]
+    failed = [replace(results[0], scores=None, episode=replace(results[0].episode, error=message)) for message in messages]
+    counted = tally(failed)
+    assert dict(counted.episode_errors) == {"status 503": 3}
+    assert counted.as_json()["failures"]["episodes"] == {"status 503": {"episodes": 3, "example": messages[0]}}
+    endless = [replace(failed[0], episode=replace(results[0].episode, error=f"oddity number {i}")) for i in range(1000)]
+    counted = tally(endless)
+    assert len(counted.episode_errors) == len(counted.error_examples) == MAX_FAILURE_KINDS + 1
+    assert counted.episode_errors[OTHER_FAILURES] == 1000 - MAX_FAILURE_KINDS

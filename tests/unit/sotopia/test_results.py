@@ -47,9 +47,9 @@ def test_a_failed_evaluation_makes_the_run_partial(tmp_path: Path) -> None:
     """The authors leave it out in silence (D12)."""
     case = next(c for c in CASES if c["name"] == "one_failed_evaluation")
     summary = read_summary(write(tmp_path, case["episodes"]), resamples=50)
-    assert (summary.tally.begun, summary.tally.scored, summary.missing) == (3, 2, 1)
+    assert (summary.tally.begun, summary.tally.scored, summary.missing) == (3, 2, 448)
     assert summary.partial
-    assert summary.problems() == ["1 episode played and not scored (missing)"]
+    assert summary.problems() == ["447 episodes not in the file", "1 episode played and not scored (missing)"]
 
 
 @pytest.mark.parametrize("changes", [{"rewards": [0, 0, -100]}, {"agent1_scores": {}, "agent2_scores": {}}])
@@ -86,8 +86,8 @@ def test_turns_modes_and_endings_are_read_back(tmp_path: Path) -> None:
     dialog = ['Turn 0: Ann Lee said: "Hello."\n', 'Turn 1: Bo Ray said: "Well, I left the conversation"\n']
     cases = [
         record(dialog=dialog, fullout=[level_1, '"Well, I left the conversation"']),
-        record(dialog=[dialog[0], "Turn 1: Bo Ray said:"], fullout=["Thinking Level: 1 cut", ""]),
-        record(dialog=[dialog[0]], fullout=["plain words"]),
+        record(env_id=1, dialog=[dialog[0], "Turn 1: Bo Ray said:"], fullout=["Thinking Level: 1 cut", ""]),
+        record(env_id=2, dialog=[dialog[0]], fullout=["plain words"]),
     ]
     first, second, third = (r.episode for r in ImportedResults(write(tmp_path, cases)).results())
     assert [(t.speaker, t.text, t.mode) for t in first.turns] == [
@@ -101,7 +101,6 @@ def test_turns_modes_and_endings_are_read_back(tmp_path: Path) -> None:
     ]
     assert second.turns[0].mode == 0  # told to think, and broke the grammar
     assert third.turns[0].mode is None  # a plain speaker
-    assert [e.key.seed for e in (first, second, third)] == [0, 1, 2]  # the same pairing again is another pass
 
 
 def test_scenario_files_tell_situation_and_relationship(tmp_path: Path, folder: Path) -> None:
@@ -114,3 +113,22 @@ def test_scenario_files_tell_situation_and_relationship(tmp_path: Path, folder: 
         read_summary(write(tmp_path, [record(env_id=0, **names)]), sotopia_dir=folder)
     with pytest.raises(DataError, match="77 is not in the scenario files"):
         read_summary(write(tmp_path, [record(env_id=77, **names)]), sotopia_dir=folder)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("four_self_chat", 450 - 4), ("both_roles", 900 - 6)])
+def test_a_file_of_fewer_episodes_than_published_is_partial(name: str, missing: int, tmp_path: Path) -> None:
+    case = next(c for c in CASES if c["name"] == name)
+    summary = read_summary(write(tmp_path, case["episodes"]), resamples=50)
+    assert summary.partial
+    assert f"{missing} episodes not in the file" in summary.problems()
+
+
+def test_all_episodes_make_a_complete_run(tmp_path: Path) -> None:
+    summary = read_summary(write(tmp_path, [record(env_id=env_id) for env_id in range(450)]), resamples=50)
+    assert not summary.partial
+
+
+def test_a_row_given_twice_is_named(tmp_path: Path) -> None:
+    rows = [record(), record(env_id=1), record()]
+    with pytest.raises(DataError, match=r"row 3, field 'env_id': 0 with actor_role 'agent1' stands in .*row 1 already"):
+        list(ImportedResults(write(tmp_path, rows)).results())

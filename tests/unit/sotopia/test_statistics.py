@@ -118,7 +118,7 @@ def test_a_summary_averages_actor_and_partner_and_keeps_seeds_apart() -> None:
     assert found.actor["goal"].mean == pytest.approx(2.5)
     assert found.partner["goal"].mean == pytest.approx(1.5)
     assert found.average["overall"].mean == pytest.approx(2.0)
-    assert {s: v["goal"] for s, v in found.by_seed.items()} == {1: pytest.approx(2.0), 2: pytest.approx(2.0)}
+    assert {s: v["average"]["goal"] for s, v in found.by_seed.items()} == {1: pytest.approx(2.0), 2: pytest.approx(2.0)}
 
 
 def test_nothing_has_no_mean() -> None:
