@@ -81,11 +81,12 @@ class Story:
     def restarts(self) -> int:
         return int(self.cluster.job(self.job)["Restarts"])
 
-    def release(self, restarts: int, *changes: str) -> None:
-        """Wait until the job is back in the queue, then let it start now."""
+    def release(self, restarts: int, *changes: str, now: bool = True) -> None:
+        """Wait until the job is back in the queue, then let it start, now or after Slurm's own two minutes."""
         self.wait(lambda: self.restarts() == restarts and self.cluster.state(self.job) == "PENDING", "the requeue")
-        self.update("StartTime=now", *changes)
-        self.wait(lambda: self.cluster.state(self.job) == "RUNNING", "the restart")
+        if now:
+            self.update("StartTime=now", *changes)
+        self.wait(lambda: self.cluster.state(self.job) == "RUNNING", "the restart", 300)
 
     def shorten(self) -> None:
         """A limit that ends one to two minutes from now: Slurm's next look is a warning."""
