@@ -146,6 +146,40 @@ def work_checks(session: Any) -> dict[str, Any]:
     return out
 
 
+def leaving_checks(session: Any) -> dict[str, Any]:
+    """Rows fed and bytes cached in each forward pass, when all but 16 rows of a batch draw a stop token at once."""
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.training.padding import vocab_size
+
+    (module,) = session.model.get_model_module_list()
+    engine = MegatronEngine(session.model, batch_size=64)
+    prompts = [tuple(range(5, 5 + n)) for n in (20, 12, 12, 7)]
+    requests = [Request(i, prompts[i % 4], i) for i in range(200)]
+    never = SamplingSpec(6, (vocab_size(session.model) - 1,))
+    staying = requests[:16]
+    kept = {i for r in engine.generate(staying, never) for i in r.token_ids}
+    firsts = {r.request_id: r.token_ids[0] for r in engine.generate(requests[16:], replace(never, max_new_tokens=1))}
+    leaving = [r for r in requests[16:] if firsts[r.request_id] not in kept][:48]
+    passes: list[dict[str, int]] = []
+
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cached = [t for pair in kwargs["inference_params"].key_value_memory_dict.values() for t in pair]
+        memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cached}
+        passes.append({"rows": args[0].size(0), "columns": args[0].size(1), "bytes": sum(memory.values())})
+
+    hook = module.register_forward_hook(after, with_kwargs=True)
+    engine.generate(staying + leaving, replace(never, stop_token_ids=tuple({firsts[r.request_id] for r in leaving})))
+    at_once = passes.copy()
+    passes.clear()
+    engine.generate(requests, never)
+    hook.remove()
+    config = session.model.cfg
+    head = config.hidden_size // config.num_attention_heads
+    column = config.num_layers * 2 * config.num_query_groups * head * 4  # keys and values of one token, float32
+    return {"at_once": at_once, "in_batches": passes, "rows": len(staying + leaving), "column_bytes": column}
+
+
 def frequencies(session: Any, hf: Any) -> dict[str, Any]:
     """First drawn tokens of 4,000 seeds against the distribution they should follow."""
     from nemo_ampo.rollout.engine import Request, SamplingSpec
@@ -255,6 +289,7 @@ def main() -> None:
     results = {
         "engine": engine_checks(session, hf),
         "work": work_checks(session),
+        "leaving": leaving_checks(session),
         "frequencies": frequencies(session, hf),
         "update": update_checks(session, hf),
         "reference": reference_checks(session, hf),

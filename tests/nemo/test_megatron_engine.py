@@ -82,6 +82,25 @@ def test_finished_rows_leave_the_batch(measured: dict[str, Any]) -> None:
     assert fed < 0.5 * 64 * steps
 
 
+def test_rows_that_finish_are_not_fed_again(measured: dict[str, Any]) -> None:
+    leaving = measured["leaving"]
+    assert leaving["rows"] == 64
+    prefill, *steps = leaving["at_once"]
+    assert (prefill["rows"], prefill["columns"]) == (3, 20), "three distinct prompts"
+    assert [(step["rows"], step["columns"]) for step in steps] == [(16, 1)] * 5
+
+
+def test_the_cache_holds_living_rows_of_the_longest_prompt_plus_the_limit(measured: dict[str, Any]) -> None:
+    leaving = measured["leaving"]
+    prefill, *steps = leaving["at_once"]
+    assert prefill["bytes"] == 3 * 20 * leaving["column_bytes"]
+    assert [step["bytes"] for step in steps] == [16 * (20 + 6) * leaving["column_bytes"]] * 5
+    # 200 requests, 64 rows at most: a call has no say in how much memory it takes.
+    sizes = [step["bytes"] for step in leaving["in_batches"]]
+    assert len(sizes) == 4 * 6
+    assert max(sizes) == 64 * (20 + 6) * leaving["column_bytes"]
+
+
 def test_draws_follow_the_distribution(measured: dict[str, Any]) -> None:
     # 99.9 % point of chi-square with 20 degrees of freedom; seeds are fixed, so this does not flicker.
     assert measured["frequencies"]["chi2"] < 45.3
