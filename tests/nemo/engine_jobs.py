@@ -50,6 +50,7 @@ def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     from nemo_ampo.errors import EngineError
+    from nemo_ampo.rollout import megatron
     from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
     from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.training.padding import vocab_size
@@ -67,6 +68,10 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     oracle = hf_logprobs(hf, packed.tokens_BT)
     alone = [engine.generate([r], spec)[0] for r in requests]
     small = MegatronEngine(session.model, batch_size=2).generate(requests, spec)
+    whole_pass = dict(megatron._PREFILL_TOKENS)
+    megatron._PREFILL_TOKENS.update(dict.fromkeys(whole_pass, 32))  # passes of 30, 17, 12 + 9 and 5 + 1 tokens
+    in_passes = engine.generate(requests, spec)
+    megatron._PREFILL_TOKENS.update(whole_pass)
     shuffled = engine.generate(requests[::-1], spec)[::-1]
     reseeded = engine.generate([replace(r, seed=r.seed + 1) for r in requests], spec)
     twins = engine.generate([Request(i, prompts[0], seed=5) for i in range(4)], spec)
@@ -95,6 +100,8 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
         "trainer_error": float((session.model.get_inference_log_probs(packed.tokens_BT) - oracle).abs().max()),
         "alone_equal": ids(alone) == ids(responses),
         "small_batches_equal": ids(small) == ids(responses),
+        "passes_equal": ids(in_passes) == ids(responses),
+        "passes_error": max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(in_passes, responses, strict=True)),
         "order_does_not_matter": ids(shuffled) == ids(responses),
         "other_seed_differs": ids(reseeded) != ids(responses),
         "equal_seeds_equal": len({r.token_ids for r in twins}) == 1,

@@ -28,6 +28,11 @@ def test_a_response_depends_on_its_own_prompt_and_seed_only(engine: dict[str, An
     assert engine["first_tokens"] > 8, "16 seeds must not repeat the same token"
 
 
+def test_a_prefill_in_several_passes_is_the_same(engine: dict[str, Any]) -> None:
+    assert engine["passes_equal"]
+    assert engine["passes_error"] < 2e-5
+
+
 def test_replies_end_at_the_first_stop_token_or_the_limit(engine: dict[str, Any]) -> None:
     assert set(engine["finish"]) == {"eos", "length"}, "the case must show both ends"
     assert engine["stop_only_at_end"]
