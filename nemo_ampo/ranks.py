@@ -44,6 +44,10 @@ class Ranks(Protocol):
         """The leader's value, on every rank of the replica."""
         ...
 
+    def variants(self, value: str) -> int:
+        """How many different values the ranks of this replica hold."""
+        ...
+
     def any(self, flag: bool) -> bool:
         """True on every rank of the job if it is true on one."""
         ...
@@ -78,6 +82,10 @@ class OneProcess:
         """See :class:`Ranks`."""
         return value
 
+    def variants(self, value: str) -> int:
+        """See :class:`Ranks`."""
+        return 1
+
     def any(self, flag: bool) -> bool:
         """See :class:`Ranks`."""
         return flag
@@ -109,6 +117,13 @@ class MegatronRanks:
         box = [value]
         self._dist.broadcast_object_list(box, self._leader, group=self._state.get_model_parallel_group())
         return box[0]
+
+    def variants(self, value: str) -> int:
+        """See :class:`Ranks`."""
+        group = self._state.get_model_parallel_group()
+        values = [""] * self._dist.get_world_size(group)
+        self._dist.all_gather_object(values, value, group=group)
+        return len(set(values))
 
     def any(self, flag: bool) -> bool:
         """See :class:`Ranks`."""

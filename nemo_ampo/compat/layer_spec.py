@@ -1,8 +1,10 @@
-"""Megatron's local (no Transformer Engine) layer spec with an attention that is quick on a CPU.
+"""Megatron's local (no Transformer Engine) layer spec, quick on a CPU.
 
-The local spec repeats keys and values to all heads over the whole cache and caches keys before rotation, so that every
-decoding step rotates the whole cache again. Both are avoided here; results are equal (golden tests compare with
-transformers). Internal names are Megatron-core 0.11.0's, which :mod:`nemo_ampo.compat.versions` pins.
+The local spec repeats keys and values to all heads over the whole cache, caches keys before rotation, so that every
+decoding step rotates the whole cache again, wraps every matrix product in autograd functions that do nothing on one
+rank without gradients, and makes a new tensor of every factor. All of it is avoided here, the last three only without
+gradients; results are equal (golden tests compare with transformers). Internal names are Megatron-core 0.11.0's, which
+:mod:`nemo_ampo.compat.versions` pins.
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 
@@ -93,15 +98,84 @@ class RotatedCacheSelfAttention(SelfAttention):
             begin = inference_params.sequence_len_offset
             end = begin + key.size(0)
             q_angles, k_angles = rotary_pos_emb
-            query = apply_rotary_pos_emb(query, q_angles[begin:end], config=self.config)
-            key = apply_rotary_pos_emb(key, k_angles[begin:end], config=self.config)
+            query = _rotated(query, q_angles[begin:end], self.config)
+            key = _rotated(key, k_angles[begin:end], self.config)
             rotary_pos_emb = None
         return super()._adjust_key_value_for_inference(inference_params, query, key, value, rotary_pos_emb, *args, **kwargs)
+
+
+def _rotated(heads: torch.Tensor, angles: torch.Tensor, config: Any) -> torch.Tensor:
+    """Megatron's rotation in three passes over the heads instead of six.
+
+    Args:
+        heads: queries or keys, [S, B, heads, head dim].
+        angles: [S, 1, 1, head dim].
+        config: Megatron's, for the layouts that are left to it.
+
+    Returns:
+        [S, B, heads, head dim].
+    """
+    if config.rotary_interleaved or angles.size(-1) != heads.size(-1):
+        return apply_rotary_pos_emb(heads, angles, config=config)
+    half = heads.size(-1) // 2
+    sine = angles.sin()
+    sine[..., :half].neg_()
+    return (heads * angles.cos().to(heads.dtype)).addcmul_(heads.roll(half, -1), sine.to(heads.dtype))
+
+
+def _only_a_product() -> bool:
+    """Whether a parallel linear layer has nothing to do but multiply: no gradient to prepare, no rank to talk to."""
+    return not torch.is_grad_enabled() and parallel_state.get_tensor_model_parallel_world_size() == 1
+
+
+class QuickColumnLinear(ColumnParallelLinear):
+    """The same product as its base, called directly where that is all there is to do: 17 a step, each of them small."""
+
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, in] to ([S, B, out], the bias where the caller adds it itself)."""
+        if weight is not None or not _only_a_product():
+            return super().forward(input_, weight, runtime_gather_output)
+        output = torch.matmul(input_, self.weight.t())
+        if self.bias is None or self.skip_bias_add:
+            return output, self.bias
+        return output.add_(self.bias), None
+
+
+class QuickRowLinear(RowParallelLinear):
+    """See :class:`QuickColumnLinear`."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, in] to ([S, B, out], the bias where the caller adds it itself)."""
+        if not _only_a_product():
+            return super().forward(input_)
+        output = torch.matmul(input_, self.weight.t())
+        if self.bias is None or self.skip_bias_add:
+            return output, self.bias
+        return output.add_(self.bias), None
+
+
+class QuickMlp(MLP):
+    """SwiGLU in the memory of its own input: a fresh tensor of that size costs more than what is computed in it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, hidden] to ([S, B, hidden], None)."""
+        config = self.config
+        swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        if torch.is_grad_enabled() or config.add_bias_linear or not swiglu:
+            return super().forward(hidden_states)
+        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
+        return self.linear_fc2(torch.nn.functional.silu(gate, inplace=True).mul_(up))
 
 
 def cpu_layer_spec() -> ModuleSpec:
     """Layer spec for :class:`megatron.core.models.gpt.GPTModel` without any compiled extension."""
     spec = get_gpt_layer_local_spec()
-    spec.submodules.self_attention.module = RotatedCacheSelfAttention
-    spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
+    attention.module = RotatedCacheSelfAttention
+    attention.submodules.core_attention = SdpaAttention
+    attention.submodules.linear_qkv = mlp.submodules.linear_fc1 = QuickColumnLinear
+    attention.submodules.linear_proj = mlp.submodules.linear_fc2 = QuickRowLinear
+    mlp.module = QuickMlp
     return spec

@@ -390,6 +390,21 @@ def requests_digest(requests: Sequence[Request], sampling: SamplingSpec) -> str:
     return hashlib.sha256(repr((sampling, list(requests))).encode()).hexdigest()
 
 
+def check_equal_calls(requests: Sequence[Request], sampling: SamplingSpec, variants: Callable[[str], int]) -> None:
+    """Every rank of the replica raises if one asks for something else; nobody hangs in a half-entered collective.
+
+    Args:
+        requests, sampling: of this rank's call.
+        variants: how many different values the ranks of the replica hold, of this one and theirs.
+
+    Raises:
+        RequestError: naming how many different calls were made.
+    """
+    count = variants(requests_digest(requests, sampling))
+    if count > 1:
+        raise RequestError(f"the model-parallel ranks of a replica made {count} different calls")
+
+
 @dataclass(frozen=True)
 class PackedRollouts:
     """Right-padded tensors of one rank's rollouts.

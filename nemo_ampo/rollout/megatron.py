@@ -42,8 +42,12 @@ from nemo_ampo.training.padding import vocab_size
 
 _COMPACT_BELOW = 0.85
 """The cache is rewritten without its finished rows once fewer than this share of its rows is alive."""
-_PREFILL_TOKENS = 16384
-"""Prompt tokens, padding included, of one prefill pass: bounds its activations and its mask."""
+_PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Prompt tokens, padding included, of one prefill pass: bounds its activations and its mask.
+
+A GPU wants them many. On a CPU a pass's activations should stay in the cache, and below the size from which every
+allocation is fresh memory of the system.
+"""
 
 
 class MegatronEngine:
@@ -143,6 +147,10 @@ class MegatronEngine:
     ) -> tuple[InferenceParams, torch.Tensor | None, torch.Tensor]:
         """Fill the cache with all prompts, each distinct one computed once.
 
+        Args:
+            requests: longest prompts first, so that a pass is as wide as its own prompts and not as the batch's longest.
+            max_new_tokens: columns to keep for responses.
+
         Returns:
             The cache of B rows; the logits of every row's first token [B, V] (None but on the last pipeline stage); how
             many columns are padding, int64 [B].
@@ -151,18 +159,21 @@ class MegatronEngine:
         distinct = list(dict.fromkeys(r.prompt_ids for r in requests))
         place = {prompt: index for index, prompt in enumerate(distinct)}
         row_of = torch.tensor([place[r.prompt_ids] for r in requests], device=device)
-        width = max(map(len, distinct))
+        width = len(distinct[0])
         padding_U = torch.tensor([width - len(p) for p in distinct], device=device)
         cache = InferenceParams(len(requests), width + max_new_tokens)
         parts = []
-        rows = max(1, _PREFILL_TOKENS // width)
-        for begin in range(0, len(distinct), rows):
-            prompts = distinct[begin : begin + rows]
-            tokens_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        begin = 0
+        while begin < len(distinct):
+            longest = len(distinct[begin])
+            prompts = distinct[begin : begin + max(1, _PREFILL_TOKENS[row_of.device.type] // longest)]
+            end = begin + len(prompts)
+            tokens_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
             chunk = InferenceParams(len(prompts), width)
-            parts.append(self._forward(tokens_BT, 0, chunk, padding_U[begin : begin + rows]))
-            wanted = ((row_of >= begin) & (row_of < begin + rows)).nonzero().squeeze(1)
+            parts.append(self._forward(tokens_BT, width - longest, chunk, padding_U[begin:end]))
+            wanted = ((row_of >= begin) & (row_of < end)).nonzero().squeeze(1)
             _copy_rows(chunk, row_of[wanted] - begin, cache, wanted)
+            begin = end
         logits_BV = None if parts[0] is None else torch.cat(parts)[row_of]
         return cache, logits_BV, padding_U[row_of]
 

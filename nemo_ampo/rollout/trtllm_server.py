@@ -35,6 +35,7 @@ from nemo_ampo.rollout.engine import (
     SyncReport,
     UnavailableError,
     check_complete,
+    check_equal_calls,
     check_requests,
     finish_response,
 )
@@ -116,6 +117,7 @@ class TrtLlmServerEngine:
         version = self._weight_version
         if version is None:
             raise StaleWeightsError("the server holds no weights of the trainer: sync() comes before generate()")
+        check_equal_calls(requests, sampling, self._ranks.variants)
         check_requests(requests, sampling, self.caps)
         if sampling.stop_strings and self._decode is None:
             finish_response(requests[0], [0], None, sampling, self.caps, None, version)  # raises

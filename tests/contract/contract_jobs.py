@@ -212,7 +212,8 @@ def engine_checks(session: Any, engines: Engines, name: str) -> dict[str, Any]:
     }
     big = [Request(i, p, i) for i, p in enumerate(prompts_of([1 + i % 20 for i in range(ROWS)], seed=1))]
     short = replace(spec, max_new_tokens=4)
-    out["batch_128"] = ids_of(engine.generate(big, short))
+    many = engine.generate(big, short)
+    out |= {"batch_128": ids_of(many), "batch_128_logprob_error": logprob_error(session, big, many)}
     out["split"] = ids_of(small_batches(engines, name, big[:10], short))
     engine.sync(1)  # one TensorRT-LLM engine per process: the small one took its place
     greedy = engine.generate(requests, replace(spec, greedy=True))
@@ -225,10 +226,13 @@ def engine_checks(session: Any, engines: Engines, name: str) -> dict[str, Any]:
     out["full"] = len(engine.generate(full, replace(spec, stop_token_ids=(unseen,)))[0].token_ids)
     cool = replace(spec, temperature=0.5, top_k=20, top_p=0.9)
     out["cool"] = ids_of(engine.generate(requests, replace(cool, want_logprobs=False)))
+    out["stop_in_batch"] = stop_in_batch(engine, requests, out["ids"], spec)
     out["no_logprobs"] = [r.logprobs is None for r in engine.generate(requests, replace(spec, want_logprobs=False))]
+    longest, one_too_many = engine.caps.max_prompt, engine.caps.max_total - LENGTHS[3] + 1
     out["refused"] = {
         "empty prompt": refused(lambda: engine.generate([Request(0, (), 1)], spec)),
-        "exceeds": refused(lambda: engine.generate([Request(0, (3,) * 5000, 1)], spec)),
+        "exceeds the engine's": refused(lambda: engine.generate([Request(0, (3,) * (longest + 1), 1)], spec)),
+        "tokens plus": refused(lambda: engine.generate([requests[3]], replace(spec, max_new_tokens=one_too_many))),
         "distinct": refused(lambda: engine.generate([requests[0], requests[0]], spec)),
         "outside the vocabulary": refused(lambda: engine.generate([Request(0, (VOCAB,), 1)], spec)),
         "no stop token": refused(lambda: engine.generate(requests, replace(spec, stop_token_ids=()))),
@@ -250,6 +254,20 @@ def engine_checks(session: Any, engines: Engines, name: str) -> dict[str, Any]:
         engines, name, *known_response(engines, name, requests[known.request_id], whole)
     )
     return out
+
+
+def stop_in_batch(engine: Any, requests: list[Any], free: list[list[int]], spec: Any) -> dict[str, Any]:
+    """Two stop texts for a batch: one that lies within one response, one that begins in another one's prompt."""
+    row = max(range(len(free)), key=lambda i: len(free[i]))
+    other = (row + 1) % len(free)
+    inside, across = free[row][3:5], [requests[other].prompt_ids[-1], free[other][0]]
+    responses = engine.generate(requests, replace(spec, stop_strings=(text_of(inside), text_of(across))))
+    return {
+        "pairs": [inside, across],
+        "ids": ids_of(responses),
+        "finish": [r.finish for r in responses],
+        "logprobs": [len(r.logprobs) for r in responses],
+    }
 
 
 def small_batches(engines: Engines, name: str, requests: list[Any], spec: Any) -> list[Any]:
@@ -477,8 +495,8 @@ class Trainer:
         return {f"policy/{name}": value for name, value in metrics.items()}
 
 
-def two_steps(session: Any, engines: Engines, name: str) -> list[dict[str, float]]:
-    """Two AMPO steps from the same weights and a fresh optimizer; the weights are put back afterwards."""
+def two_steps(session: Any, engines: Engines, name: str, count: int = 2) -> list[dict[str, float]]:
+    """That many AMPO steps from the same weights and a fresh optimizer; the weights are put back afterwards."""
     from nemo_ampo.config import RolloutConfig
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rewards import RewardConfig
@@ -507,7 +525,7 @@ def two_steps(session: Any, engines: Engines, name: str) -> list[dict[str, float
     )
     saved = {n: p.detach().clone() for n, p in parameters(session.model)}
     steps = []
-    for step in range(2):
+    for step in range(count):
         result = ampo_step(step, prompts, Trainer(session), parts)
         metrics = {k: v for k, v in result.metrics.items() if k.startswith(("reward/", "policy/", "engine/"))}
         steps.append(metrics | {"rewards": [s.parts.reward for s in result.samples]})
@@ -517,6 +535,18 @@ def two_steps(session: Any, engines: Engines, name: str) -> list[dict[str, float
             p.copy_(saved[n])
     forget_moments(session.optimizer)
     return steps
+
+
+def duplicates_without_sample(session: Any, engines: Engines, name: str) -> float:
+    """Share of repeated responses of a step whose seeds leave out the number of the sample."""
+    from nemo_ampo import step
+
+    original = step.request_seed
+    step.request_seed = lambda run_seed, step, prompt, sample: original(run_seed, step, prompt, 0)
+    try:
+        return two_steps(session, engines, name, count=1)[0]["engine/duplicate_fraction"]
+    finally:
+        step.request_seed = original
 
 
 def forget_moments(optimizer: Any) -> None:
@@ -543,22 +573,27 @@ def main() -> None:
             results["mutations"] = mutations(session, engines, family)
             results["doctor"] = doctor_checks(session, engines, family)
             results["steps"] = {name: two_steps(session, engines, name) for name in ENGINES}
+            results["seed without sample"] = {name: duplicates_without_sample(session, engines, name) for name in ENGINES}
         else:
             results["unequal"] = unequal_calls(engines)
     if MAIN:
         (folder / "results.json").write_text(json.dumps(results))
 
 
-def unequal_calls(engines: Engines) -> dict[str, str]:
+def unequal_calls(engines: Engines) -> dict[str, list[str]]:
     """Ranks of one replica that ask for different things must all refuse, and none may hang."""
+    from nemo_ampo.rollout import ENGINES
     from nemo_ampo.rollout.engine import Request, SamplingSpec
 
     out = {}
-    for name in ("megatron", "trtllm"):
+    for name in ENGINES:
         engine = engines.make(name)
         engine.sync(1)
         mine = [Request(0, (5, 6), seed=torch.distributed.get_rank())]
-        out[name] = refused(lambda engine=engine, mine=mine: engine.generate(mine, SamplingSpec(4, (0,))))
+        message = refused(lambda engine=engine, mine=mine: engine.generate(mine, SamplingSpec(4, (0,))))
+        said = [""] * RANKS
+        torch.distributed.all_gather_object(said, message)
+        out[name] = said
         engine.close()
     return out
 

@@ -33,6 +33,7 @@ def test_every_engine_draws_what_the_oracle_draws(engine: dict[str, Any], family
 def test_log_probs_are_the_trainers_on_the_same_tokens(engine: dict[str, Any]) -> None:
     assert engine["logprob_error"] < 5e-5
     assert engine["greedy_logprob_error"] < 5e-5
+    assert engine["batch_128_logprob_error"] < 5e-5
     assert [len(row) for row in engine["logprobs"]] == [len(row) for row in engine["ids"]]
     assert engine["no_logprobs"] == [True] * 6
 
@@ -93,6 +94,18 @@ def test_stop_text_is_found_however_its_ends_are_merged(engine: dict[str, Any], 
     assert engine["stop_strings"][case] == [length, finish, length]
 
 
+def test_a_stop_text_ends_the_responses_that_hold_it_and_no_other(engine: dict[str, Any]) -> None:
+    case = engine["stop_in_batch"]
+    expected = []
+    for ids, finish in zip(engine["ids"], engine["finish"], strict=True):
+        ends = [n for n in range(2, len(ids) + 1) if ids[n - 2 : n] in case["pairs"]]
+        cut = ends and (ends[0] < len(ids) or finish == "length")
+        expected.append((ids[: ends[0]], "stop_string") if cut else (ids, finish))
+    assert list(zip(case["ids"], case["finish"], strict=True)) == expected
+    assert case["finish"].count("stop_string") == 1, "a text that began in the prompt is no stop text of the response"
+    assert case["logprobs"] == [len(ids) for ids in case["ids"]]
+
+
 @pytest.mark.parametrize("name", COPIES)
 def test_nothing_is_drawn_before_the_first_sync(results: dict[str, Any], family: str, name: str) -> None:
     assert results[family][name]["unsynced"].startswith("StaleWeightsError")
@@ -115,7 +128,8 @@ def test_changed_weights_arrive_with_the_sync(engine: dict[str, Any]) -> None:
     "words",
     [
         "empty prompt",
-        "exceeds",
+        "exceeds the engine's",
+        "tokens plus",
         "distinct",
         "outside the vocabulary",
         "no stop token",
@@ -165,6 +179,13 @@ def test_without_seeds_a_group_repeats_itself(results: dict[str, Any], family: s
     assert float(results[family]["mutations"]["seed kept"]) == 0
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_without_the_sample_in_its_seed_a_steps_group_repeats_itself(
+    results: dict[str, Any], family: str, name: str
+) -> None:
+    assert results[family]["seed without sample"][name] == 3 / 4, "groups of four"
+
+
 # --- the doctor
 
 
@@ -209,14 +230,19 @@ def test_two_tensor_parallel_ranks_draw_what_one_process_draws(
     two_ranks: dict[str, Any], results: dict[str, Any], name: str
 ) -> None:
     split, whole = two_ranks[name], results["qwen2"]["megatron"]
-    for case in ("ids", "greedy", "group", "after_release"):
-        assert split[case] == whole[case if case != "after_release" else "ids"], case
-    assert split["logprob_error"] < 5e-5
+    for case in ("ids", "finish", "greedy", "reseeded", "group", "twins", "at_once", "endless", "cool", "batch_128"):
+        assert split[case] == whole[case], case
+    for case in ("alone", "reversed", "after_release"):
+        assert split[case] == whole["ids"], case
+    for case in ("stop_in_batch", "stop_strings", "told", "full"):
+        assert split[case] == whole[case], case
+    assert all(message.startswith("RequestError") for message in split["refused"].values())
+    assert max(split[f"{case}logprob_error"] for case in ("", "greedy_", "batch_128_")) < 5e-5
     assert split["changed"]["error"] < 1e-4
     # Each rank moves its own shard, so the moved model is another one than on one process.
     assert split["changed"]["after"] == two_ranks["megatron"]["changed"]["after"] != split["changed"]["before"]
 
 
-@pytest.mark.parametrize("name", ["megatron", "trtllm"])
+@pytest.mark.parametrize("name", ENGINES)
 def test_ranks_that_ask_for_different_things_all_refuse(two_ranks: dict[str, Any], name: str) -> None:
-    assert "2 different calls" in two_ranks["unequal"][name]
+    assert ["2 different calls" in message for message in two_ranks["unequal"][name]] == [True, True]

@@ -7,6 +7,7 @@ something new, fails here and not on a cluster.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,20 @@ FILES = (
     f"{EXPORT}/engine_builder/trtllm_engine_builder.py",
     f"{EXPORT}/trtllm_weights_converter/distributed_trtllm_model_weights_converter.py",
 )
+NOT_CALLED = (
+    "nemo/export/multimodal/build.py",
+    "nemo/export/multimodal/run.py",
+    "nemo/export/onnx_llm_exporter.py",
+    "nemo/export/trt_llm/converter/model_converter.py",
+    "nemo/export/trt_llm/converter/model_to_trt_llm_ckpt.py",
+    "nemo/export/trt_llm/nemo_ckpt_loader/nemo_file.py",
+    "nemo/export/trt_llm/qnemo/qnemo_to_tensorrt_llm.py",
+    "nemo/export/trt_llm/tensorrt_llm_build.py",
+    "nemo/export/trt_llm/utils.py",
+    "nemo/export/utils/utils.py",
+    f"{EXPORT}/trtllm_weights_converter/single_device_trtllm_model_weights_converter.py",
+)
+"""Files that import TensorRT-LLM and that a build and refit through Megatron-core's path does not run."""
 OURS = ("trtllm_export.py", "trtllm_refit.py")
 ROOTS = ("tensorrt_llm", "tensorrt", "mpi4py")
 INSTANCES = {
@@ -118,6 +133,15 @@ def test_every_call_binds_to_the_table() -> None:
     calls = upstream_calls()
     assert len(calls) > 25
     assert [text for text in map(problem, calls) if text] == []
+
+
+def test_no_file_that_imports_it_is_overlooked() -> None:
+    imports = re.compile(rf"^\s*(?:import|from) (?:{'|'.join(ROOTS)})\b", re.MULTILINE)
+    paths = [
+        p for folder in ("nemo/export", "megatron/core/export", "nemo_aligner") for p in (PACKAGES / folder).rglob("*.py")
+    ]
+    found = {str(p.relative_to(PACKAGES)) for p in paths if imports.search(p.read_text(encoding="utf-8"))}
+    assert found == {*FILES, *NOT_CALLED}
 
 
 def test_the_table_holds_nothing_that_is_never_called() -> None:

@@ -50,6 +50,7 @@ def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     from nemo_ampo.errors import EngineError
+    from nemo_ampo.rollout import megatron
     from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
     from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.training.padding import vocab_size
@@ -67,6 +68,10 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     oracle = hf_logprobs(hf, packed.tokens_BT)
     alone = [engine.generate([r], spec)[0] for r in requests]
     small = MegatronEngine(session.model, batch_size=2).generate(requests, spec)
+    whole_pass = dict(megatron._PREFILL_TOKENS)
+    megatron._PREFILL_TOKENS.update(dict.fromkeys(whole_pass, 32))  # passes of 30, 17, 12 + 9 and 5 + 1 tokens
+    in_passes = engine.generate(requests, spec)
+    megatron._PREFILL_TOKENS.update(whole_pass)
     shuffled = engine.generate(requests[::-1], spec)[::-1]
     reseeded = engine.generate([replace(r, seed=r.seed + 1) for r in requests], spec)
     twins = engine.generate([Request(i, prompts[0], seed=5) for i in range(4)], spec)
@@ -95,6 +100,8 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
         "trainer_error": float((session.model.get_inference_log_probs(packed.tokens_BT) - oracle).abs().max()),
         "alone_equal": ids(alone) == ids(responses),
         "small_batches_equal": ids(small) == ids(responses),
+        "passes_equal": ids(in_passes) == ids(responses),
+        "passes_error": max(float((a.logprobs - b.logprobs).abs().max()) for a, b in zip(in_passes, responses, strict=True)),
         "order_does_not_matter": ids(shuffled) == ids(responses),
         "other_seed_differs": ids(reseeded) != ids(responses),
         "equal_seeds_equal": len({r.token_ids for r in twins}) == 1,
@@ -144,6 +151,40 @@ def work_checks(session: Any) -> dict[str, Any]:
     for hook in hooks:
         hook.remove()
     return out
+
+
+def leaving_checks(session: Any) -> dict[str, Any]:
+    """Rows fed and bytes cached in each forward pass, when all but 16 rows of a batch draw a stop token at once."""
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.training.padding import vocab_size
+
+    (module,) = session.model.get_model_module_list()
+    engine = MegatronEngine(session.model, batch_size=64)
+    prompts = [tuple(range(5, 5 + n)) for n in (20, 12, 12, 7)]
+    requests = [Request(i, prompts[i % 4], i) for i in range(200)]
+    never = SamplingSpec(6, (vocab_size(session.model) - 1,))
+    staying = requests[:16]
+    kept = {i for r in engine.generate(staying, never) for i in r.token_ids}
+    firsts = {r.request_id: r.token_ids[0] for r in engine.generate(requests[16:], replace(never, max_new_tokens=1))}
+    leaving = [r for r in requests[16:] if firsts[r.request_id] not in kept][:48]
+    passes: list[dict[str, int]] = []
+
+    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cached = [t for pair in kwargs["inference_params"].key_value_memory_dict.values() for t in pair]
+        memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cached}
+        passes.append({"rows": args[0].size(0), "columns": args[0].size(1), "bytes": sum(memory.values())})
+
+    hook = module.register_forward_hook(after, with_kwargs=True)
+    engine.generate(staying + leaving, replace(never, stop_token_ids=tuple({firsts[r.request_id] for r in leaving})))
+    at_once = passes.copy()
+    passes.clear()
+    engine.generate(requests, never)
+    hook.remove()
+    config = session.model.cfg
+    head = config.hidden_size // config.num_attention_heads
+    column = config.num_layers * 2 * config.num_query_groups * head * 4  # keys and values of one token, float32
+    return {"at_once": at_once, "in_batches": passes, "rows": len(staying + leaving), "column_bytes": column}
 
 
 def frequencies(session: Any, hf: Any) -> dict[str, Any]:
@@ -255,6 +296,7 @@ def main() -> None:
     results = {
         "engine": engine_checks(session, hf),
         "work": work_checks(session),
+        "leaving": leaving_checks(session),
         "frequencies": frequencies(session, hf),
         "update": update_checks(session, hf),
         "reference": reference_checks(session, hf),

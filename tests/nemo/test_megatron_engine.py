@@ -28,6 +28,11 @@ def test_a_response_depends_on_its_own_prompt_and_seed_only(engine: dict[str, An
     assert engine["first_tokens"] > 8, "16 seeds must not repeat the same token"
 
 
+def test_a_prefill_in_several_passes_is_the_same(engine: dict[str, Any]) -> None:
+    assert engine["passes_equal"]
+    assert engine["passes_error"] < 2e-5
+
+
 def test_replies_end_at_the_first_stop_token_or_the_limit(engine: dict[str, Any]) -> None:
     assert set(engine["finish"]) == {"eos", "length"}, "the case must show both ends"
     assert engine["stop_only_at_end"]
@@ -80,6 +85,25 @@ def test_finished_rows_leave_the_batch(measured: dict[str, Any]) -> None:
     # Each drawn token but a row's last is fed once; a few finished rows may wait for the next compaction.
     assert work["drawn"] - 64 <= fed < 1.25 * (work["drawn"] - 64) + 64
     assert fed < 0.5 * 64 * steps
+
+
+def test_rows_that_finish_are_not_fed_again(measured: dict[str, Any]) -> None:
+    leaving = measured["leaving"]
+    assert leaving["rows"] == 64
+    prefill, *steps = leaving["at_once"]
+    assert (prefill["rows"], prefill["columns"]) == (3, 20), "three distinct prompts"
+    assert [(step["rows"], step["columns"]) for step in steps] == [(16, 1)] * 5
+
+
+def test_the_cache_holds_living_rows_of_the_longest_prompt_plus_the_limit(measured: dict[str, Any]) -> None:
+    leaving = measured["leaving"]
+    prefill, *steps = leaving["at_once"]
+    assert prefill["bytes"] == 3 * 20 * leaving["column_bytes"]
+    assert [step["bytes"] for step in steps] == [16 * (20 + 6) * leaving["column_bytes"]] * 5
+    # 200 requests, 64 rows at most: a call has no say in how much memory it takes.
+    sizes = [step["bytes"] for step in leaving["in_batches"]]
+    assert len(sizes) == 4 * 6
+    assert max(sizes) == 64 * (20 + 6) * leaving["column_bytes"]
 
 
 def test_draws_follow_the_distribution(measured: dict[str, Any]) -> None:

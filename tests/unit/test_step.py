@@ -18,6 +18,7 @@ from nemo_ampo.errors import JudgeError
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
+from nemo_ampo.rollout.probe import Probe, ProbeError
 from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step, expand
 from nemo_ampo.types import JudgeRequest, Verdict
 
@@ -67,8 +68,8 @@ class Script:
             ids = (*map(ord, self.texts[request.request_id]), EOS)
             responses.append(Response(request.request_id, ids, torch.full((len(ids),), -0.5), "eos"))
         for response in reversed(responses):
-            assert on_finish is not None
-            on_finish(response)
+            if on_finish is not None:
+                on_finish(response)
         return responses
 
 
@@ -281,3 +282,26 @@ def test_only_the_leader_asks_the_judge() -> None:
 def test_the_engine_gets_the_weights_first_and_gives_its_memory_back() -> None:
     _, _, engine, _ = run([GOOD.format(i) for i in range(4)])
     assert engine.calls == ["sync 3", "generate", "release"]
+
+
+def test_a_wrong_engine_stops_the_step_before_a_rollout_is_drawn() -> None:
+    engine = Script([BAD], caps=Caps("raw", True, 8, 99, 99, 300, True, own_weights=True))
+    judge, policy = Scores(), Recorder()
+    parts = Parts(
+        engine=engine,
+        judge=judge,
+        tokenizer=Characters(),
+        ranks=ALONE,
+        rollout=RolloutConfig(prompts_per_step=1, group_size=2),
+        reward=RewardConfig(),
+        algorithm=AlgorithmConfig(),
+        stop_token_ids=(EOS,),
+        pad_id=7,
+        seed=1,
+        probe=Probe(((50, 51),), new_tokens=4, max_gap=0.1, stop_token_ids=(EOS,), pad_id=7),
+    )
+    with pytest.raises(ProbeError, match=r"differ from the trainer's by 0\.2500"):
+        ampo_step(3, [Prompt(turn("Ann"), (50, 51))], policy, parts)
+    assert engine.calls == ["sync 3", "generate", "release"], "the one call is the probe's"
+    assert engine.requests == [Request(0, (50, 51), 0)]
+    assert judge.asked == [] and policy.batch is None
