@@ -20,7 +20,7 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.grammar import QUOTE, parse_reply, spoken_text
+from nemo_ampo.grammar import QUOTE, one_line, parse_reply, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 from nemo_ampo.runlog import sha256_of
 
@@ -31,7 +31,6 @@ CHARACTERS_PER_TOKEN = 4
 
 _LEVEL_LINE = "Thinking Level"
 _TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
-_LINE_BREAK = re.compile(r"\s*\n\s*")
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
 
 
@@ -174,7 +173,7 @@ def hear(reply: str, modes: bool) -> Heard:
         except FormatError as error:
             mode, failed = NO_MODE, error.rule
     quoted = spoken_text(reply, thinking=modes)
-    words = _LINE_BREAK.sub(" ", quoted.strip(QUOTE).strip()) if quoted is not None else ""
+    words = one_line(quoted.strip(QUOTE)) if quoted is not None else ""
     # A reply of a few tokens may be cut off in its first word, which reads like speech.
     cut_at_once = modes and _LEVEL_LINE.startswith(reply.strip())
     if not words or cut_at_once or _TRACE_OF_GRAMMAR.search(words):

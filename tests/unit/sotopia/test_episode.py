@@ -107,14 +107,14 @@ def test_the_two_rules_of_leaving(words, strict, reference, scenario, store):
 
 
 def test_modes_are_told_read_and_recorded(scenario, store):
-    good = render_reply(2, '"Yes."', {"Intent": "i", "Style": "s", "Response": "r"})
+    good = render_reply(2, '"Yes."', {"Intent": "i", "Style": "s", "Response": "Well."})
     draft = good[: good.index("<|end_of_thinking|>")]
     chat = Script(good, draft, Completion("Thinking Level: 3\n<|begin_of_thinking|>\nHistory:\nwe", finish_reason="length"))
     episode = run(scenario, store, chat, config=THINKER)
     assert [m["role"] for m in chat.asked[0][0]] == ["system", "user"]
     assert [(t.text, t.mode, t.failed) for t in episode.turns] == [
         ("Yes.", 2, None),
-        ("r", 0, "tags"),
+        ("Well.", 0, "tags"),
         ("left the conversation", 0, "silent"),
     ]
     assert episode.terminated_by is Termination.silent and episode.turns[2].finish_reason == "length"
