@@ -8,6 +8,7 @@ recorded and never spoken.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -31,7 +32,8 @@ CHARACTERS_PER_TOKEN = 4
 
 _LEVEL_LINE = "Thinking Level"
 _TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
+_DECIDING_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*/*.jinja")
+"""Weights, configuration, vocabulary, chat templates, system prompt: what a checkpoint's replies depend on."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,21 @@ def model_hash(config: AgentConfig) -> str:
     """12 hex digits that tell models apart: of a checkpoint's files, or of an endpoint's model name."""
     if not config.checkpoint:
         return hashlib.sha256(config.model.encode()).hexdigest()[:12]
-    files = sorted({path for pattern in _WEIGHTS for path in Path(config.checkpoint).glob(pattern)})
-    digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    folder = Path(config.checkpoint).resolve()
+    files = sorted({path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()})
+    digests = "".join(f"{path.relative_to(folder).as_posix()} {_file_digest(path)}\n" for path in files)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, read once per process unless it changes."""
+    status = path.stat()
+    return _digest_of_version(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@functools.cache
+def _digest_of_version(path: Path, version: tuple[int, ...]) -> str:
+    return sha256_of(path)
 
 
 class Chat(Protocol):

@@ -91,6 +91,45 @@ def test_a_models_hash_follows_its_files_or_its_name(tmp_path: Path) -> None:
     assert model_hash(one) == model_hash(other) != model_hash(PolicyConfig(base_url=URL, model="n"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "generation_config.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "system_prompt.txt",
+    ],
+)
+def test_a_models_hash_follows_every_file_that_decides_a_reply(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "additional_chat_templates").mkdir()
+    policy = PolicyConfig(checkpoint=str(tmp_path))
+    without = model_hash(policy)
+    (tmp_path / name).write_text("one")
+    one = model_hash(policy)
+    (tmp_path / name).write_text("two")
+    assert len({without, one, model_hash(policy)}) == 3
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / name).write_text("one")
+    assert model_hash(policy) == one
+
+
+def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch) -> None:
+    from nemo_ampo.sotopia import agents
+
+    read: list[str] = []
+    monkeypatch.setattr(agents, "sha256_of", lambda path: read.append(path.name) or "digest")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert len({model_hash(PolicyConfig(checkpoint=str(tmp_path))) for _ in range(3)}) == 1
+    assert sorted(read) == ["config.json", "model.safetensors"]
+
+
 def test_tokens_are_estimated_without_a_tokenizer() -> None:
     count = token_counter(PartnerConfig(base_url=URL, model="m"))
     assert count([{"role": "user", "content": "x" * 401}]) == 101
