@@ -49,7 +49,8 @@ class AgentConfig(EndpointConfig):
         tokenizer: Hugging Face folder that counts an endpoint's prompt tokens; empty estimates them at 4 characters
             each. A checkpoint counts with its own.
         temperature: 0 takes the most likely token.
-        top_p: nucleus of the sampling distribution; 1 samples from all of it.
+        top_p: nucleus of the sampling distribution; 1 samples from all of it. For an endpoint that refuses the field,
+            ``extra_body.top_p: null`` leaves it out.
         mode_bias: mode to a number added to the logit of its digit where the mode is chosen: the mode dial. Only the
             embedded server can do that. Null for none.
     """
@@ -224,9 +225,8 @@ class Agent:
         self._chat = chat
         self._count = count_tokens
         self._system = system_text(config)
-        self._extra: dict[str, Any] = {}
-        if config.top_p < 1:
-            self._extra["top_p"] = config.top_p
+        # Sent also when it is 1: servers take what a request leaves out from the checkpoint's generation_config.json.
+        self._extra: dict[str, Any] = {} if "top_p" in config.extra_body else {"top_p": config.top_p}
         if config.mode_bias:
             self._extra["mode_bias"] = {str(mode): bias for mode, bias in config.mode_bias.items()}
 
@@ -245,7 +245,7 @@ class Agent:
             temperature=self.config.temperature,
             seed=seed,
             max_tokens=self.config.max_tokens,
-            extra_body=self._extra or None,
+            extra_body=self._extra,
         )
         return Said(hear(completion.text, self.config.modes), completion, seed)
 

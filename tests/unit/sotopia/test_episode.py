@@ -151,3 +151,13 @@ def test_the_dial_and_the_nucleus_go_into_the_request(scenario, store):
     chat = Script()
     run(scenario, store, chat, config=replace(THINKER, mode_bias={1: -2.0, 4: 1.5}, top_p=0.9), max_turns=1)
     assert chat.asked[0][1]["extra_body"] == {"mode_bias": {"1": -2.0, "4": 1.5}, "top_p": 0.9}
+
+
+def test_the_nucleus_is_always_sent_unless_the_body_is_told_otherwise(scenario, store):
+    """A server would fill in what is missing from the checkpoint's generation_config.json."""
+    chat, other = Script(), Script()
+    run(scenario, store, chat, max_turns=1)
+    assert chat.asked[0][1]["extra_body"] == {"top_p": 1.0}
+    agent = Agent(replace(PLAIN, extra_body={"top_p": None}), other, len)
+    asyncio.run(agent.speak("p", seed=1))
+    assert other.asked[0][1]["extra_body"] == {}
