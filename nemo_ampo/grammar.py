@@ -34,7 +34,7 @@ from nemo_ampo.errors import FormatError
 from nemo_ampo.modes import MODES, Mode
 from nemo_ampo.types import Reply
 
-__all__ = ["FORMAT_RULES", "FormatError", "Reply", "parse_reply", "render_reply", "spoken_text"]
+__all__ = ["FORMAT_RULES", "FormatError", "Reply", "one_line", "parse_reply", "render_reply", "spoken_text"]
 
 FORMAT_RULES = ("level", "tags", "order", "answer", "sections", "outside")
 """Values of :attr:`FormatError.rule`, in the order they are checked; ``outside`` is a strict rule."""
@@ -49,9 +49,13 @@ _HEADINGS = tuple(dict.fromkeys(name for mode in MODES.values() for name in mode
 _TAG = re.compile("|".join(map(re.escape, (BEGIN_THINKING, END_THINKING, BEGIN_ANSWER, END_ANSWER))))
 _CUT_TAG = re.compile(r"<(?:\|\w*\|?)?\Z")  # a tag is several tokens: the token limit can fall inside one
 _LEVEL_LINE = re.compile(r"^Thinking Level:", re.MULTILINE)
-_HEADING_LINE = re.compile(rf"^(?:{'|'.join(_HEADINGS)}):$", re.MULTILINE)
+_HEADING_LINE = re.compile(rf"^(?:{'|'.join(_HEADINGS)}):[^\S\n]*$", re.MULTILINE)
+_TRACES = (re.compile(r"<\|(?:begin|end)_"), _LEVEL_LINE, _HEADING_LINE)
 _DRAFT_HEADING = "\n\nResponse:\n"
+_DRAFT_END = re.compile(rf"{_TAG.pattern}|^(?:{'|'.join(_HEADINGS)}):|<\|\w*\|?\Z|^<\Z", re.MULTILINE)
+_FINISHED_SENTENCE = re.compile(r"""[.!?\u2026\u3002\uff01\uff1f]["'\u201d\u2019\u00bb)\]*_]*\s*\Z""")
 _FINISHED_QUOTATION = re.compile(r'\s*("[^"]+")\s*')
+_OTHER_LINE_BREAK = re.compile(r"\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -210,26 +214,40 @@ def spoken_text(text: str, thinking: bool = True) -> str | None:
     """The words a reply puts into the dialogue, in one pair of quotation marks.
 
     Unlike :func:`parse_reply` this forgives what it can, since a dialogue has to go on. It never returns
-    tags, a level line, or thinking that was cut off before its ``Response`` draft.
+    tags, a level line, a line that is a heading, or thinking that was cut off before the end of its ``Response``
+    draft. Line breaks of every kind are read as line feeds.
 
     Args:
         text: what the model wrote.
         thinking: the speaker uses the four modes. Then, in this order: the last answer block; an answer whose
-            end tag is missing but whose quotation is finished; the draft in the last ``Response`` section;
-            for a text without any trace of the grammar its last line. Otherwise: from the first to the last
-            quotation mark; with only one of them, what follows it; with none, the first line.
+            end tag is missing but whose quotation is finished; the draft in the last ``Response`` section, when a
+            tag or a heading follows it or when it ends with a sentence; for a text without any trace of the
+            grammar its last line. Otherwise, for a text without such a trace: from the first to the last
+            quotation mark; with only one of them, what follows it; with none, the first line. A plain speaker's
+            text with a trace is read as a thinker's.
 
     Returns:
         The quoted words, or None when the reply holds nothing that may be spoken.
     """
+    text = _OTHER_LINE_BREAK.sub("\n", text)
+    thinking = thinking or _has_trace(text)
     words = _words_of_thinker(text) if thinking else _words_of_plain_speaker(text)
-    if words is None or _TAG.search(words) or _LEVEL_LINE.search(words.strip(QUOTE)):
+    if words is None or _has_trace(words.strip(QUOTE)):
         return None
     return f"{QUOTE}{words.strip(QUOTE)}{QUOTE}"
 
 
+def one_line(text: str) -> str:
+    """The text with every kind of line break, and the blanks around it, replaced by one blank."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _has_trace(text: str) -> bool:
+    return any(trace.search(text) for trace in _TRACES)
+
+
 def _words_of_thinker(text: str) -> str | None:
-    text = _CUT_TAG.sub("", text)
+    whole, text = text, _CUT_TAG.sub("", text)
     _, opened, rest = text.rpartition(BEGIN_ANSWER)
     if opened:
         answer, closed, _ = rest.partition(END_ANSWER)
@@ -237,12 +255,17 @@ def _words_of_thinker(text: str) -> str | None:
             return answer.strip()
         if quotation := _FINISHED_QUOTATION.fullmatch(rest):
             return quotation[1]
-    _, headed, draft = text.partition(BEGIN_ANSWER)[0].rpartition(_DRAFT_HEADING)
+    _, headed, draft = whole.partition(BEGIN_ANSWER)[0].rpartition(_DRAFT_HEADING)
     if headed:
-        return _TAG.split(draft)[0].strip() or None
-    if any(trace.search(text) for trace in (_TAG, _LEVEL_LINE, _HEADING_LINE)):
-        return None
-    return text.split("\n")[-1].strip()
+        return _finished_draft(draft)
+    return None if _has_trace(whole) else text.split("\n")[-1].strip()
+
+
+def _finished_draft(draft: str) -> str | None:
+    """The words of a draft that was written to its end; None when the reply may have been cut off inside it."""
+    if end := _DRAFT_END.search(draft):
+        return draft[: end.start()].strip() or None
+    return draft.strip() if _FINISHED_SENTENCE.search(draft) else None
 
 
 def _words_of_plain_speaker(text: str) -> str:

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from nemo_ampo.errors import FormatError
 from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING, parse_reply, spoken_text
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nemo_ampo.chat import ChatClient
 
 OTHER_MODE, UNSPEAKABLE = "other_mode", "unspeakable"
-"""Rules beside those of the grammar: the reply is in another mode; it holds nothing to be said."""
+"""Rules beside those of the grammar: the reply is in another mode; it holds nothing to be said on one line."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Teacher:
     rejected: Counter[str] = field(default_factory=Counter)
 
     async def reply(self, instruction: str, mode: int, question_id: str) -> str:
-        """A reply to ``instruction`` in ``mode``, exactly in the grammar.
+        """A reply to ``instruction`` in ``mode``, exactly in the grammar, its answer on one line.
 
         Raises:
             ChatError: none could be had.
@@ -55,6 +55,8 @@ class Teacher:
             if reply.mode != mode:
                 self.rejected[OTHER_MODE] += 1
                 raise FormatError(OTHER_MODE, f"the reply is of level {reply.mode}, not {mode}")
+            if not _on_one_line(reply.answer):
+                self._refuse("the answer between the quotation marks must stand on one line")
             return text
 
         return await self._ask(messages, read, f"{question_id}/{mode}")
@@ -68,12 +70,15 @@ class Teacher:
 
         def read(text: str) -> str:
             words = spoken_text(text, thinking=False)
-            if words is None or not words.strip('"').strip() or "\n" in words:
-                self.rejected[UNSPEAKABLE] += 1
-                raise FormatError(UNSPEAKABLE, "the reply holds no utterance between quotation marks on one line")
+            if words is None or not words.strip('"').strip() or not _on_one_line(words):
+                self._refuse("the reply holds no utterance between quotation marks on one line")
             return words
 
         return await self._ask([{"role": "user", "content": instruction}], read, question_id)
+
+    def _refuse(self, message: str) -> NoReturn:
+        self.rejected[UNSPEAKABLE] += 1
+        raise FormatError(UNSPEAKABLE, message)
 
     def _checked(self, text: str) -> Reply:
         try:
@@ -86,6 +91,11 @@ class Teacher:
         seed = question_seed(self.seed, question_id)
         asked = await self.chat.ask(messages, read, temperatures=self.temperatures, seed=seed, parse_errors=(FormatError,))
         return asked.value
+
+
+def _on_one_line(words: str) -> bool:
+    """No line break of any kind, with which an utterance could forge the line of another speaker."""
+    return words.splitlines() == [words]
 
 
 def teacher_prompt(mode: int) -> str:

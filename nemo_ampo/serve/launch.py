@@ -79,6 +79,9 @@ def foreign_command(engine: ServeEngine, checkpoint: str | Path, config: ServeCo
     address = ["--host", config.host, "--port", str(port)]
     if engine is ServeEngine.vllm:
         named = ["--served-model-name", MODEL_NAME]
-        return [PROGRAMS[engine], "serve", str(checkpoint), *address, *named, *config.extra_args], MODEL_NAME
-    # trtllm-serve names the model after its folder.
+        # Otherwise vllm fills in what a request leaves out from the checkpoint's generation_config.json, such as top_k and
+        # repetition_penalty. Stop tokens are read from there in either case.
+        neutral = ["--generation-config", "vllm"]
+        return [PROGRAMS[engine], "serve", str(checkpoint), *address, *named, *neutral, *config.extra_args], MODEL_NAME
+    # trtllm-serve names the model after its folder, and reads no sampling defaults from it.
     return [PROGRAMS[engine], str(checkpoint), *address, *config.extra_args], Path(checkpoint).resolve().name

@@ -8,16 +8,19 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import Stopped, UserError
 
 _PARENT_POLL_S = 0.5
 SHUTDOWN_S = 2
@@ -95,7 +98,8 @@ def server_process(
 ) -> Iterator[str]:
     """Run a server as a process of its own and yield its base URL once its ``/health`` answers.
 
-    The process is stopped on leaving the block.
+    The process is stopped on leaving the block, and by the kernel when the thread that entered it ends in any other way.
+    While the server starts, SIGTERM stops it too, unless somebody handles that signal already.
 
     Args:
         command: program and arguments. Without ``base_url`` it must understand ``--ready-file FILE`` and
@@ -107,24 +111,55 @@ def server_process(
 
     Raises:
         UserError: if it does not come up, with the last line it printed.
+        Stopped: SIGTERM came while it started.
     """
     with tempfile.TemporaryDirectory(prefix="server-") as folder:
         ready_file, log_file = Path(folder, "url"), Path(folder, "log")
         if base_url is None:
             command = [*command, "--parent-pid", str(os.getpid()), "--ready-file", str(ready_file)]
-        with log_file.open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(environment) if environment is not None else child_environment(),
-                start_new_session=True,  # Ctrl-C is for the run, which still needs the server to end its step
-            )
+        with _sigterm_stops():
+            process = _start(command, log_file, environment)
+            try:
+                url = _wait_until_healthy(process, ready_file, log_file, start_timeout_s, what, base_url)
+            except BaseException:
+                _stop(process)
+                raise
         try:
-            yield _wait_until_healthy(process, ready_file, log_file, start_timeout_s, what, base_url)
+            yield url
         finally:
             _stop(process)
+
+
+def _start(command: Sequence[str], log_file: Path, environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+    # -I and -S: the launcher needs neither the packages nor the settings of the environment it hands on.
+    launcher = [sys.executable, "-I", "-S", str(Path(__file__).with_name("tied.py")), str(os.getpid())]
+    with log_file.open("wb") as log:
+        return subprocess.Popen(
+            [*launcher, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(environment) if environment is not None else child_environment(),
+            start_new_session=True,  # Ctrl-C is for the run, which still needs the server to end its step
+        )
+
+
+@contextlib.contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM raises Stopped, so that what was begun is cleaned up; a handler that is there already stays."""
+    untouched = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not untouched or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped
 
 
 def free_port(host: str) -> int:
@@ -205,5 +240,5 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(timeout=2 * SHUTDOWN_S + 1)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own, with its workers
         process.wait()

@@ -8,6 +8,7 @@ recorded and never spoken.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -20,7 +21,7 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.grammar import QUOTE, parse_reply, spoken_text
+from nemo_ampo.grammar import QUOTE, one_line, parse_reply, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 from nemo_ampo.runlog import sha256_of
 
@@ -31,8 +32,8 @@ CHARACTERS_PER_TOKEN = 4
 
 _LEVEL_LINE = "Thinking Level"
 _TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
-_LINE_BREAK = re.compile(r"\s*\n\s*")
-_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "tokenizer.json", "system_prompt.txt")
+_DECIDING_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*/*.jinja")
+"""Weights, configuration, vocabulary, chat templates, system prompt: what a checkpoint's replies depend on."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class AgentConfig(EndpointConfig):
         tokenizer: Hugging Face folder that counts an endpoint's prompt tokens; empty estimates them at 4 characters
             each. A checkpoint counts with its own.
         temperature: 0 takes the most likely token.
-        top_p: nucleus of the sampling distribution; 1 samples from all of it.
+        top_p: nucleus of the sampling distribution; 1 samples from all of it. For an endpoint that refuses the field,
+            ``extra_body.top_p: null`` leaves it out.
         mode_bias: mode to a number added to the logit of its digit where the mode is chosen: the mode dial. Only the
             embedded server can do that. Null for none.
     """
@@ -126,9 +128,21 @@ def model_hash(config: AgentConfig) -> str:
     """12 hex digits that tell models apart: of a checkpoint's files, or of an endpoint's model name."""
     if not config.checkpoint:
         return hashlib.sha256(config.model.encode()).hexdigest()[:12]
-    files = sorted({path for pattern in _WEIGHTS for path in Path(config.checkpoint).glob(pattern)})
-    digests = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    folder = Path(config.checkpoint).resolve()
+    files = sorted({path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()})
+    digests = "".join(f"{path.relative_to(folder).as_posix()} {_file_digest(path)}\n" for path in files)
     return hashlib.sha256(digests.encode()).hexdigest()[:12]
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, read once per process unless it changes."""
+    status = path.stat()
+    return _digest_of_version(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+
+
+@functools.cache
+def _digest_of_version(path: Path, version: tuple[int, ...]) -> str:
+    return sha256_of(path)
 
 
 class Chat(Protocol):
@@ -174,7 +188,7 @@ def hear(reply: str, modes: bool) -> Heard:
         except FormatError as error:
             mode, failed = NO_MODE, error.rule
     quoted = spoken_text(reply, thinking=modes)
-    words = _LINE_BREAK.sub(" ", quoted.strip(QUOTE).strip()) if quoted is not None else ""
+    words = one_line(quoted.strip(QUOTE)) if quoted is not None else ""
     # A reply of a few tokens may be cut off in its first word, which reads like speech.
     cut_at_once = modes and _LEVEL_LINE.startswith(reply.strip())
     if not words or cut_at_once or _TRACE_OF_GRAMMAR.search(words):
@@ -211,9 +225,8 @@ class Agent:
         self._chat = chat
         self._count = count_tokens
         self._system = system_text(config)
-        self._extra: dict[str, Any] = {}
-        if config.top_p < 1:
-            self._extra["top_p"] = config.top_p
+        # Sent also when it is 1: servers take what a request leaves out from the checkpoint's generation_config.json.
+        self._extra: dict[str, Any] = {} if "top_p" in config.extra_body else {"top_p": config.top_p}
         if config.mode_bias:
             self._extra["mode_bias"] = {str(mode): bias for mode, bias in config.mode_bias.items()}
 
@@ -232,7 +245,7 @@ class Agent:
             temperature=self.config.temperature,
             seed=seed,
             max_tokens=self.config.max_tokens,
-            extra_body=self._extra or None,
+            extra_body=self._extra,
         )
         return Said(hear(completion.text, self.config.modes), completion, seed)
 

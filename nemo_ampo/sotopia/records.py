@@ -287,15 +287,25 @@ class EpisodeStore:
         return result
 
     def begin(self, episode: Episode) -> None:
-        """Make an episode's file ready to be appended to: its first line, or no torn last line."""
+        """Make an episode's file ready to be appended to: its first line, or no torn last line.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         path = self.path(episode.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if _cut_torn_line(path) == 0:
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _cut_torn_line(path)
+        if kept == 0:
             values = {name: value for name, value in vars(episode).items() if name not in _LATER}
             self._append(episode.key, "start", {"format": FORMAT, **values, "key": vars(episode.key)})
 
     def add_turn(self, key: EpisodeKey, turn: Turn) -> None:
-        """Append one utterance."""
+        """Append one utterance.
+
+        Raises:
+            UserError: the file cannot be written, as on a full disk; so do :meth:`end` and :meth:`add_scores`.
+        """
         self._append(key, "turn", vars(turn))
 
     def end(self, key: EpisodeKey, terminated_by: Termination, error: str | None = None) -> None:
@@ -348,7 +358,8 @@ class EpisodeStore:
             shown = "; ".join(f"{key} was {known.get(key)!r}, is now {new.get(key)!r}" for key in differing)
             raise ConfigError(f"run.dir: {self.folder / name} records another protocol: {shown}")
         if write and old != new:
-            write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
+            with _naming(self.folder / name):
+                write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -379,17 +390,32 @@ class EpisodeStore:
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
         path = self.path(key)
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            written = os.write(file, line)
-        finally:
-            os.close(file)
+        with _naming(path):
+            written = _write(path, line)
         if written != len(line):
             raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
         if durable and self._syncer is not None:
             self._syncer.submit(_sync, path)
         elif durable:
             _sync(path)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk, a quota or a missing permission becomes one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _write(path: Path, line: bytes) -> int:
+    """Append; returns the bytes written, which a full disk makes fewer than asked for."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        return os.write(file, line)
+    finally:
+        os.close(file)
 
 
 def _sync(path: Path) -> None:

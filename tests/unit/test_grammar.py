@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_ampo.grammar import FORMAT_RULES, FormatError, parse_reply, render_reply, spoken_text
+from nemo_ampo.grammar import FORMAT_RULES, FormatError, one_line, parse_reply, render_reply, spoken_text
 from nemo_ampo.modes import MODES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -261,13 +261,26 @@ def test_every_difference_names_a_vector() -> None:
     assert set(SPOKEN_DIFFERENTLY) <= names
 
 
+DRAFT = "Thinking Level: 2\n<|begin_of_thinking|>\nIntent:\nx\n\nResponse:\n"
+
+
 @pytest.mark.parametrize(
     ("text", "spoken"),
     [
         pytest.param(LEVEL_2[: LEVEL_2.index("me.")], '"response text"', id="answer cut, draft complete"),
         pytest.param(LEVEL_1[: LEVEL_1.index("by")], None, id="answer cut, no draft"),
-        pytest.param(LEVEL_2[: LEVEL_2.index("<|end_of_thinking")], '"response text"', id="cut after the draft"),
+        pytest.param(LEVEL_2[: LEVEL_2.index("<|end_of_thinking")], None, id="cut before the draft is over"),
         pytest.param(LEVEL_2[: LEVEL_2.index("response text")], None, id="cut before the draft"),
+        pytest.param(LEVEL_2[: LEVEL_2.index("text\n<|end_of_thinking")], None, id="cut inside the draft"),
+        pytest.param(LEVEL_2[: LEVEL_2.index("|end_of_thinking")], '"response text"', id="cut at the first sign after it"),
+        pytest.param(DRAFT + "I would never tell her that I se", None, id="draft cut inside a word"),
+        pytest.param(DRAFT + "I agree. I would never tell her that I se", None, id="draft cut inside its second sentence"),
+        pytest.param(DRAFT + 'I agree, as I said: "Yes!"', '"I agree, as I said: "Yes!"', id="draft ends with its sentence"),
+        pytest.param(DRAFT + "Hello\n\nStyle:\nmanipulate him", '"Hello"', id="heading after the draft"),
+        pytest.param(DRAFT + "Hello\nStyle: manipulate him", '"Hello"', id="heading and text on one line after it"),
+        pytest.param(DRAFT + "Hello\n\nSty", None, id="draft cut inside the heading after it"),
+        pytest.param(DRAFT.replace("\n", "\r\n") + "Hello.\r\n\r\nStyle:\r\ncold", '"Hello."', id="other line breaks"),
+        pytest.param(LEVEL_1.replace("Fine", "Fine\n\nStyle:\ncold"), None, id="heading inside the answer"),
         pytest.param("Thinking Level: 3", None, id="level line only"),
         pytest.param("Intent:\nwin\n\nStyle:\ncold", None, id="sections without tags"),
         pytest.param('Thinking Level: 1\n<|begin_of_answer|>\n"Hi', None, id="open quotation"),
@@ -286,14 +299,23 @@ def test_thinking_is_never_spoken(text: str, spoken: str | None) -> None:
         ('She said "let us', '"let us"'),
         ("Thinking Level: 1\nhello", None),
         ("<|begin_of_answer|>", None),
+        ('Thinking Level: 2\n<|begin_of_thinking|>\nIntent:\nHe said "no" and I will make him pay', None),
+        ('Thinking Level: 2\n<|begin_of_thinking|>\nIntent:\nHe will "lie" and "cheat"', None),
+        ('Intent:\nHe will "lie" and "cheat"', None),
+        ('He will "lie" and\u2028Intent:\u2028"cheat"', None),
+        ('He will "lie" <|begin_of_th', None),
+        (LEVEL_2.replace("intent text", 'He said "no"'), ANSWER),
     ],
 )
 def test_plain_speakers(text: str, spoken: str | None) -> None:
     assert spoken_text(text, thinking=False) == spoken
 
 
-@given(st.integers(len("Thinking Level:"), 400), st.sampled_from(sorted(MODES)))
-def test_a_reply_cut_anywhere_speaks_its_draft_its_answer_or_nothing(end: int, mode: int) -> None:
-    draft = "response text"
-    drafts = {f'"{draft[:length].strip()}"' for length in range(1, len(draft) + 1)}
-    assert spoken_text(reply(mode)[:end]) in {None, ANSWER} | drafts
+@given(st.integers(len("Thinking Level:"), 400), st.sampled_from(sorted(MODES)), st.booleans())
+def test_a_reply_cut_anywhere_speaks_its_draft_its_answer_or_nothing(end: int, mode: int, thinking: bool) -> None:
+    spoken = spoken_text(reply(mode)[:end], thinking)
+    assert spoken in {None, ANSWER, '"response text"'}
+
+
+def test_every_kind_of_line_break_becomes_a_blank() -> None:
+    assert one_line("a \n\n b\rc\r\nd\ve\ff\x1cg\x85h\u2028i\u2029 two  blanks") == "a b c d e f g h i two  blanks"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import stat
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +20,12 @@ from transformers import AutoTokenizer
 
 from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served
+from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served, tied
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.serve.command import main
 from nemo_ampo.serve.config import PROGRAMS
 from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
-from nemo_ampo.serve.local import free_port, server_process
+from nemo_ampo.serve.local import child_environment, free_port, server_process
 
 EMBEDDED = ServeConfig(engine=ServeEngine.embedded, device="cpu", start_timeout_s=120)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -160,6 +164,9 @@ import sys
 sys.path.insert(0, {str(root)!r})
 command, folder, *rest = sys.argv[1:]
 assert command == "serve", command
+neutral = rest.index("--generation-config")
+assert rest[neutral : neutral + 2] == ["--generation-config", "vllm"], rest
+del rest[neutral : neutral + 2]
 names = {{"--served-model-name": "--model-name", "--max-num-seqs": "--max-batch"}}
 from nemo_ampo.serve.__main__ import main
 sys.exit(main([folder, *(names.get(word, word) for word in rest)]))
@@ -170,6 +177,86 @@ sys.exit(main([folder, *(names.get(word, word) for word in rest)]))
         assert running.engine is ServeEngine.vllm and post(running)[0] == 200
     with pytest.raises(OSError):
         post(running)
+
+
+STARTING = """
+import sys
+from nemo_ampo.serve import ServeConfig, ServeEngine, served
+with served(sys.argv[1], ServeConfig(engine=ServeEngine.vllm, start_timeout_s=300)):
+    pass
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_server_that_is_loading_ends_with_its_parent(sent: signal.Signals, tmp_path: Path) -> None:
+    """The stand-in never gets ready, and looks after nobody."""
+    (tmp_path / "config.json").write_text("{}")
+    programs, temporary, pid_file = tmp_path / "bin", tmp_path / "tmp", tmp_path / "pid"
+    programs.mkdir()
+    temporary.mkdir()
+    install(programs, "vllm", f"#!/bin/sh\necho $$ > {pid_file}.new && mv {pid_file}.new {pid_file}\nexec sleep 600\n")
+    environment = child_environment() | {"PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(temporary)}
+    parent = subprocess.Popen([sys.executable, "-c", STARTING, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
+    wait_until(pid_file.exists)
+    server_pid = int(pid_file.read_text())
+    assert running(server_pid)
+    parent.send_signal(sent)
+    parent.wait(timeout=60)
+    wait_until(lambda: not running(server_pid))
+    assert sent == signal.SIGKILL or list(temporary.iterdir()) == []
+
+
+def running(pid: int) -> bool:
+    """The process is there, and not only waiting for its exit status to be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.02)
+
+
+def test_a_handler_of_sigterm_stays_and_is_put_back(no_servers_installed: Path, tmp_path: Path) -> None:
+    """A training run asks for a checkpoint with it."""
+
+    def handler(number: int, frame: object) -> None:
+        pass
+
+    def starts() -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with (
+            pytest.raises(UserError, match="vllm exited with status 3: no GPU"),
+            served(tmp_path, ServeConfig(engine=ServeEngine.vllm)),
+        ):
+            pass
+
+    install(no_servers_installed, "vllm", "#!/bin/sh\necho no GPU\nexit 3\n")
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        starts()
+        assert signal.getsignal(signal.SIGTERM) is handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        starts()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_no_server_starts_for_a_parent_that_is_gone() -> None:
+    command = [sys.executable, tied.__file__, "1", "echo", "started"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent is gone\n")
+
+
+def test_the_command_line_of_vllm_leaves_sampling_to_the_request() -> None:
+    command, model = foreign_command(ServeEngine.vllm, "/models/policy-7b", ServeConfig(extra_args=["--seed", "2"]), 81)
+    assert command[:6] == ["vllm", "serve", "/models/policy-7b", "--host", "127.0.0.1", "--port"]
+    assert command[-4:] == ["--generation-config", "vllm", "--seed", "2"] and model == MODEL_NAME
 
 
 def test_the_command_line_of_trtllm() -> None:

@@ -107,14 +107,14 @@ def test_the_two_rules_of_leaving(words, strict, reference, scenario, store):
 
 
 def test_modes_are_told_read_and_recorded(scenario, store):
-    good = render_reply(2, '"Yes."', {"Intent": "i", "Style": "s", "Response": "r"})
+    good = render_reply(2, '"Yes."', {"Intent": "i", "Style": "s", "Response": "Well."})
     draft = good[: good.index("<|end_of_thinking|>")]
     chat = Script(good, draft, Completion("Thinking Level: 3\n<|begin_of_thinking|>\nHistory:\nwe", finish_reason="length"))
     episode = run(scenario, store, chat, config=THINKER)
     assert [m["role"] for m in chat.asked[0][0]] == ["system", "user"]
     assert [(t.text, t.mode, t.failed) for t in episode.turns] == [
         ("Yes.", 2, None),
-        ("r", 0, "tags"),
+        ("Well.", 0, "tags"),
         ("left the conversation", 0, "silent"),
     ]
     assert episode.terminated_by is Termination.silent and episode.turns[2].finish_reason == "length"
@@ -151,3 +151,13 @@ def test_the_dial_and_the_nucleus_go_into_the_request(scenario, store):
     chat = Script()
     run(scenario, store, chat, config=replace(THINKER, mode_bias={1: -2.0, 4: 1.5}, top_p=0.9), max_turns=1)
     assert chat.asked[0][1]["extra_body"] == {"mode_bias": {"1": -2.0, "4": 1.5}, "top_p": 0.9}
+
+
+def test_the_nucleus_is_always_sent_unless_the_body_is_told_otherwise(scenario, store):
+    """A server would fill in what is missing from the checkpoint's generation_config.json."""
+    chat, other = Script(), Script()
+    run(scenario, store, chat, max_turns=1)
+    assert chat.asked[0][1]["extra_body"] == {"top_p": 1.0}
+    agent = Agent(replace(PLAIN, extra_body={"top_p": None}), other, len)
+    asyncio.run(agent.speak("p", seed=1))
+    assert other.asked[0][1]["extra_body"] == {}

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +163,46 @@ def test_one_writer_at_a_time(store):
         pass
     done = subprocess.run([sys.executable, "-c", code, str(store.folder)], capture_output=True, text=True)
     assert done.stdout == "in\n", done.stderr
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = sys.argv[2:]
+from test_records import EpisodeStore, UserError, filled, key, turn
+store, room = EpisodeStore(sys.argv[1]), 4000
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+try:
+    for index in range(3, 100):
+        store.add_turn(key(), turn(index))
+except UserError as error:
+    print(error)
+    try:
+        store.add_turn(key(), turn(index))
+    except UserError as again:
+        print(again)
+"""
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_saved_turns(store):
+    """The size limit of a process stands in for the disk: first a part of a line fits, then nothing."""
+    path = filled(store, key(), turns=3)
+    here = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(store.folder), here], capture_output=True, text=True)
+    partial, full = done.stdout.splitlines()
+    assert partial.startswith(f"{path}: only ") and partial.endswith("is the disk full?")
+    assert full == f"{path}: cannot be written: File too large"
+    assert path.stat().st_size == 4000
+    turns = store.read(key()).episode.turns
+    assert len(turns) > 3 and turns == tuple(turn(index) for index in range(len(turns)))
+    store.begin(store.read(key()).episode)
+    store.add_turn(key(), turn(len(turns)))
+    assert len(store.read(key()).episode.turns) == len(turns) + 1
+
+
+def test_a_folder_that_cannot_be_made_is_named(store):
+    (store.folder / "episodes").write_text("in the way")
+    with pytest.raises(UserError, match=r"0000\.jsonl: cannot be written: (Not a directory|File exists)"):
+        store.begin(episode(key()))
 
 
 def test_reading_holds_one_episode_at_a_time(store):
