@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -31,7 +32,7 @@ from nemo_ampo.sotopia.records import Turn
 from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
-from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, Tally, policy_seats, shares
+from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, Tally, policy_seats, shares, switches_from
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -437,6 +438,9 @@ def figures(counts: Tally) -> list[Figure]:
         found.append(
             Figure("Tokens by turn", "mean per reply of the policy", line_chart([line], bottom=0), (("policy", "series-1"),))
         )
+    depths = depth_changes(counts)
+    if depths:
+        found.append(_depth_figure(depths))
     if counts.tokens_by_turn:
         steps = tuple(sorted(counts.tokens_by_turn))
         alive = tuple(float(counts.tokens_by_turn[turn][1]) for turn in steps)
@@ -452,9 +456,38 @@ def figures(counts: Tally) -> list[Figure]:
     return found
 
 
+DEPTH_CHANGES = {1: ("deeper", "series-1"), 0: ("as deep", "series-2"), -1: ("less deep", "series-3")}
+
+
+def depth_changes(counts: Tally) -> dict[int, dict[int, float]]:
+    """Turn index to the shares of deeper (1), equal (0) and shallower (-1) modes at the same speaker's next turn.
+
+    Broken replies have no depth and are left out.
+    """
+    found = {}
+    for turn, switches in sorted(counts.switches_by_turn.items()):
+        changes: Counter[int] = Counter()
+        for (mode, following), number in switches.items():
+            if NO_MODE not in (mode, following):
+                changes[(following > mode) - (following < mode)] += number
+        if changes:
+            found[turn] = {change: changes[change] / changes.total() for change in DEPTH_CHANGES}
+    return found
+
+
+def _depth_figure(depths: Mapping[int, Mapping[int, float]]) -> Figure:
+    turns = tuple(depths)
+    lines = [
+        Line(name, colour, Series(turns, tuple(depths[turn][change] for turn in turns)), markers=True)
+        for change, (name, colour) in DEPTH_CHANGES.items()
+    ]
+    chart = line_chart(lines, percent=True, bottom=0)
+    return Figure("How the mode moves on", "from each turn to the same speaker's next", chart, tuple(DEPTH_CHANGES.values()))
+
+
 def switch_rows(counts: Tally) -> list[tuple[int, int, dict[int, float]]]:
     """Mode, number of turns that were followed by another, shares of the next mode."""
-    rows = [(k, counts.switches_from(k)) for k in MODE_IDS]
+    rows = [(k, switches_from(counts.switches, k)) for k in MODE_IDS]
     return [(k, sum(following.values()), shares(following)) for k, following in rows if following]
 
 

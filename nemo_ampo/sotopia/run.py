@@ -22,7 +22,7 @@ from nemo_ampo.chat import ChatClient, ChatError
 from nemo_ampo.chat.cache import ReplyFile
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.runlog import write_once, write_provenance
 from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
@@ -324,7 +324,11 @@ class _Work:
             for key in keys:
                 if self._stopping:
                     return
-                await self._episode(key)
+                try:
+                    await self._episode(key)
+                except UserError:
+                    self._stopping = True  # What stopped this episode stops the others: a budget, a full disk.
+                    raise
 
         results = await asyncio.gather(
             *(worker() for _ in range(self._plan.config.run.episodes_in_flight)), return_exceptions=True

@@ -78,7 +78,7 @@ class Tally:
         failed_turns: what the policy's turns broke, to how often.
         mode_by_turn, mode_by_relationship: turn index, or relationship, to counts per mode.
         mode_by_subset: ``all`` and ``hard`` to counts per mode.
-        switches: (mode, next mode of the same speaker in the same episode) to count.
+        switches_by_turn: turn index to (mode at that turn, mode of the same speaker's next turn) to count.
         tokens_by_turn: turn index to (sum, count) of the policy's completion tokens.
         tokens_by_mode: mode to (sum, count).
     """
@@ -101,7 +101,7 @@ class Tally:
     mode_by_turn: dict[int, Counter[int]] = field(default_factory=dict)
     mode_by_relationship: dict[int, Counter[int]] = field(default_factory=dict)
     mode_by_subset: dict[str, Counter[int]] = field(default_factory=lambda: {"all": Counter(), "hard": Counter()})
-    switches: Counter[tuple[int, int]] = field(default_factory=Counter)
+    switches_by_turn: dict[int, Counter[tuple[int, int]]] = field(default_factory=dict)
     tokens_by_turn: dict[int, tuple[int, int]] = field(default_factory=dict)
     tokens_by_mode: dict[int, tuple[int, int]] = field(default_factory=dict)
 
@@ -130,8 +130,9 @@ class Tally:
                 self.partner_turns += 1
                 self.partner_tokens += turn.completion_tokens
         for seat in seats:
-            modes = [turn.mode for turn in episode.turns_of(seat) if turn.mode is not None]
-            self.switches.update(pairwise(modes))
+            chosen = [(turn.index, turn.mode) for turn in episode.turns_of(seat) if turn.mode is not None]
+            for (index, mode), (_, following) in pairwise(chosen):
+                self.switches_by_turn.setdefault(index, Counter())[mode, following] += 1
 
     def _add_error(self, message: str) -> None:
         kind = failure_kind(message)
@@ -199,13 +200,26 @@ class Tally:
                 "by_relationship": {
                     RELATIONSHIPS[r]: _keyed(shares(self.mode_by_relationship[r])) for r in sorted(self.mode_by_relationship)
                 },
-                "switches": {str(k): _keyed(shares(self.switches_from(k))) for k in MODE_IDS if self.switches_from(k)},
+                "switches": _matrix(self.switches),
+                "switches_by_turn": {
+                    str(turn): _matrix(self.switches_by_turn[turn]) for turn in sorted(self.switches_by_turn)
+                },
             },
         }
 
-    def switches_from(self, mode: int) -> Counter[int]:
-        """Next mode of the same speaker to count, after a turn in ``mode``."""
-        return Counter({k: self.switches[mode, k] for k in MODE_IDS if self.switches[mode, k]})
+    @property
+    def switches(self) -> Counter[tuple[int, int]]:
+        """(mode, next mode of the same speaker) to count, over all turns."""
+        return sum(self.switches_by_turn.values(), Counter())
+
+
+def switches_from(switches: Counter[tuple[int, int]], mode: int) -> Counter[int]:
+    """Next mode to count, after a turn in ``mode``."""
+    return Counter({k: switches[mode, k] for k in MODE_IDS if switches[mode, k]})
+
+
+def _matrix(switches: Counter[tuple[int, int]]) -> dict[str, dict[str, float]]:
+    return {str(k): _keyed(shares(switches_from(switches, k))) for k in MODE_IDS if switches_from(switches, k)}
 
 
 def tally(results: Iterable[EpisodeResult]) -> Tally:

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,10 +22,19 @@ from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.sotopia.compare import compare_runs, comparison_csv, comparison_table
 from nemo_ampo.sotopia.overview import overview_csv, overview_table
 from nemo_ampo.sotopia.records import Episode, EpisodeResult, EpisodeStore
-from nemo_ampo.sotopia.report import RANGES, render, score_table, seed_rows, table_csv, with_interval, write_report
+from nemo_ampo.sotopia.report import (
+    RANGES,
+    depth_changes,
+    render,
+    score_table,
+    seed_rows,
+    table_csv,
+    with_interval,
+    write_report,
+)
 from nemo_ampo.sotopia.statistics import Estimate
 from nemo_ampo.sotopia.summary import RunSummary, read_summary
-from nemo_ampo.sotopia.tally import MAX_FAILURE_KINDS, OTHER_FAILURES, tally
+from nemo_ampo.sotopia.tally import MAX_FAILURE_KINDS, OTHER_FAILURES, Tally, tally
 
 
 def run_cli(*arguments: object):
@@ -145,6 +155,9 @@ def test_counts_are_those_of_the_episodes(tmp_path: Path) -> None:
         own = [t.mode for t in r.episode.turns if t.seat == r.episode.key.seat]
         pairs += sum(a == 3 and b == 1 for a, b in pairwise(own))
     assert counted.switches[3, 1] == pairs
+    assert sum(switches[3, 1] for switches in counted.switches_by_turn.values()) == pairs
+    seats = {index % 2 for index in counted.switches_by_turn}
+    assert len(counted.switches_by_turn) > 3 and seats == {0, 1}
     asked_twice = [replace(r, scores=replace(r.scores, tries=3)) for r in results[:2]]
     assert tally([*asked_twice, *results[2:]]).judge_repeats == 4
     assert counted.failed_turns["tags"] == sum(t.mode == 0 for t in policy)
@@ -461,3 +474,10 @@ def test_failures_are_counted_by_kind_with_one_example(tmp_path: Path) -> None:
     counted = tally(endless)
     assert len(counted.episode_errors) == len(counted.error_examples) == MAX_FAILURE_KINDS + 1
     assert counted.episode_errors[OTHER_FAILURES] == 1000 - MAX_FAILURE_KINDS
+
+
+def test_how_the_mode_moves_on_from_each_turn() -> None:
+    turns = ({(1, 3): 3, (3, 1): 1}, {(4, 4): 2, (4, 0): 5}, {(0, 2): 1})
+    counted = Tally(switches_by_turn={2 * i: Counter(switches) for i, switches in enumerate(turns)})
+    assert depth_changes(counted) == {0: {1: 0.75, 0: 0.0, -1: 0.25}, 2: {1: 0.0, 0: 1.0, -1: 0.0}}
+    assert counted.as_json()["modes"]["switches_by_turn"]["2"] == {"4": {"0": 5 / 7, "1": 0, "2": 0, "3": 0, "4": 2 / 7}}
