@@ -1,10 +1,12 @@
 """Megatron's local (no Transformer Engine) layer spec, quick on a CPU.
 
 The local spec repeats keys and values to all heads over the whole cache, caches keys before rotation, so that every
-decoding step rotates the whole cache again, wraps every matrix product in autograd functions that do nothing on one
-rank without gradients, and makes a new tensor of every factor. All of it is avoided here, the last three only without
-gradients; results are equal (golden tests compare with transformers). Internal names are Megatron-core 0.11.0's, which
-:mod:`nemo_ampo.compat.versions` pins.
+decoding step rotates the whole cache again, and makes a new tensor of every factor of the gated MLP. All of it is avoided
+here, the last only without gradients; results are equal (golden tests compare with transformers). Internal names are
+Megatron-core 0.11.0's, which :mod:`nemo_ampo.compat.versions` pins.
+
+The linear layers stay Megatron's: called as plain products they were quicker, but added up in another order, which the
+large activations of SmolLM2 showed as 1e-4 in the logits.
 """
 
 from __future__ import annotations
@@ -12,10 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
@@ -123,39 +123,6 @@ def _rotated(heads: torch.Tensor, angles: torch.Tensor, config: Any) -> torch.Te
     return (heads * angles.cos().to(heads.dtype)).addcmul_(heads.roll(half, -1), sine.to(heads.dtype))
 
 
-def _only_a_product() -> bool:
-    """Whether a parallel linear layer has nothing to do but multiply: no gradient to prepare, no rank to talk to."""
-    return not torch.is_grad_enabled() and parallel_state.get_tensor_model_parallel_world_size() == 1
-
-
-class QuickColumnLinear(ColumnParallelLinear):
-    """The same product as its base, called directly where that is all there is to do: 17 a step, each of them small."""
-
-    def forward(
-        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, in] to ([S, B, out], the bias where the caller adds it itself)."""
-        if weight is not None or not _only_a_product():
-            return super().forward(input_, weight, runtime_gather_output)
-        output = torch.matmul(input_, self.weight.t())
-        if self.bias is None or self.skip_bias_add:
-            return output, self.bias
-        return output.add_(self.bias), None
-
-
-class QuickRowLinear(RowParallelLinear):
-    """See :class:`QuickColumnLinear`."""
-
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[S, B, in] to ([S, B, out], the bias where the caller adds it itself)."""
-        if not _only_a_product():
-            return super().forward(input_)
-        output = torch.matmul(input_, self.weight.t())
-        if self.bias is None or self.skip_bias_add:
-            return output, self.bias
-        return output.add_(self.bias), None
-
-
 class QuickMlp(MLP):
     """SwiGLU in the memory of its own input: a fresh tensor of that size costs more than what is computed in it."""
 
@@ -175,7 +142,5 @@ def cpu_layer_spec() -> ModuleSpec:
     attention, mlp = spec.submodules.self_attention, spec.submodules.mlp
     attention.module = RotatedCacheSelfAttention
     attention.submodules.core_attention = SdpaAttention
-    attention.submodules.linear_qkv = mlp.submodules.linear_fc1 = QuickColumnLinear
-    attention.submodules.linear_proj = mlp.submodules.linear_fc2 = QuickRowLinear
     mlp.module = QuickMlp
     return spec
