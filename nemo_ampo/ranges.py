@@ -21,26 +21,22 @@ class Range:
         least: smallest allowed value.
         whole: integers only; otherwise any finite number.
         above: ``least`` itself is not allowed.
-        or_null: null is allowed too.
     """
 
     key: str
     least: float
     whole: bool = True
     above: bool = False
-    or_null: bool = False
 
     def holds(self, value: Any) -> bool:
         """Whether ``value`` is allowed."""
-        if value is None:
-            return self.or_null
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
         return math.isfinite(value) and (value > self.least if self.above else value >= self.least)
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        return f"{kind} {'above' if self.above else 'of at least'} {self.least:g}{', or null' if self.or_null else ''}"
+        return f"{kind} {'above' if self.above else 'of at least'} {self.least:g}"
 
 
 _TRAINING = (
