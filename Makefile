@@ -33,10 +33,11 @@ quickstart: setup
 smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
-# Two parts: many short tests, then the whole pipelines, which share one run; the batch jobs among them mostly wait.
+# Two parts: many short tests, then the whole pipelines, which share one run. The batch jobs among them mostly wait, so one
+# more process than there are cores.
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/pipeline -n $(TEST_PROCESSES) --dist loadfile --durations 15
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline --durations 30
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/pipeline -n $$(($(TEST_PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder --durations 30
 
 # A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
 test-peer: setup .venv-peer/.complete

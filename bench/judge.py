@@ -29,6 +29,7 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
 
 SLOTS = 64
 REFERENCE_PROCESSES = 30
+CALIBRATION_S = 4.0
 
 SERVER = """
 import asyncio, json, re, sys
@@ -173,10 +174,14 @@ class Generation:
             sum(range(2000))
 
     def slices_for(self, seconds: float) -> int:
-        self.run(100)
-        begin = time.monotonic()
-        self.run(500)
-        return max(1, round(500 * seconds / (time.monotonic() - begin)))
+        """Slices in so much time. Measured over seconds: a processor that was idle begins slowly."""
+        begin, slices = time.monotonic(), 0
+        while (took_s := time.monotonic() - begin) < CALIBRATION_S:
+            if took_s < CALIBRATION_S / 2:
+                counted_from, slices = time.monotonic(), 0
+            self.run(50)
+            slices += 50
+        return max(1, round(slices * seconds / (time.monotonic() - counted_from)))
 
 
 def overlap_part(port: int, latency_s: float) -> None:

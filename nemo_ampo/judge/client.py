@@ -7,6 +7,7 @@ repeats its mistake (reference behaviour: 0, 0, 1, 1, 1). When patience ends, :c
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from types import TracebackType
 from typing import Any
@@ -44,6 +45,7 @@ class Judge:
         self.config = config
         self._template = load_prompt(config.prompt)
         require_judge_placeholders(self._template)
+        self._turnstile = asyncio.Lock()
         self._chat = ChatClient(config, limiter=limiter, cache=cache, recording=recording_of(config, self._template))
 
     def __repr__(self) -> str:
@@ -75,7 +77,10 @@ class Judge:
             BudgetError: the job has no call or no money left.
             UserError: a replay holds no outcome of this question.
         """
-        prompt = render_judge_prompt(self._template, without_control_tokens(request))
+        async with self._turnstile:
+            # One prompt per turn of the loop: writing those of a whole batch in one go would hold up the calls under way.
+            await asyncio.sleep(0)
+            prompt = render_judge_prompt(self._template, without_control_tokens(request))
         question: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         try:
             asked = await self._chat.ask(

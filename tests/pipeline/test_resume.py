@@ -1,4 +1,4 @@
-"""A run that was stopped, killed and continued equals one that never was."""
+"""Runs that must be equal: one that was stopped, killed and continued, and one that was split over two ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from plan_check import plan_error
@@ -21,11 +22,14 @@ from nemo_ampo.runlog import read_jsonl
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY, KILLED_AFTER = 10, 5, 7
+COMPARED_STEPS = 4
 LAYOUTS = {
     "one process": (1, []),
     "data parallel": (2, []),
     "tensor parallel": (2, ["model.tensor_model_parallel_size=2"]),
+    "pipeline parallel": (2, ["model.pipeline_model_parallel_size=2"]),
 }
+RESUMED = ("one process", "data parallel", "tensor parallel")
 SMALL = [
     *("rollout.prompts_per_step=2", "rollout.group_size=8", "rollout.max_new_tokens=96", "model.global_batch_size=16"),
     *("model.micro_batch_size=4", "model.reinforce.forward_micro_batch_size=8"),
@@ -108,12 +112,34 @@ def judge_url() -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url: str, tmp_path: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def straight_run(
+    quickstart: Quickstart, judge_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Job]]:
+    """Starts the run of a layout that nothing interrupts, once; its verdicts are kept in ``verdicts.sqlite`` beside it."""
+    root, jobs = tmp_path_factory.mktemp("straight"), dict[str, Job]()
+
+    def started(name: str) -> Job:
+        if name not in jobs:
+            ranks, overrides = LAYOUTS[name]
+            folder = root / name.replace(" ", "-") / "run"
+            folder.parent.mkdir()
+            words = [f"judge.base_url={judge_url}", f"judge.cache={folder.parent / 'verdicts.sqlite'}", *SMALL, *overrides]
+            jobs[name] = Job(quickstart, folder, "ampo", words, ranks).start()
+        return jobs[name]
+
+    yield started
+    for job in jobs.values():
+        job.stop()
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_ten_steps_equal_five_a_kill_and_five(
+    quickstart: Quickstart, judge_url: str, straight_run: Callable[[str], Job], tmp_path: Path, name: str
+) -> None:
     ranks, overrides = LAYOUTS[name]
-    verdicts = tmp_path / "verdicts.sqlite"
+    straight = straight_run(name)
     arguments = ("ampo", [f"judge.base_url={judge_url}", *SMALL, *overrides], ranks)
-    straight = Job(quickstart, tmp_path / "straight", *arguments).start(f"judge.cache={verdicts}")
     broken = Job(quickstart, tmp_path / "broken", *arguments).start()
     try:
         if name == "one process":
@@ -127,9 +153,9 @@ def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url:
             refuse_other_settings(broken)
         assert straight.wait() == 0, straight.said[-4000:]
         # Nobody is asked any more: a prompt or reply that differed from the straight run's would end this one.
-        assert broken.start(f"judge.replay={verdicts}").wait() == 0, broken.said[-4000:]
+        replay = f"judge.replay={straight.folder.parent / 'verdicts.sqlite'}"
+        assert broken.start(replay).wait() == 0, broken.said[-4000:]
     finally:
-        straight.stop()
         broken.stop()
     assert f"continuing from {broken.folder}/checkpoints/step-00000{SAVE_EVERY}" in broken.said
     gap = largest_gap(broken.folder, straight.folder)
@@ -140,6 +166,27 @@ def test_ten_steps_equal_five_a_kill_and_five(quickstart: Quickstart, judge_url:
     )
     print(f"{name}: plan against measured sizes {error}")
     assert max(map(abs, error.values())) < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+def test_two_ranks_equal_one(straight_run: Callable[[str], Job], name: str) -> None:
+    alone, split = straight_run("one process"), straight_run(name)
+    assert alone.wait() == 0, alone.said[-4000:]
+    assert split.wait() == 0, split.said[-4000:]
+    ours, theirs = (rows_of_the_first_steps(job, "rollouts") for job in (split, alone))
+    assert len(ours) == COMPARED_STEPS * 16
+    for field in ("text", "reward"):
+        assert [row[field] for row in ours] == [row[field] for row in theirs], field
+    assert [row["advantage"] for row in ours] == pytest.approx([row["advantage"] for row in theirs], abs=1e-6)
+    for mine, other in zip(*(rows_of_the_first_steps(job, "metrics") for job in (split, alone)), strict=True):
+        assert mine["engine/logprob_gap"] < 1e-5
+        for metric in ("policy/loss", "policy/kl", "policy/entropy", "policy/grad_norm"):
+            assert mine[metric] == pytest.approx(other[metric], abs=1e-5), metric
+
+
+def rows_of_the_first_steps(job: Job, log: str) -> list[dict[str, Any]]:
+    """Later steps inherit the rounding of the sums of earlier ones, and may draw another token."""
+    return [row for row in read_jsonl(job.folder / f"{log}.jsonl") if row["step"] < COMPARED_STEPS]
 
 
 def interrupt_and_continue(job: Job) -> None:

@@ -109,9 +109,9 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
     before = story.trained()
     story.release(4, "TimeLimit=60")
     story.until_trained(before + 1)
-    judge = [pid for pid in cluster.step_processes("n3") if "demo_judge" in Path(f"/proc/{pid}/cmdline").read_text()]
+    judge_pid = cluster.task("demo_judge", ["n3"])
     asked = time.time()
-    os.kill(judge[0], signal.SIGKILL)
+    os.kill(judge_pid, signal.SIGKILL)
     story.wait(lambda: story.restarts() == 5, "the requeue after the judge died")
     saved, lost = story.saved_and_lost("judge killed", asked)
     assert saved > before and lost == 0

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import NODES, missing_reason, slurm_cluster
+from slurm_cluster import missing_reason, slurm_cluster
 from slurm_jobs import AMPO, Story, output, recipe, started_with_a_clone, submit, wait_for_end
 from stage_runs import ROOT, Quickstart
 
@@ -47,8 +47,7 @@ def test_the_rollout_server_is_a_group_of_the_job_and_its_death_loses_nothing(
         said = output(cluster, job)
         order = ["rollout server: answers at http://", "preflight: ok: 2 ranks", " ampo: srun"]
         assert sorted(order, key=said.index) == order
-        running = {pid for node in NODES for pid in cluster.step_processes(node)}
-        (server_pid,) = (p for p in running if "rollout_stand_in" in Path(f"/proc/{p}/cmdline").read_text())
+        server_pid = cluster.task("rollout_stand_in")
         asked = time.time()
         os.kill(server_pid, signal.SIGKILL)
         story.wait(lambda: story.restarts() == 1, "the requeue after the rollout server died")

@@ -152,6 +152,12 @@ class Cluster:
         steps = [pid for pid, line in commands().items() if re.match(r"slurmstepd: \[", line) and self._runs_on(pid, node)]
         return [*steps, *(child for pid in steps for child in descendants(pid))]
 
+    def task(self, words: str, nodes: Sequence[str] = NODES) -> int:
+        """Process id of the topmost process of a step whose command line holds ``words``."""
+        running = [pid for node in nodes for pid in self.step_processes(node)]
+        lines = commands()
+        return next(pid for pid in running if words in lines.get(pid, ""))
+
     def _runs_on(self, step_daemon: int, node: str) -> bool:
         """A step daemon's tasks carry the names of their node and of their cluster's configuration."""
         wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()}
