@@ -23,7 +23,7 @@ EVALUATION_COLUMNS = (
     "judge failed",
 )
 
-_SHORT = {f"mode {k}": f"m{k}" for k in MODES} | {"checkpoint": "model", "judge failed": "unjudged"}
+_SHORT = {f"mode {k}": f"m{k}" for k in MODES} | {"checkpoint": "model", "prompts": "set", "judge failed": "unjudged"}
 """Headings on a terminal of 80 columns."""
 
 TRAINING_METRICS = (
