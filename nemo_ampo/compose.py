@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,18 +37,16 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
         known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
         raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
     try:
-        with initialize_config_dir(str(CONFIGS / stage), version_base=None):
-            base = hydra_compose("base")
         with initialize_config_dir(str(where), version_base=None):
             cfg = hydra_compose(name, list(overrides))
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    _refuse_unknown_keys(cfg, base, overrides)
+    _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"), overrides)
     fill_preset(cfg)
     return cfg
 
 
-def _refuse_unknown_keys(cfg: DictConfig, base: DictConfig, overrides: Sequence[str]) -> None:
+def _refuse_unknown_keys(cfg: DictConfig, base: Any, overrides: Sequence[str]) -> None:
     """Hold the sections whose keys are all in ``base.yaml`` to those; one more has to be added by a ``+key=`` override.
 
     Raises:

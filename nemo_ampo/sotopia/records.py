@@ -238,6 +238,7 @@ class EpisodeStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._syncer: ThreadPoolExecutor | None = None
+        self._unsynced: UserError | None = None
 
     def path(self, key: EpisodeKey) -> Path:
         """Where an episode lives."""
@@ -366,7 +367,7 @@ class EpisodeStore:
         """Only one process may write; the lock ends with the process, however it ends.
 
         Raises:
-            UserError: another one does.
+            UserError: another one does; or, at the next record or at the end, something did not reach the disk.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("a") as lock:
@@ -380,6 +381,19 @@ class EpisodeStore:
                     yield
                 finally:
                     self._syncer = None
+            self._require_synced()
+
+    def _require_synced(self) -> None:
+        failure, self._unsynced = self._unsynced, None
+        if failure is not None:
+            raise failure
+
+    def _sync_later(self, path: Path) -> None:
+        try:
+            with _naming(path):
+                _sync(path)
+        except UserError as error:
+            self._unsynced = error
 
     def _paths(self) -> Iterator[Path]:
         root = self.folder / EPISODES_FOLDER
@@ -387,6 +401,7 @@ class EpisodeStore:
         return (path for seed in seeds for seat in SEATS for path in sorted((seed / seat).glob("*.jsonl")))
 
     def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any], durable: bool = False) -> None:
+        self._require_synced()
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
         path = self.path(key)
@@ -395,9 +410,10 @@ class EpisodeStore:
         if written != len(line):
             raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
         if durable and self._syncer is not None:
-            self._syncer.submit(_sync, path)
+            self._syncer.submit(self._sync_later, path)
         elif durable:
-            _sync(path)
+            with _naming(path):
+                _sync(path)
 
 
 @contextlib.contextmanager

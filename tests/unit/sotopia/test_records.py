@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -197,6 +200,23 @@ def test_a_full_disk_names_the_file_and_leaves_the_saved_turns(store):
     store.begin(store.read(key()).episode)
     store.add_turn(key(), turn(len(turns)))
     assert len(store.read(key()).episode.turns) == len(turns) + 1
+
+
+def test_a_record_that_does_not_reach_the_disk_is_told(store, monkeypatch):
+    path = filled(store, key(), turns=3)
+
+    def broken(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    failure = re.escape(f"{path}: cannot be written: Input/output error")
+    with pytest.raises(UserError, match=failure), store.locked():
+        store.end(key(), Termination.left)
+    with pytest.raises(UserError, match=failure):
+        store.end(key(), Termination.left)
+    monkeypatch.undo()
+    with store.locked():
+        store.end(key(), Termination.left)
 
 
 def test_a_folder_that_cannot_be_made_is_named(store):
