@@ -55,8 +55,9 @@ def test_a_setting_without_influence_on_the_numbers_may_change(override: str) ->
 
 
 def test_the_number_of_steps_counts_where_a_schedule_is_laid_over_them() -> None:
+    old, new = (settings(f"trainer.sft.max_steps={steps}", stage="bc") for steps in (800, 900))
     with pytest.raises(ConfigError, match=r"^trainer\.max_steps: 800 -> 900"):
-        check_unchanged(settings(stage="bc"), settings("trainer.sft.max_steps=900", stage="bc"), [], "")
+        check_unchanged(old, new, [], "")
 
 
 def test_other_data_and_another_reference_policy_are_refused() -> None:
