@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from stage_runs import ROOT, Quickstart
+from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.runlog import read_jsonl
@@ -92,8 +92,7 @@ def test_a_full_disk_is_an_alarm_then_a_clean_stop_and_the_same_command_continue
             f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
             *(f"checkpoint.dir={checkpoints}", f"checkpoint.max_failed_saves={FAILURES}"),
             *(f"trainer.reinforce.max_steps={STEPS}", "trainer.reinforce.save_interval=1"),
-            *("rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=64"),
-            *("model.global_batch_size=16", "model.micro_batch_size=8", "model.reinforce.forward_micro_batch_size=8"),
+            *SMALL_STEPS,
         ]
         full = Stage(command)
         assert full.alarmed.wait(300), full.said

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fault_judge import MODEL, fault_judge, fault_of, scores_of
-from stage_runs import AMPO, AMPO_STEPS, ROOT, Quickstart
+from stage_runs import AMPO, AMPO_STEPS, ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.data.episodes import read_turns
 from nemo_ampo.grammar import answer_of
@@ -35,6 +35,7 @@ def test_faults_are_masked_an_outage_stops_and_the_same_command_goes_on(quicksta
             *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
             *("guard.max_failed_fraction=0.95", "guard.step_retries=1", "guard.retry_pause_s=0"),
             *AMPO,
+            *SMALL_STEPS,
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -89,7 +90,7 @@ def test_a_signal_ends_the_wait_for_a_judge_that_is_out(quickstart: Quickstart, 
             f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
             *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.temperatures=[0.0]"),
             *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
-            *("guard.step_retries=100", "guard.retry_pause_s=3600", *AMPO),
+            *("guard.step_retries=100", "guard.retry_pause_s=3600", *AMPO, *SMALL_STEPS),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -111,7 +112,7 @@ def test_a_run_that_goes_wrong_step_after_step_ends_with_one_line(quickstart: Qu
     """No mode can have all samples, so with a limit of 1 every mode is under alarm after two steps."""
     with fault_judge(NONE) as judge:
         rules = ["guard.min_mode_share=1", "guard.collapse_steps=2", "guard.stop_on_collapse=true"]
-        finished = quickstart.ampo(tmp_path / "ampo", judge.url, f"judge.model={MODEL}", *rules)
+        finished = quickstart.ampo(tmp_path / "ampo", judge.url, f"judge.model={MODEL}", *SMALL_STEPS, *rules)
     assert finished.status == 2, finished.err
     (line,) = [line for line in finished.err.splitlines() if line.startswith("error: ")]
     assert "step 2: guard.stop_on_collapse: mode 1 and mode 2 and mode 3 and mode 4" in line

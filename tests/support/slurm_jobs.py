@@ -9,21 +9,12 @@ from typing import Any
 
 import yaml
 from slurm_cluster import Cluster, wait_for
-from stage_runs import ROOT, Quickstart
+from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.runlog import read_jsonl
 
-AMPO = [
-    "rollout.prompts_per_step=4",
-    "rollout.group_size=4",
-    "rollout.max_new_tokens=64",
-    "model.global_batch_size=16",
-    "model.micro_batch_size=8",
-    "model.reinforce.forward_micro_batch_size=8",
-    "judge.connection_retries=1",
-    "guard.retry_pause_s=1",
-]
+AMPO = [*SMALL_STEPS, "judge.connection_retries=1", "guard.retry_pause_s=1"]
 EVALUATE = ["generate.max_new_tokens=32", "data.limit=4"]
 ENVIRONMENT = {"AMPO_MIN_FREE_GB": "0.5", "AMPO_SAVE_RESERVE_S": "5"}
 

@@ -16,6 +16,11 @@ BC = [
     f"trainer.sft.val_check_interval={BC_STEPS}",
     f"trainer.sft.save_interval={BC_STEPS}",
 ]
+SMALL_STEPS = [
+    *("rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=64", "model.global_batch_size=16"),
+    *("model.micro_batch_size=8", "model.reinforce.forward_micro_batch_size=8"),
+]
+"""AMPO steps of a second, where it does not matter what is learned."""
 AMPO = [f"trainer.reinforce.max_steps={AMPO_STEPS}", "trainer.reinforce.save_interval=2"]
 
 
