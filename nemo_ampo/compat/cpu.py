@@ -36,8 +36,21 @@ TABLES = (TORCH, STUBS, FRAMEWORKS, FACTORIES)
 
 def install() -> None:
     """Apply all substitutes. Must run before the first import of NeMo, Megatron-core or NeMo-Aligner."""
-    for table in TABLES:
-        table.apply_all()
+    with _no_collections():
+        for table in TABLES:
+            table.apply_all()
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Imports make a million objects that stay; walking them again and again takes one or two seconds of every start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
@@ -113,6 +126,18 @@ def _cuda_streams() -> None:
 )
 def _tensor_cuda() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self.clone()  # type: ignore[method-assign, assignment]
+
+
+@TORCH.add(
+    "torch.compile",
+    "torch 2.13",
+    "as a decorator in NeMo and Megatron it loads the compiler, another second, and calls for a C++ compiler; eager instead",
+)
+def _no_compiler() -> None:
+    def compile(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else lambda function: function
+
+    torch.compile = compile
 
 
 @TORCH.add(
