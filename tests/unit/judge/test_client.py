@@ -19,8 +19,10 @@ from tenacity import RetryCallState
 
 from nemo_ampo.chat import ChatClient
 from nemo_ampo.chat.completion import CallError
+from nemo_ampo.chat.transport import Transport
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeStats, Verdict
+from nemo_ampo.judge import client as judge_client
 from nemo_ampo.prompts import read_judge_prompt
 
 KEY = "sk-do-not-show-4711"
@@ -65,6 +67,29 @@ def test_a_verdict_and_what_was_sent(tools: Any) -> None:
     assert (stats.prompt_tokens, stats.completion_tokens) == (100, 20)
     assert stats.latency_mean_s is not None and stats.latency_mean_s > 0
     assert stats.latency_mean_s == stats.latency_p50_s == stats.latency_p95_s
+
+
+def test_the_first_call_is_sent_before_the_last_prompt_of_a_batch_is_written(
+    tools: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    send, write = Transport.post, judge_client.render_judge_prompt
+
+    async def post(self: Transport, *arguments: Any) -> str:
+        events.append("sent")
+        return await send(self, *arguments)
+
+    def render(*arguments: Any) -> str:
+        events.append("written")
+        return write(*arguments)
+
+    monkeypatch.setattr(Transport, "post", post)
+    monkeypatch.setattr(judge_client, "render_judge_prompt", render)
+    server = tools.serve(tools.verdict(7, 3))
+    outcomes, _ = ask(tools.config(server.base_url), *[tools.request(f"Turn {n}") for n in range(40)])
+    assert outcomes == [Verdict(7.0, 3.0, "one", "two")] * 40
+    assert (events.count("written"), events.count("sent")) == (40, 40)
+    assert events.index("sent") < 20 and "written" in events[20:]
 
 
 def test_a_dialogue_with_a_lone_surrogate_can_be_sent(tools: Any) -> None:
