@@ -202,13 +202,16 @@ def overlap_part(port: int, latency_s: float) -> None:
         for number in range(calls):
             generation.run(slices)
             futures.append(judge.submit(request(number)))
+        waiting_from = time.monotonic()
         for future in futures:
             future.result()
-        together_s = time.monotonic() - begin
+        together_s, waited_s = time.monotonic() - begin, time.monotonic() - waiting_from
     added_s = together_s - generation_s
     print(f"overlap   {calls} calls of {latency_s:g} s, {SLOTS} slots, beside {generation_s:.1f} s of generation")
     print(f"  the judge, after it            {judge_s:6.2f} s")
     print(f"  the judge, beside it           {added_s:6.2f} s more; {added_s / judge_s:.0%} of the serial time")
+    # The rest is a generation that took another time than alone: the judge's share of the processor, and the host's moods.
+    print(f"  waiting after the last reply   {waited_s:6.2f} s; {waited_s / judge_s:.0%}; one call takes {latency_s:g} s")
 
 
 def broker_part(times: int) -> None:
