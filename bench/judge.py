@@ -29,7 +29,7 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
 
 SLOTS = 64
 REFERENCE_PROCESSES = 30
-CALIBRATION_S = 4.0
+CALIBRATION_S = 2.0
 
 SERVER = """
 import asyncio, json, re, sys
@@ -174,14 +174,15 @@ class Generation:
             sum(range(2000))
 
     def slices_for(self, seconds: float) -> int:
-        """Slices in so much time. Measured over seconds: a processor that was idle begins slowly."""
+        self._slices_per_s()  # a processor that was idle begins slowly
+        return max(1, round(seconds * self._slices_per_s()))
+
+    def _slices_per_s(self) -> float:
         begin, slices = time.monotonic(), 0
-        while (took_s := time.monotonic() - begin) < CALIBRATION_S:
-            if took_s < CALIBRATION_S / 2:
-                counted_from, slices = time.monotonic(), 0
+        while time.monotonic() - begin < CALIBRATION_S:
             self.run(50)
             slices += 50
-        return max(1, round(slices * seconds / (time.monotonic() - counted_from)))
+        return slices / (time.monotonic() - begin)
 
 
 def overlap_part(port: int, latency_s: float) -> None:

@@ -238,7 +238,7 @@ def read_weights(reader: GGUFReader, config: LlamaConfig, source: Path) -> dict[
             raise UserError(f"{source}: tensor {tensor.name} has no place in a {ARCHITECTURE} model")
         try:
             weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # gguf's own word for a quantisation it cannot read
             raise UserError(f"{source}: tensor {tensor.name}: {error}") from error
         if name.endswith("q_proj.weight"):
             weight = _half_rotation(weight, config.num_attention_heads)

@@ -390,8 +390,7 @@ class EpisodeStore:
 
     def _sync_later(self, path: Path) -> None:
         try:
-            with _naming(path):
-                _sync(path)
+            _sync(path)
         except UserError as error:
             self._unsynced = error
 
@@ -412,8 +411,7 @@ class EpisodeStore:
         if durable and self._syncer is not None:
             self._syncer.submit(self._sync_later, path)
         elif durable:
-            with _naming(path):
-                _sync(path)
+            _sync(path)
 
 
 @contextlib.contextmanager
@@ -435,11 +433,12 @@ def _write(path: Path, line: bytes) -> int:
 
 
 def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    with _naming(path):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
