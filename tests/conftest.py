@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+
+import pytest
 
 # A shell starts background jobs with SIGINT ignored, and processes of the tests would inherit that: Ctrl-C is tested too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Keeps a figure for the end of the output, where those of passing tests are seen too."""
+    return lambda figure: record_property("measured", figure)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists what the tests measured, in the order they ended."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    figures = [str(value) for report in reports for key, value in report.user_properties if key == "measured"]
+    if figures:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(figures))

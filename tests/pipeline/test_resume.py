@@ -135,7 +135,12 @@ def straight_run(
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_ten_steps_equal_five_a_kill_and_five(
-    quickstart: Quickstart, judge_url: str, straight_run: Callable[[str], Job], tmp_path: Path, name: str
+    quickstart: Quickstart,
+    judge_url: str,
+    straight_run: Callable[[str], Job],
+    tmp_path: Path,
+    measured: Callable[[str], None],
+    name: str,
 ) -> None:
     ranks, overrides = LAYOUTS[name]
     straight = straight_run(name)
@@ -159,12 +164,12 @@ def test_ten_steps_equal_five_a_kill_and_five(
         broken.stop()
     assert f"continuing from {broken.folder}/checkpoints/step-00000{SAVE_EVERY}" in broken.said
     gap = largest_gap(broken.folder, straight.folder)
-    print(f"{name}: largest differences {gap}")
+    measured(f"resume, {name}: largest differences {gap}")
     assert max(gap.values()) <= 1e-5
     error = plan_error(
         straight.folder, "ampo", "tiny", [*SMALL, *overrides], ranks, quickstart.folder / "bc" / "policy.nemo"
     )
-    print(f"{name}: plan against measured sizes {error}")
+    measured(f"tiny, {name}: plan against measured sizes {error}")
     assert max(map(abs, error.values())) < 0.1
 
 

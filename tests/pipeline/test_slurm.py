@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,9 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def test_sbatch_runs_the_whole_pipeline_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+def test_sbatch_runs_the_whole_pipeline_on_two_nodes(
+    cluster: Cluster, tmp_path: Path, measured: Callable[[str], None]
+) -> None:
     run_dir = tmp_path / "run"
     few = [f"trainer.sft.{key}=10" for key in ("max_steps", "val_check_interval", "save_interval")]
     path = recipe(tmp_path, run_dir, bc={"config": "tiny", "overrides": ["model.micro_batch_size=16", *few]})
@@ -54,7 +56,9 @@ def test_sbatch_runs_the_whole_pipeline_on_two_nodes(cluster: Cluster, tmp_path:
     assert (status.attempts, status.running, status.last_error) == (1, False, "")
     logs = run_dir / "logs" / f"{job}-0"
     assert {f"ampo-rank{rank}.log" for rank in (0, 1)} <= {path.name for path in logs.iterdir()}
-    assert "preflight: ok: 2 ranks, CPU" in (logs / "preflight.log").read_text()
+    preflight = (logs / "preflight.log").read_text()
+    assert "preflight: ok: 2 ranks, CPU" in preflight
+    measured(preflight.strip().splitlines()[-1])
     assert json.loads((run_dir / "ampo" / "provenance.json").read_text())["world_size"] == 2
     assert [row["step"] for row in read_jsonl(run_dir / "ampo" / "metrics.jsonl")] == [0, 1]
     assert json.loads((run_dir / "evaluate" / "ampo.json").read_text())["summary"]["all"]["samples"] == 4
@@ -70,7 +74,9 @@ def test_sbatch_runs_the_whole_pipeline_on_two_nodes(cluster: Cluster, tmp_path:
 
 
 @pytest.mark.timeout(1800)
-def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: Quickstart, tmp_path: Path) -> None:
+def test_nothing_is_lost_whatever_ends_an_attempt(
+    cluster: Cluster, quickstart: Quickstart, tmp_path: Path, measured: Callable[[str], None]
+) -> None:
     run_dir = tmp_path / "run"
     started_with_a_clone(quickstart, run_dir)
     length = [f"trainer.reinforce.max_steps={STEPS}", f"trainer.reinforce.save_interval={SAVE_EVERY}"]
@@ -83,7 +89,7 @@ def test_nothing_is_lost_whatever_ends_an_attempt(cluster: Cluster, quickstart: 
         # More than is left of the limit: over after the first step, by the trainer's own clock.
         reserve.write_text("export AMPO_SAVE_RESERVE_S=1000\n")
     job = submit(cluster, "ampo.sh", str(path), options=WARNED, servers=1, AMPO_JUDGE_COMMAND=command)
-    story = Story(cluster, run_dir, job)
+    story = Story(cluster, run_dir, job, measured)
     story.wait(lambda: cluster.state(job) == "RUNNING", "the start")
     began = time.time()
     story.wait(lambda: story.restarts() == 1, "the time limit", 180)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def stand_in(folder: Path) -> Path:
 
 
 def test_the_rollout_server_is_a_group_of_the_job_and_its_death_loses_nothing(
-    quickstart: Quickstart, tmp_path: Path
+    quickstart: Quickstart, tmp_path: Path, measured: Callable[[str], None]
 ) -> None:
     run_dir = tmp_path / "run"
     started_with_a_clone(quickstart, run_dir)
@@ -41,7 +42,7 @@ def test_the_rollout_server_is_a_group_of_the_job_and_its_death_loses_nothing(
     server = {"ROLLOUT_PYTHON": str(stand_in(tmp_path)), "ROLLOUT_GPUS": "0", "AMPO_RANKS_PER_NODE": "2"}
     with slurm_cluster() as cluster:
         job = submit(cluster, "ampo.sh", str(path), options=["--time=30"], servers=2, nodes=1, **server)
-        story = Story(cluster, run_dir, job)
+        story = Story(cluster, run_dir, job, measured)
         story.wait(lambda: cluster.state(job) == "RUNNING", "the start")
         story.until_trained(2)
         said = output(cluster, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,9 @@ def test_two_steps_on_real_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["bc", "ampo"])
-def test_the_plan_knew_the_sizes(folder: Path, stage: str) -> None:
+def test_the_plan_knew_the_sizes(folder: Path, stage: str, measured: Callable[[str], None]) -> None:
     error = plan_error(folder / stage, stage, "smollm2_135m", [], 1, folder / "nemo" / "base.nemo")
-    print(f"{stage}: plan against measured sizes {error}")
+    measured(f"SmolLM2, {stage}: plan against measured sizes {error}")
     assert max(map(abs, error.values())) < 0.1
 
 

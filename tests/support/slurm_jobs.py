@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def wait_for_end(cluster: Cluster, job: str, seconds: float = 300) -> str:
 class Story:
     """One job whose attempts end in different ways."""
 
-    def __init__(self, cluster: Cluster, run_dir: Path, job: str) -> None:
-        self.cluster, self.run_dir, self.job = cluster, run_dir, job
+    def __init__(self, cluster: Cluster, run_dir: Path, job: str, measured: Callable[[str], None]) -> None:
+        self.cluster, self.run_dir, self.job, self.measured = cluster, run_dir, job, measured
         self.ampo = run_dir / "ampo"
 
     def trained(self) -> int:
@@ -81,9 +82,8 @@ class Story:
 
     def shorten(self) -> None:
         """A limit that ends one to two minutes from now: Slurm's next look is a warning."""
-        minutes, seconds = self.cluster.job(self.job)["RunTime"].split(":")[-2:]
+        minutes = self.cluster.job(self.job)["RunTime"].split(":")[-2]
         self.update(f"TimeLimit={int(minutes) + 2}")
-        print(f"limit shortened to {int(minutes) + 2} min after {minutes}:{seconds}")
 
     def update(self, *changes: str) -> None:
         """Of every component of the job, as an operator would."""
@@ -94,10 +94,11 @@ class Story:
         self.wait(lambda: self.trained() >= steps, f"{steps} steps", 240)
 
     def saved_and_lost(self, what: str, asked: float) -> tuple[int, int]:
-        """Step of the newest checkpoint, and steps trained beyond it; both are printed, with the seconds since ``asked``."""
+        """Step of the newest checkpoint and steps trained beyond it, kept as figures with the seconds since ``asked``."""
         newest = Store(self.ampo / "checkpoints").resumable()[0]
         lost = self.trained() - newest.step
-        print(f"{what}: checkpoint at {newest.step}, lost {lost}, written {newest.manifest.written - asked:.1f} s after")
+        waited = newest.manifest.written - asked
+        self.measured(f"{what}: checkpoint at step {newest.step}, {lost} steps lost, published {waited:.1f} s after")
         return newest.step, lost
 
     def warnings(self) -> list[float]:
