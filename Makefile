@@ -8,7 +8,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Two shared cores: spinning OpenMP threads would slow every process down.
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
-TEST_PROCESSES ?= 2
+# The batch jobs among the tests mostly wait: one more than there are cores.
+TEST_PROCESSES ?= 3
 
 .PHONY: setup quickstart smollm2 test test-peer lint format bench clean
 
@@ -33,11 +34,8 @@ quickstart: setup
 smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
-# Two parts: many short tests, then the whole pipelines, which share one run. The batch jobs among them mostly wait, so one
-# more process than there are cores.
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline --durations 30
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests/pipeline -n $$(($(TEST_PROCESSES) + 1)) --dist loadfile --no-loadscope-reorder --durations 30
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 30
 
 # A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
 test-peer: setup .venv-peer/.complete

@@ -10,8 +10,8 @@ turns, J judge calls, concurrency C and L turns in the longest dialogue the idea
 
 latencies: the last dialogues to end are scored one latency after their last turn, and no scoring begins before a first
 dialogue of L turns is over. Everything real is included: prompts, records on disk, reading replies. What a process does
-once, loading libraries, is timed apart. With several ``--seeds`` the peak memory shows that it does not grow with the number
-of episodes.
+once, loading libraries and reading the configuration, is not. With several ``--seeds`` the peak memory shows that it does
+not grow with the number of episodes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from nemo_ampo.compose import compose
 from nemo_ampo.config import read_config
 from nemo_ampo.serve.local import server_process
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
-from nemo_ampo.sotopia.plan import make_plan
+from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate
 
 LONGEST_DIALOGUE = 20
-LIBRARIES = ("openai", "httpx2", "aiohttp")
+LIBRARIES = ("openai", "aiohttp", "uvloop")
 SERVER = Path(__file__).resolve().parent.parent / "tests" / "support" / "rule_server.py"
 
 
-def run(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> None:
+def plan(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> Plan:
     overrides = [
         *("episode.pairing=self_play", "partner.base_url=", "partner.model=", "policy.modes=true"),
         *(f"run.dir={folder}", f"run.seeds={seeds}", f"data.sotopia_dir={args.sotopia_dir}"),
@@ -50,9 +50,7 @@ def run(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> No
     ]
     config = read_config(compose("sotopia", "api", overrides), SotopiaConfig)
     check_sotopia(config)
-    outcome = evaluate(make_plan(config))
-    if not outcome.complete:
-        sys.exit(f"{outcome.line()}: {outcome.failures}")
+    return make_plan(config)
 
 
 def counts(url: str) -> dict[str, Any]:
@@ -91,10 +89,13 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
     ):
         for done, seed in enumerate(args.seeds, start=1):
+            planned = plan(folder, url, args, args.seeds[:done])
             before, cpu, started = counts(url), time.process_time(), time.perf_counter()
-            run(folder, url, args, args.seeds[:done])
+            outcome = evaluate(planned)
             wall, cpu = time.perf_counter() - started, time.process_time() - cpu
             after = counts(url)
+            if not outcome.complete:
+                sys.exit(f"{outcome.line()}: {outcome.failures}")
             models = ("rule-speaker", "rule-judge")
             turns, judged = (after["models"][model] - before["models"].get(model, 0) for model in models)
             server_cpu = after["processor_s"] - before["processor_s"]

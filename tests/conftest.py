@@ -7,9 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
+LONGEST = ("test_slurm", "test_smollm2", "test_resume", "test_sotopia_run", "test_slurm_rollout", "test_engine_contract")
+
 # A shell starts background jobs with SIGINT ignored, and processes of the tests would inherit that: Ctrl-C is tested too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one at the end; the first mostly waits for Slurm."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture

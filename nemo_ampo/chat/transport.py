@@ -1,9 +1,9 @@
 """HTTP to a chat API: one request, one body of bounded size, or :class:`CallError`.
 
-The ``openai`` package makes the headers and the HTTP client (over aiohttp) of each key, once. A call goes to that HTTP
-client directly: what the package does per call (its options model, headers anew, retries that know nothing of our limits)
-takes as much processor time again, and a judge beside a training loop does not have more. Only this file knows the
-package and its errors.
+A request is what the ``openai`` package would send: its client makes the headers of each key, once, and its extra for
+aiohttp brings the connections. What the package does per call (options model, headers anew, two HTTP layers, retries that
+know nothing of our limits) takes several times the processor time of the exchange itself, and a judge beside a training
+loop does not have it; so the body is handed to aiohttp directly. Only this file knows either package.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import json
 import time
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nemo_ampo.chat.completion import CallError, one_line
 
 if TYPE_CHECKING:
-    import httpx2
+    import aiohttp
 
 MAX_BODY_BYTES = 8 * 2**20
 """A longer answer is not read to its end."""
@@ -49,7 +48,7 @@ class Transport:
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
         self._timeout_s = timeout_s
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._lines: dict[tuple[str, str | None], _Line] = {}
+        self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
 
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
         """Body of the answer to a JSON request; see :meth:`get` for errors."""
@@ -66,8 +65,8 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for line in self._lines.values():
-            await line.client.aclose()
+        for session in self._sessions.values():
+            await session.close()
 
     def redact(self, text: str) -> str:
         """``text`` without secrets."""
@@ -76,23 +75,23 @@ class Transport:
         return text
 
     async def _exchange(self, method: str, url: str, key: str, content: bytes | None = None) -> str:
-        import httpx2  # It takes half a second, and is only needed to talk.
+        import aiohttp  # It takes a third of a second, and is only needed to talk.
 
-        line = self._line(key, _proxy_for(url))
-        # Not the client's own way to make one, which parses the address and merges the headers anew each time.
-        request = httpx2.Request(method, _parsed(url), headers=line.headers, content=content)
+        session = self._session(key, _proxy_for(url))
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await line.client.send(request, stream=True)
+            async with (
+                asyncio.timeout(self._timeout_s),
+                session.request(method, url, data=content, allow_redirects=False) as response,
+            ):
                 body = self.redact(await _read(response))
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
-        except (httpx2.RequestError, _UnusableBodyError) as error:
+        except (aiohttp.ClientError, OSError, _UnusableBodyError) as error:
             failure = self._no_answer(error)
         else:
-            if response.is_success:
+            if 200 <= response.status < 300:
                 return body
-            failure = self._failure(response.status_code, body, response.headers.get("Retry-After", ""))
+            failure = self._failure(response.status, body, response.headers.get("Retry-After", ""))
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
@@ -114,70 +113,56 @@ class Transport:
             retry_after_s=read_retry_after(retry_after),
         )
 
-    def _line(self, key: str, proxy: str | None) -> _Line:
-        if (key, proxy) not in self._lines:
-            self._lines[key, proxy] = _open_line(key, proxy)
-        return self._lines[key, proxy]
+    def _session(self, key: str, proxy: str | None) -> aiohttp.ClientSession:
+        if (key, proxy) not in self._sessions:
+            self._sessions[key, proxy] = _open_session(key, proxy)
+        return self._sessions[key, proxy]
 
 
-@dataclass(frozen=True)
-class _Line:
-    """An HTTP client with its connections, and the headers of every request."""
+def _open_session(key: str, proxy: str | None) -> aiohttp.ClientSession:
+    """Connections, and the headers of every request."""
+    import aiohttp
 
-    client: httpx2.AsyncClient
-    headers: httpx2.Headers
-
-
-def _open_line(key: str, proxy: str | None) -> _Line:
-    import httpx2
-    import openai
-
-    client = openai.DefaultAioHttpClient(
+    return aiohttp.ClientSession(
         # How many connections there may be is the limiter's business.
-        limits=httpx2.Limits(max_connections=10**5, keepalive_expiry=_KEEP_ALIVE_S),
-        timeout=None,
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        headers=_headers(key),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
         proxy=proxy,
         # Else the library would also read passwords from .netrc.
         trust_env=False,
-        follow_redirects=False,
     )
-    nowhere = "http://every.request.has.its.own.address"
-    package = openai.AsyncOpenAI(api_key=key or "none", base_url=nowhere, http_client=client)
-    made = {**package.default_headers, **(package.auth_headers if key else {})}
+
+
+def _headers(key: str) -> dict[str, str]:
+    import openai
+
+    with openai.OpenAI(api_key=key or "none", base_url="http://every.request.has.its.own.address") as package:
+        made = {**package.default_headers, **(package.auth_headers if key else {})}
     said = {name: text for name, text in made.items() if isinstance(text, str) and not name.startswith(_UNSAID)}
-    headers = httpx2.Headers(client.headers)
-    headers.update({**said, "Accept-Encoding": "identity"})  # Answers are short; a few packed bytes may be gigabytes.
-    return _Line(client, headers)
-
-
-@functools.cache
-def _parsed(url: str) -> httpx2.URL:
-    import httpx2
-
-    return httpx2.URL(url)
+    return {**said, "Accept-Encoding": "identity"}  # Answers are short; a few packed bytes may be gigabytes.
 
 
 class _UnusableBodyError(Exception):
     """The body is not read to its end; the message says what it is."""
 
 
-async def _read(response: httpx2.Response) -> str:
+async def _read(response: aiohttp.ClientResponse) -> str:
     """The body as text. Always UTF-8, whatever a header claims, as JSON is; what is no UTF-8 becomes a sign for it.
 
     Raises:
         _UnusableBodyError: it is too long, or packed although that was not asked for.
     """
+    packed = response.headers.get("Content-Encoding", "identity")
+    if packed.lower() != "identity":
+        raise _UnusableBodyError(f"packed ({one_line(packed, 20)}), which was not asked for")
     body = bytearray()
-    try:
-        packed = response.headers.get("Content-Encoding", "identity")
-        if packed.lower() != "identity":
-            raise _UnusableBodyError(f"packed ({one_line(packed, 20)}), which was not asked for")
-        async for chunk in response.aiter_bytes():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise _UnusableBodyError(f"longer than {MAX_BODY_BYTES // 2**20} MiB")
-    finally:
-        await response.aclose()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise _UnusableBodyError(f"longer than {MAX_BODY_BYTES // 2**20} MiB")
     return body.decode("utf-8", "replace")
 
 

@@ -146,7 +146,9 @@ def run(config: JobConfig, situations: Situations) -> Summary:
         ConfigError: teacher or judge cannot be reached.
         DataError: the rows hold evaluation situations, which must not happen.
     """
-    return asyncio.run(_run(config, situations))
+    import uvloop
+
+    return uvloop.run(_run(config, situations))
 
 
 async def _run(config: JobConfig, situations: Situations) -> Summary:

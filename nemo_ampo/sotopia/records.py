@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ class EpisodeStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._open: dict[EpisodeKey, FileIO] = {}
         self._syncer: ThreadPoolExecutor | None = None
         self._unsynced: UserError | None = None
 
@@ -381,6 +383,8 @@ class EpisodeStore:
                     yield
                 finally:
                     self._syncer = None
+                    for key in list(self._open):
+                        self._open.pop(key).close()
             self._require_synced()
 
     def _require_synced(self) -> None:
@@ -403,15 +407,25 @@ class EpisodeStore:
         self._require_synced()
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
-        path = self.path(key)
+        file = self._open.get(key) or self._opened(key)
+        path = Path(file.name)
         with _naming(path):
-            written = _write(path, line)
+            written = file.write(line)
         if written != len(line):
             raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
-        if durable and self._syncer is not None:
+        if not durable:
+            return
+        self._open.pop(key).close()
+        if self._syncer is not None:
             self._syncer.submit(self._sync_later, path)
-        elif durable:
+        else:
             _sync(path)
+
+    def _opened(self, key: EpisodeKey) -> FileIO:
+        """The file of an episode, open until its next durable record."""
+        path = self.path(key)
+        with _naming(path):
+            return self._open.setdefault(key, path.open("ab", buffering=0))
 
 
 @contextlib.contextmanager
@@ -421,15 +435,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def _write(path: Path, line: bytes) -> int:
-    """Append; returns the bytes written, which a full disk makes fewer than asked for."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        return os.write(file, line)
-    finally:
-        os.close(file)
 
 
 def _sync(path: Path) -> None:

@@ -123,12 +123,14 @@ def evaluate(plan: Plan) -> Outcome:
         ConfigError: an endpoint is not there, or the result folder was made with another protocol.
         UserError: a local server does not come up, a budget is spent, another process writes to the folder.
     """
+    import uvloop
+
     config = plan.config
     store = EpisodeStore(config.run.dir)
     with store.locked(), contextlib.ExitStack() as servers:
         _hold_to_protocol(plan, store, write=False)
         agents = None if config.run.judge_only else tuple(_reachable(plan, servers))
-        return asyncio.run(_evaluate(plan, store, agents))
+        return uvloop.run(_evaluate(plan, store, agents))
 
 
 def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:

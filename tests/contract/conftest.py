@@ -1,31 +1,27 @@
-"""Runs ``contract_jobs.py`` once per family, and once on two ranks; importing NeMo takes seconds."""
+"""Runs ``contract_jobs.py`` once per family, and once on two ranks."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_process import convert, run_nemo
+from tiny_hf import write_model
 
 JOBS = Path(__file__).parent / "contract_jobs.py"
+STAND_IN = JOBS.parents[1] / "support" / "trtllm_stand_in"
+VOCAB = 516  # more than the tokenizer's 259 tokens, and divisible by two ranks
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""A scaling that bites within the tests' short prompts, with the 32 positions below."""
 
 
 def measure(family: str, folder: Path, ranks: int = 1) -> dict[str, Any]:
-    starter = [sys.executable]
-    if ranks > 1:
-        starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    process = subprocess.run(
-        [*starter, str(JOBS), family, str(folder)],
-        cwd=JOBS.parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-6000:]
+    changes = {"rope_scaling": ROPE | {"original_max_position_embeddings": 32}} if family == "llama" else {}
+    convert(write_model(folder / "hf", family, tied=False, vocab_size=VOCAB, **changes), folder / "model.nemo", STAND_IN)
+    finished = run_nemo([JOBS, family, folder], ranks, STAND_IN)
+    assert finished.status == 0, finished.err[-6000:]
     return json.loads((folder / "results.json").read_text())
 
 

@@ -1,15 +1,14 @@
-"""``contract_jobs.py FAMILY FOLDER``: the engine contract on one model family, all engines in one process.
+"""``contract_jobs.py FAMILY FOLDER``: the engine contract on the model in a folder, all engines in one process.
 
 Measures and writes ``results.json``; the assertions are in the test files. Every engine draws with the project's own
 sampler (TensorRT-LLM is a stand-in that executes the weights it is given), so the Megatron engine is an exact oracle.
-Under torchrun the ranks share one model, tensor-parallel.
+Two ranks share one model, tensor-parallel.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,35 +18,18 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-SUPPORT = HERE.parent / "support"
-sys.path[:0] = [str(SUPPORT), str(SUPPORT / "trtllm_stand_in"), str(HERE.parent / "unit/converters")]
-
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 MAIN = os.environ.get("RANK", "0") == "0"
-VOCAB = 516  # more than the tokenizer's 259 tokens, and divisible by two ranks
+FAMILY, FOLDER = sys.argv[1], Path(sys.argv[2])
+VOCAB = json.loads((FOLDER / "hf/config.json").read_text())["vocab_size"]
 MAX_PROMPT, MAX_NEW, ROWS = 40, 24, 128
 LENGTHS = (5, 9, 1, 30, 12, 17)
 
 
-def open_session(family: str, folder: Path) -> tuple[Any, Path]:
-    """An actor on a tiny random model of the family, and its Hugging Face files."""
-    from tiny_hf import write_model
-
+def open_session() -> tuple[Any, Path]:
+    """An actor on the model of the folder, and its Hugging Face files."""
     from nemo_ampo import compat
 
-    nemo = folder / "model.nemo"
-    if MAIN and not nemo.is_file():
-        # A scaling that bites within the tests' short prompts, and one-sided biases.
-        rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        changes = {"rope_scaling": rope | {"original_max_position_embeddings": 32}} if family == "llama" else {}
-        hf = write_model(folder / "hf", family, tied=False, vocab_size=VOCAB, **changes)
-        partial = folder / "partial.nemo"
-        convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(partial)]
-        torchrun = ("TORCHELASTIC", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_")
-        alone = {k: v for k, v in os.environ.items() if not k.startswith(torchrun)}
-        subprocess.run([*convert, "--no-verify"], check=True, env=alone)
-        partial.rename(nemo)
     compat.setup("cpu")
     from nemo_ampo.algorithm import AlgorithmConfig
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
@@ -55,14 +37,11 @@ def open_session(family: str, folder: Path) -> tuple[Any, Path]:
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
-    while not nemo.is_file():
-        import time
-
-        time.sleep(0.2)
+    nemo = FOLDER / "model.nemo"
     overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4"]
     cfg = compose("ampo", "tiny", [*overrides, f"model.tensor_model_parallel_size={RANKS}"])
-    assets = unpack_assets(str(nemo), folder / "assets")
-    prepare_config(cfg, folder / "run", str(nemo), assets, "cpu")
+    assets = unpack_assets(str(nemo), FOLDER / "assets")
+    prepare_config(cfg, FOLDER / "run", str(nemo), assets, "cpu")
     session = open_session(cfg, "reinforce", AmpoActor, str(nemo), 8, keep_reference=True)
     session.model.algorithm = AlgorithmConfig(kl_coef=0.01)
     return session, assets
@@ -562,22 +541,21 @@ def forget_moments(optimizer: Any) -> None:
 
 
 def main() -> None:
-    family, folder = sys.argv[1], Path(sys.argv[2])
-    session, assets = open_session(family, folder)
+    session, assets = open_session()
     from nemo_ampo.rollout import ENGINES
 
     with ExitStack() as stack:
-        engines = Engines(session, assets, folder, stack)
+        engines = Engines(session, assets, FOLDER, stack)
         results: dict[str, Any] = {name: engine_checks(session, engines, name) for name in ENGINES}
         if RANKS == 1:
-            results["mutations"] = mutations(session, engines, family)
-            results["doctor"] = doctor_checks(session, engines, family)
+            results["mutations"] = mutations(session, engines, FAMILY)
+            results["doctor"] = doctor_checks(session, engines, FAMILY)
             results["steps"] = {name: two_steps(session, engines, name) for name in ENGINES}
             results["seed without sample"] = {name: duplicates_without_sample(session, engines, name) for name in ENGINES}
         else:
             results["unequal"] = unequal_calls(engines)
     if MAIN:
-        (folder / "results.json").write_text(json.dumps(results))
+        (FOLDER / "results.json").write_text(json.dumps(results))
 
 
 def unequal_calls(engines: Engines) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Run under torchrun with two ranks: what each data-parallel rank would train on, upstream's way and ours."""
+"""Run with two ranks: what each data-parallel rank would train on, upstream's way and ours."""
 
 from __future__ import annotations
 

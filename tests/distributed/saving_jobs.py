@@ -1,6 +1,6 @@
 """``saving_jobs.py FOLDER SMALL_DISK``: saving and restoring a real NeMo model under every layout, full disk and kill -9.
 
-One process imports NeMo and forks the ranks of each job. Writes ``results.json``; the assertions are in
+One process forks the ranks of each job. Writes ``results.json``; the assertions are in
 ``test_saving.py``. SMALL_DISK is a folder on a file system with room for about one and a half checkpoints, or ``-``.
 """
 
@@ -11,17 +11,13 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests/unit/converters"), str(ROOT / "tests/support")]
-
-from forking import fork  # noqa: E402
+from forking import fork_ranks
 
 FOLDER = Path(sys.argv[1])
 LAYOUTS = {
@@ -36,22 +32,13 @@ KILLS = 10
 
 
 def launch(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[int]:
-    """Fork the ranks of one job with the environment torchrun would give them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [fork(lambda r=rank: _as_rank(r, ranks, port, function, arguments)) for rank in range(ranks)]  # type: ignore[misc]
+    """Fork the ranks of one job."""
+    return fork_ranks(lambda: function(*arguments), ranks)
 
 
 def run(function: Callable[..., None], *arguments: Any, ranks: int = 1) -> None:
     statuses = [os.waitpid(pid, 0)[1] for pid in launch(function, *arguments, ranks=ranks)]
     assert not any(statuses), f"{function.__name__}{arguments}: {statuses}"
-
-
-def _as_rank(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "saving", "GROUP_RANK": "0"}
-    function(*arguments)
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------

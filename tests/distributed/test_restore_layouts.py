@@ -1,25 +1,20 @@
 """One converted file, every parallel layout: NeMo-Aligner's own loading, log-probs against transformers.
 
-NeMo takes seconds to import, so one process imports it, converts, and then forks the ranks of each layout in
-turn; the ranks see the environment that torchrun would give them.
+One process converts, and then forks the ranks of each layout in turn; the ranks see the environment that torchrun would
+give them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests/unit/converters"), str(ROOT / "tests/support")]
-
-from forking import fork  # noqa: E402
+from forking import fork, fork_ranks
+from nemo_process import run_nemo
 
 CASES = {
     "llama-untied": ("llama", False, {}),
@@ -36,14 +31,8 @@ NUM_PROMPTS, PROMPT_TOKENS = 2, 300
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("layouts")
-    process = subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-8000:]
+    finished = run_nemo([__file__, folder])
+    assert finished.status == 0, finished.out[-4000:] + finished.err[-8000:]
     return json.loads((folder / "results.json").read_text())
 
 
@@ -130,30 +119,18 @@ def _convert(folder: Path, case: str, family: str, tied: bool, changes: dict[str
 
 def _launch(folder: Path, tp: int, pp: int) -> None:
     """Fork the ranks of one layout, wait for all, fail if one fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     size = tp * pp
-    pids = [fork(lambda rank=rank: _rank(folder, tp, pp, rank, size, port)) for rank in range(size)]
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    statuses = [os.waitpid(pid, 0)[1] for pid in fork_ranks(lambda: _rank(folder, tp, pp, size), size)]
     assert statuses == [0] * size, f"tp{tp} pp{pp}: {statuses}"
 
 
-def _rank(folder: Path, tp: int, pp: int, rank: int, size: int, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "layouts",
-    }
+def _rank(folder: Path, tp: int, pp: int, size: int) -> None:
     import torch
 
     from nemo_ampo.checkpoint.nemo_file import save_nemo, unpack_assets
     from nemo_ampo.training.padding import mask_padded_vocab
 
+    rank = int(os.environ["RANK"])
     for case in CASES:
         assets = unpack_assets(folder / f"{case}.nemo", folder / f"{case}-{tp}{pp}-assets")
         model, sft = _restore(folder / f"{case}.nemo", assets, tp, pp, size)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_process import run_nemo
 
 from nemo_ampo.job.plan import ModelShape, state_bytes
 
@@ -36,14 +35,8 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, small_disk: Path | None) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("saving")
-    process = subprocess.run(
-        [sys.executable, str(HERE / "saving_jobs.py"), str(folder), str(small_disk or "-")],
-        cwd=HERE.parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    finished = run_nemo([HERE / "saving_jobs.py", folder, small_disk or "-"])
+    assert finished.status == 0, finished.out[-2000:] + finished.err[-6000:]
     return json.loads((folder / "results.json").read_text())
 
 

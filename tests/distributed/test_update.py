@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nemo_process import convert, run_nemo
+from tiny_hf import write_model
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests/unit/converters"))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    from tiny_hf import write_model
-
     folder = tmp_path_factory.mktemp("update")
-    hf = write_model(folder / "hf", "qwen2", True)
-    convert = ["converters.hf_to_nemo", "--input", str(hf), "--output", str(folder / "model.nemo"), "--no-verify"]
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(__file__).parent / "update_jobs.py")]
-    for command in (convert, [*launch, str(folder)]):
-        process = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr[-4000:]
+    convert(write_model(folder / "hf", "qwen2", True), folder / "model.nemo")
+    finished = run_nemo([Path(__file__).parent / "update_jobs.py", folder], ranks=2)
+    assert finished.status == 0, finished.err[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,4 +1,4 @@
-"""Run under torchrun with two ranks: one mean over both replicas, and a gradient that is not finite on one of them."""
+"""Run with two ranks: one mean over both replicas, and a gradient that is not finite on one of them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ Measures and writes ``results.json``; the assertions are in the test files. The 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +14,14 @@ from typing import Any
 import torch
 
 FOLDER = Path(sys.argv[1])
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests/unit/converters"))
 
 
 def open_actor() -> tuple[Any, Any]:
-    """A tiny Qwen2-shaped actor and the transformers model it was converted from."""
-    from tiny_hf import write_model
+    """The folder's actor and the transformers model it was converted from."""
     from transformers import AutoModelForCausalLM
 
     from nemo_ampo import compat
 
-    hf = write_model(FOLDER / "hf", "qwen2", True)
-    convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", str(FOLDER / "model.nemo")]
-    subprocess.run([*convert, "--no-verify"], check=True)
     compat.setup("cpu")
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
     from nemo_ampo.compose import compose
@@ -40,7 +33,7 @@ def open_actor() -> tuple[Any, Any]:
     nemo = str(FOLDER / "model.nemo")
     prepare_config(cfg, FOLDER / "run", nemo, unpack_assets(nemo, FOLDER / "assets"), "cpu")
     session = open_session(cfg, "reinforce", AmpoActor, nemo, 8, keep_reference=True)
-    return session, AutoModelForCausalLM.from_pretrained(hf).eval()
+    return session, AutoModelForCausalLM.from_pretrained(FOLDER / "hf").eval()
 
 
 def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:

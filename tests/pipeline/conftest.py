@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from stage_runs import Finished, Quickstart, quickstart_command, run
-
-LONGEST = ("test_slurm.py", "test_smollm2.py", "test_resume.py")
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker is left alone with one at the end; the first only waits for Slurm."""
-
-    def rank(item: pytest.Item) -> int:
-        first = item.path.parent == HERE and item.path.name in LONGEST
-        return LONGEST.index(item.path.name) if first else len(LONGEST)
-
-    items.sort(key=rank)
+from nemo_process import Finished
+from stage_runs import Quickstart, quickstart_command, run
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_process import Finished, run_nemo
+
 ROOT = Path(__file__).parents[2]
 BC_STEPS, AMPO_STEPS = 240, 4
 BC = [
@@ -22,15 +24,6 @@ SMALL_STEPS = [
 ]
 """AMPO steps of a second, where it does not matter what is learned."""
 AMPO = [f"trainer.reinforce.max_steps={AMPO_STEPS}", "trainer.reinforce.save_interval=2"]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A process that ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 def run(command: Sequence[str], ranks: int = 1, threads: int = 1) -> Finished:
@@ -64,4 +57,4 @@ class Quickstart:
             ),
             *(*AMPO, *overrides),
         ]
-        return run(command, ranks)
+        return run_nemo(command, ranks)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from nemo_process import run_nemo
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,8 @@ class Jobs:
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     folder = tmp_path_factory.mktemp("converters")
-    root = HERE.parents[2]
-    process = subprocess.run(
-        [sys.executable, str(HERE / "nemo_jobs.py"), str(folder)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-6000:]
+    finished = run_nemo([Path(__file__).parent / "nemo_jobs.py", folder])
+    assert finished.status == 0, finished.err[-6000:]
     results = json.loads((folder / "results.json").read_text())
     return Jobs(folder, {name: Outcome(**result) for name, result in results.items()})
 

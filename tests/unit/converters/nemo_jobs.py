@@ -1,4 +1,4 @@
-"""``nemo_jobs.py FOLDER``: every command that needs NeMo, in one process, because importing it takes seconds.
+"""``nemo_jobs.py FOLDER``: every command that needs NeMo, in one process.
 
 Writes the models, what each command printed and its exit status into the folder; the tests look at those.
 """
