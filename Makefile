@@ -8,8 +8,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Two shared cores: spinning OpenMP threads would slow every process down.
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
-# The batch jobs among the tests mostly wait: one more than there are cores.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 .PHONY: setup quickstart smollm2 test test-peer lint format bench clean
 
@@ -34,8 +33,12 @@ quickstart: setup
 smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
+# Two parts: many short tests, then the whole pipelines, which share one run. The batch jobs among them mostly wait, so one
+# more process than there are cores.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --dist loadfile --no-loadscope-reorder --durations 30
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations 30
+	@$(TEST) -n $(TEST_PROCESSES) --ignore tests/pipeline
+	@$(TEST) -n $$(($(TEST_PROCESSES) + 1)) tests/pipeline
 
 # A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
 test-peer: setup .venv-peer/.complete
@@ -58,7 +61,7 @@ format: setup
 	@$(RUN) -m ruff format .
 
 bench: setup
-	@for script in bench/*.py; do $(RUN) $$script || exit 1; done
+	@for script in bench/[!_]*.py; do $(RUN) $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-peer runs build *.egg-info

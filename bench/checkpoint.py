@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _tiny_session import open_tiny
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -30,27 +30,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def open_model(folder: Path) -> Any:
     """A session that saves, with optimizer states in place."""
-    from nemo_ampo import compat
-    from nemo_ampo.checkpoint.config import CheckpointConfig
-    from nemo_ampo.compose import compose
-    from nemo_ampo.world.pack import make_pack
-    from nemo_ampo.world.tiny_model import TinyModel, make_tiny_checkpoint
-
-    make_pack(folder / "pack", seed=1, num_bc=200, num_rl=50, num_heldout=50)
-    sizes = TinyModel(hidden=576, layers=8, heads=9, kv_heads=3, ffn=1536)
-    hf = make_tiny_checkpoint(folder / "hf", folder / "pack", 1, sizes)
-    nemo = str(folder / "model.nemo")
-    convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", nemo, "--no-verify"]
-    subprocess.run(convert, check=True)
-    compat.setup("cpu")
-    from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.training.actor import AmpoActor
-    from nemo_ampo.training.session import Keep, open_session, prepare_config
-
-    cfg = compose("ampo", "tiny", [])
-    prepare_config(cfg, folder / "run", nemo, unpack_assets(nemo, folder / "assets"), "cpu")
-    keep = Keep(folder / "run", CheckpointConfig(keep_best=0), {})
-    session = open_session(cfg, "reinforce", AmpoActor, nemo, 128, False, keep)
+    session, _ = open_tiny(folder, saves=True, hidden=576, layers=8, heads=9, kv_heads=3, ffn=1536)
     for module in session.model.get_model_module_list():
         for p in module.parameters():
             p.main_grad.normal_()

@@ -11,8 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from _tiny_session import open_tiny
 
 ROWS, PROMPT, NEW, TURNS = 128, 96, 64, 5
 
@@ -39,26 +38,10 @@ def open_both(folder: Path) -> tuple[Any, Any, Any]:
     """Our engine, its model's output layer, and the transformers model it was converted from."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_ampo import compat
-    from nemo_ampo.compose import compose
-    from nemo_ampo.world.pack import make_pack
-    from nemo_ampo.world.tiny_model import TinyModel, make_tiny_checkpoint
-
-    make_pack(folder / "pack", seed=1, num_bc=200, num_rl=50, num_heldout=50)
-    sizes = TinyModel(hidden=128, layers=4, heads=4, kv_heads=2, ffn=512)
-    hf = make_tiny_checkpoint(folder / "hf", folder / "pack", 1, sizes)
-    nemo = str(folder / "model.nemo")
-    convert = [sys.executable, "-m", "converters.hf_to_nemo", "--input", str(hf), "--output", nemo, "--no-verify"]
-    subprocess.run(convert, check=True)
-    compat.setup("cpu")
-    from nemo_ampo.checkpoint.nemo_file import unpack_assets
+    session, hf = open_tiny(folder, hidden=128, layers=4, heads=4, kv_heads=2, ffn=512)
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.training.actor import AmpoActor
-    from nemo_ampo.training.session import open_session, prepare_config
 
-    cfg = compose("ampo", "tiny", [])
-    prepare_config(cfg, folder / "run", nemo, unpack_assets(nemo, folder / "assets"), "cpu")
-    model = open_session(cfg, "reinforce", AmpoActor, nemo, ROWS, False).model
+    model = session.model
     (module,) = model.get_model_module_list()
     return MegatronEngine(model, ROWS), module.output_layer, AutoModelForCausalLM.from_pretrained(hf).eval()
 

@@ -106,6 +106,7 @@ PACKAGES: tuple[Package, ...] = (
         Package(name, module, True, _SETUP)
         for name, module in (
             ("openai", "openai"),
+            ("aiohttp", "aiohttp"),
             ("fastapi", "fastapi"),
             ("hydra-core", "hydra"),
             ("jinja2", "jinja2"),
@@ -117,6 +118,7 @@ PACKAGES: tuple[Package, ...] = (
             ("tenacity", "tenacity"),
             ("typer", "typer"),
             ("uvicorn", "uvicorn"),
+            ("uvloop", "uvloop"),
         )
     ),
     Package("gguf", "gguf", False, "for converters.gguf_to_hf; pip install gguf"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 from omegaconf import DictConfig
@@ -15,6 +16,14 @@ from recipes.launch import main
 CAPS = Caps("raw", True, 8, 5, 9, 300, True, False)
 SAMPLING = SamplingSpec(max_new_tokens=4, stop_token_ids=(0,))
 STAGE = ["run.name=x", "run.checkpoint=c", "run.dir=r", "data.turns=t"]
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_as_before() -> Iterator[None]:
+    """A stage that stopped ignores it until its process ends, which is the one of the tests here."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def raising(error: BaseException) -> Callable[[DictConfig], bool]:

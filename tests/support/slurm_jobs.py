@@ -98,7 +98,8 @@ class Story:
         newest = Store(self.ampo / "checkpoints").resumable()[0]
         lost = self.trained() - newest.step
         waited = newest.manifest.written - asked
-        self.measured(f"{what}: checkpoint at step {newest.step}, {lost} steps lost, published {waited:.1f} s after")
+        when = f"{abs(waited):.1f} s {'after' if waited > 0 else 'before'}"
+        self.measured(f"{what}: checkpoint at step {newest.step}, published {when}, {lost} steps lost")
         return newest.step, lost
 
     def warnings(self) -> list[float]:

@@ -9,31 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from nemo_process import run_nemo
-
-
-@dataclass(frozen=True)
-class Outcome:
-    status: int
-    out: str
-    err: str
+from nemo_process import Finished, run_nemo
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """What ``nemo_jobs.py`` left behind."""
+    """What ``converter_jobs.py`` left behind."""
 
     folder: Path
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, Finished]
 
 
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     folder = tmp_path_factory.mktemp("converters")
-    finished = run_nemo([Path(__file__).parent / "nemo_jobs.py", folder])
+    finished = run_nemo(["converter_jobs", folder])
     assert finished.status == 0, finished.err[-6000:]
     results = json.loads((folder / "results.json").read_text())
-    return Jobs(folder, {name: Outcome(**result) for name, result in results.items()})
+    return Jobs(folder, {name: Finished(**result) for name, result in results.items()})
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The three commands on whole models; what they printed comes from one process (see ``nemo_jobs.py``)."""
+"""The three commands on whole models; what they printed comes from one process (see ``converter_jobs.py``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nemo_jobs import CASES
+from converter_jobs import CASES
 
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
 

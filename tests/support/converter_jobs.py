@@ -1,4 +1,4 @@
-"""``nemo_jobs.py FOLDER``: every command that needs NeMo, in one process.
+"""``converter_jobs.py FOLDER``: every command that needs NeMo, in one process.
 
 Writes the models, what each command printed and its exit status into the folder; the tests look at those.
 """
