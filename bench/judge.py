@@ -32,7 +32,9 @@ from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
 SLOTS = 64
 REFERENCE_PROCESSES = 30
 CALIBRATION_S, ROUNDS = 2.0, 3
-# One thread generates, as on a rank of the recipes on a CPU; the server, which in a real run is elsewhere, has the other core.
+LONGER = 1.2
+"""Generation by judging: a shorter one would leave verdicts to wait for, however well the two overlap."""
+# One thread generates, as on a rank of the recipes on a CPU. The server, in a real run elsewhere, has the other core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 SERVER = """
@@ -190,13 +192,13 @@ class Generation:
 
 
 def overlap_part(port: int, latency_s: float) -> None:
-    """256 replies that end evenly over a generation as long as the judging; both one after the other, then at once.
+    """256 replies that end evenly over a generation a little longer than the judging.
 
     The speed of a shared machine changes from minute to minute: a generation beside the judge is compared with the mean of
     those alone before and after it.
     """
     calls, settings, generation = 256, config(port, latency_s), Generation()
-    slices = generation.slices_for(math.ceil(calls / SLOTS) * latency_s / calls)
+    slices = generation.slices_for(LONGER * math.ceil(calls / SLOTS) * latency_s / calls)
 
     def generate(judge: JudgeThread | None = None) -> tuple[float, float]:
         """Seconds of the generation, and of the wait for the last verdict after it."""
@@ -225,9 +227,8 @@ def overlap_part(port: int, latency_s: float) -> None:
     ]
     shares = [seconds / judge_s for seconds in added]
     waited_s = statistics.median(waited for _, waited in beside)
-    print(
-        f"overlap   {calls} calls of {latency_s:g} s, {SLOTS} slots, beside {min(alone):.1f} to {max(alone):.1f} s of generation"
-    )
+    length = f"{min(alone):.1f} to {max(alone):.1f} s"
+    print(f"overlap   {calls} calls of {latency_s:g} s, {SLOTS} slots, beside {length} of generation")
     print(f"  the judge, after it            {judge_s:6.2f} s")
     print(
         f"  the judge, beside it           {statistics.median(added):6.2f} s more; {statistics.median(shares):.0%} of the "
