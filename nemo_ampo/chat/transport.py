@@ -1,9 +1,9 @@
 """HTTP to a chat API: one request, one body of bounded size, or :class:`CallError`.
 
-A request is what the ``openai`` package would send: its client makes the headers of each key, once, and its extra for
-aiohttp brings the connections. What the package does per call (options model, headers anew, two HTTP layers, retries that
-know nothing of our limits) takes several times the processor time of the exchange itself, and a judge beside a training
-loop does not have it; so the body is handed to aiohttp directly. Only this file knows either package.
+A request has the headers that the ``openai`` package would send, made by its client once for each key. What the package does
+per call (an options model, headers anew, two HTTP layers, retries that know nothing of our limits) takes several times the
+processor time of the exchange itself, and a judge beside a training loop does not have it: bodies are handed to aiohttp
+directly. Only this file knows either package.
 """
 
 from __future__ import annotations
