@@ -24,8 +24,6 @@ import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import uvloop
-
 from nemo_ampo.chat.broker import Broker, BrokerClient
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
@@ -149,9 +147,9 @@ def limiter_part(port: int, calls: int, latency_s: float) -> None:
     print(f"limiter   {calls} calls of {latency_s * 1000:.0f} ms, {SLOTS} slots, ideal {ideal_s:.2f} s")
     floor_s = asyncio.run(bare(port, calls, latency_s))
     print(f"  bare sockets, same server      {floor_s:6.2f} s   {floor_s / ideal_s:5.2f} x ideal")
-    took_s = uvloop.run(ours(settings, calls))
+    took_s = asyncio.run(ours(settings, calls))
     print(f"  this client                    {took_s:6.2f} s   {took_s / ideal_s:5.2f} x ideal")
-    remote_s = uvloop.run(through_broker(settings, calls))
+    remote_s = asyncio.run(through_broker(settings, calls))
     print(f"  this client, limits of a job   {remote_s:6.2f} s   {remote_s / ideal_s:5.2f} x ideal")
     sdk_s = asyncio.run(sdk(settings, calls))
     if sdk_s is not None:

@@ -38,14 +38,12 @@ class JudgeThread:
     """
 
     def __init__(self, judge: Judge, second: Judge | None = None) -> None:
-        import uvloop
-
         self._judge = judge
         self._second = second
         self._lock = threading.Lock()
         self._open = True
         self._stop = asyncio.Event()
-        self._loop = uvloop.new_event_loop()
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
         self._thread.start()
 
