@@ -127,7 +127,7 @@ def _open_session(key: str, proxy: str | None) -> aiohttp.ClientSession:
         # How many connections there may be is the limiter's business.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         headers=_headers(key),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        timeout=aiohttp.ClientTimeout(),  # None: ours is around the whole exchange.
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         proxy=proxy,

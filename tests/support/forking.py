@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
+
+from nemo_ampo.serve.local import free_port
 
 
 def fork(function: Callable[[], None]) -> int:
@@ -28,7 +29,7 @@ def fork(function: Callable[[], None]) -> int:
 
 def fork_ranks(function: Callable[[], None], ranks: int) -> list[int]:
     """Pids of children that run ``function``, each in the environment that torchrun would give it."""
-    port = free_port()
+    port = free_port("127.0.0.1")
 
     def as_rank(rank: int) -> None:
         os.environ |= torchrun_environment(rank, ranks, port)
@@ -42,10 +43,3 @@ def torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     size = str(ranks)
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
     return places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

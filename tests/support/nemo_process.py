@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from forking import free_port, torchrun_environment
+from forking import torchrun_environment
+
+from nemo_ampo.serve.local import free_port
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -113,7 +115,7 @@ def main() -> None:
     added = {name: text for name, text in os.environ.items() if before.get(name) != text}
     for line in sys.stdin:
         command = Command(**json.loads(line))
-        port, pids = free_port(), []
+        port, pids = free_port("127.0.0.1"), []
         for rank in range(command.ranks):
             sys.stdout.flush()
             pid = os.fork()
@@ -133,7 +135,7 @@ def _become(command: Command, rank: int, port: int) -> None:
     os.environ.update(command.environment)
     if command.ranks > 1:
         os.environ |= torchrun_environment(rank, command.ranks, port)
-    sys.argv = list(command.words)
+    sys.argv = command.words
     if command.words[0].endswith(".py"):
         sys.path.insert(0, str(Path(command.words[0]).parent))
         runpy.run_path(command.words[0], run_name="__main__")
@@ -142,12 +144,12 @@ def _become(command: Command, rank: int, port: int) -> None:
 
 
 def _wait(pids: list[int]) -> list[int]:
-    """Statuses in the order of the ranks; the first that fails ends the others, as under torchrun."""
+    """Statuses in the order of the ranks; one that fails ends the others, as under torchrun."""
     statuses: dict[int, int] = {}
     while len(statuses) < len(pids):
         pid, status = os.wait()
         statuses[pid] = os.waitstatus_to_exitcode(status)
-        if statuses[pid] and not any(list(statuses.values())[:-1]):
+        if statuses[pid]:
             for other in set(pids) - set(statuses):
                 os.kill(other, signal.SIGTERM)
     return [statuses[pid] for pid in pids]

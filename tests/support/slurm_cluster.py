@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_ampo.serve.local import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SEARCH = os.pathsep.join(["/usr/sbin", "/usr/local/sbin", os.environ.get("PATH", "")])
 NODES = ("n1", "n2", "n3")
@@ -78,12 +80,6 @@ def missing_reason() -> str | None:
     return None
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @dataclass
 class Cluster:
     """The daemons and the commands that talk to them."""
@@ -104,11 +100,12 @@ class Cluster:
         prolog.chmod(0o755)
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=8 RealMemory=8000 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port('127.0.0.1')} CPUs=8 RealMemory=8000 "
+            "State=UNKNOWN"
             for name in NODES
         )
         (self.folder / "slurm.conf").write_text(
-            CONFIG.format(folder=self.folder, host=host, controller_port=free_port(), nodes=nodes)
+            CONFIG.format(folder=self.folder, host=host, controller_port=free_port("127.0.0.1"), nodes=nodes)
         )
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))

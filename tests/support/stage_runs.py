@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_process import Finished, run_nemo
+from nemo_process import ROOT, Finished, run_nemo
 
-ROOT = Path(__file__).parents[2]
 BC_STEPS, AMPO_STEPS = 240, 4
 BC = [
     f"trainer.sft.max_steps={BC_STEPS}",

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import logging
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeStats, Verdict
 from nemo_ampo.judge import client as judge_client
 from nemo_ampo.prompts import read_judge_prompt
+from nemo_ampo.serve.local import free_port
 
 KEY = "sk-do-not-show-4711"
 KEY_VARIABLE = "TEST_JUDGE_KEY"
@@ -45,12 +45,6 @@ def check(config: JudgeConfig) -> None:
             await judge.check()
 
     asyncio.run(run())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_verdict_and_what_was_sent(tools: Any) -> None:
@@ -228,7 +222,7 @@ def test_an_answer_that_trickles_in_byte_by_byte_is_a_timeout_too(tools: Any) ->
 
 
 def test_nobody_listens(tools: Any) -> None:
-    config = tools.config(f"http://127.0.0.1:{free_port()}/v1", connection_retries=2)
+    config = tools.config(f"http://127.0.0.1:{free_port('127.0.0.1')}/v1", connection_retries=2)
     (error,), stats = ask(config, tools.request())
     assert isinstance(error, JudgeError) and error.kind == "connection"
     assert (stats.calls, stats.retries, stats.failures) == (3, {"connection": 2}, {"connection": 1})
@@ -424,7 +418,7 @@ def test_check_works_where_models_are_not_listed_at_all(tools: Any) -> None:
 
 
 def test_check_says_in_one_line_that_nobody_listens(tools: Any) -> None:
-    base_url = f"http://127.0.0.1:{free_port()}/v1"
+    base_url = f"http://127.0.0.1:{free_port('127.0.0.1')}/v1"
     with pytest.raises(UserError) as caught:
         check(tools.config(base_url, connection_retries=1000))
     message = str(caught.value)

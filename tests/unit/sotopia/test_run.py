@@ -153,13 +153,14 @@ def test_agents_of_one_model_at_one_address_share_a_budget(url: str, tmp_path: P
 
 def test_an_unreadable_answer_is_not_asked_for_again_after_a_kill(tmp_path: Path, folder: Path) -> None:
     run = tmp_path / "run"
-    with server_process(SERVER, what="the rule server", start_timeout_s=60) as url:
+    # Slow enough that both questions are there before the first of them is answered.
+    with server_process([*SERVER, "--latency-ms", "1000"], what="the rule server", start_timeout_s=60) as url:
         assert evaluate(plan(*words(url, run, folder, "run.subset=hard"))).complete
         again = words(url, run, folder, "run.subset=hard", "run.judge_only=true", "judge.name=second")
         again += ["judge.model=second-try-judge"]
-        hold_after(url, 1)  # one first try is answered; whatever comes next waits
+        hold_after(url, 2)  # both first tries are answered, both second ones wait
         process = start(*again)
-        wait_until(lambda: kept(run) == 1, process)
+        wait_until(lambda: kept(run) == 2, process)
         process.kill()
         process.communicate()
         hold_after(url, 0)
