@@ -1,6 +1,6 @@
 """SOTOPIA episodes against a server with a fixed latency: how close is a run to the ideal schedule?
 
-    python -m bench.episodes --sotopia-dir DIR [--latency-ms 50] [--concurrency 64]
+    python bench/episodes.py --sotopia-dir DIR [--latency-ms 50] [--concurrency 64]
 
 450 episodes of 20 turns in self-play, each scored once; speakers and judge answer by rule after ``--latency-ms``, in a
 process of their own. Speakers and judge have ``--concurrency`` calls in flight each, and work beside each other. With T
@@ -26,19 +26,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
+
+from _server import chat_server
 
 from nemo_ampo.compose import compose
 from nemo_ampo.config import read_config
-from nemo_ampo.serve.local import server_process
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate
 
 LONGEST_DIALOGUE = 20
-LIBRARIES = ("openai", "aiohttp", "uvloop")
-SERVER = Path(__file__).resolve().parent.parent / "tests" / "support" / "rule_server.py"
+LIBRARIES = ("openai", "pyreqwest.client", "uvloop")
 
 
 def plan(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> Plan:
@@ -83,11 +82,8 @@ def main() -> None:
         print("episodes: not run; it needs a SOTOPIA folder, --sotopia-dir or SOTOPIA_DIR")
         return
     print(f"start-up: {load_libraries():.2f} s for {', '.join(LIBRARIES)}", flush=True)
-    command = [sys.executable, str(SERVER), "--latency-ms", str(args.latency_ms), "--patience", "100"]
-    with (
-        server_process(command, what="the rule server", start_timeout_s=60) as url,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with chat_server("episodes", f"--latency-ms={args.latency_ms}") as port, tempfile.TemporaryDirectory() as folder:
+        url = f"http://127.0.0.1:{port}/v1"
         for done, seed in enumerate(args.seeds, start=1):
             planned = plan(folder, url, args, args.seeds[:done])
             before, cpu, started = counts(url), time.process_time(), time.perf_counter()

@@ -17,12 +17,12 @@ import math
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from _server import chat_server
 
 from nemo_ampo.chat.broker import Broker, BrokerClient
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
@@ -36,32 +36,6 @@ LONGER = 1.2
 """Generation by judging: a shorter one would leave verdicts to wait for, however well the two overlap."""
 # One thread generates, as on a rank of the recipes on a CPU. The server, in a real run elsewhere, has the other core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-SERVER = """
-import asyncio, json, re, sys
-verdict = {"agent1": {"reasoning": "r " * 100, "score": 7}, "agent2": {"reasoning": "s " * 100, "score": 3}}
-usage = {"prompt_tokens": 800, "completion_tokens": 200}
-body = json.dumps({"choices": [{"message": {"content": json.dumps(verdict)}}], "usage": usage}).encode()
-answer = b"HTTP/1.1 200 OK\\r\\nContent-Type: application/json\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body
-
-class Slow(asyncio.Protocol):
-    # No web framework: what is measured is the client.
-    def connection_made(self, transport):
-        self.transport, self.data = transport, b""
-    def data_received(self, data):
-        self.data += data
-        head, end, rest = self.data.partition(b"\\r\\n\\r\\n")
-        if end and len(rest) >= int(re.search(rb"(?i)content-length: (\\d+)", head)[1]):
-            self.data = b""
-            asyncio.get_running_loop().call_later(float(head.split(b"/")[1]), self.transport.write, answer)
-
-async def main():
-    server = await asyncio.get_running_loop().create_server(Slow, "127.0.0.1", 0, backlog=2048)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-asyncio.run(main())
-"""
 
 
 def request(number: int) -> JudgeRequest:
@@ -267,16 +241,10 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="calls of 5 s in the overlap part (three minutes)")
     parser.add_argument("--calls", type=int, default=1000, help="of the limiter part")
     arguments = parser.parse_args()
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as server:
-        try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline())
-            limiter_part(port, arguments.calls, 0.2)
-            overlap_part(port, 5.0 if arguments.full else 0.5)
-            broker_part(2000)
-        finally:
-            server.terminate()
+    with chat_server("verdicts") as port:
+        limiter_part(port, arguments.calls, 0.2)
+        overlap_part(port, 5.0 if arguments.full else 0.5)
+        broker_part(2000)
 
 
 if __name__ == "__main__":

@@ -108,22 +108,23 @@ def parse_reply(text: str, *, strict: bool = False) -> Reply:
     Raises:
         FormatError: with the first rule of :data:`FORMAT_RULES` that fails.
     """
-    mode = next((k for k, skeleton in _SKELETONS.items() if skeleton.opening in text), None)
-    if mode is None:
-        raise FormatError("level", "no 'Thinking Level: K' line with the opening tag of that level below it")
-    skeleton = _SKELETONS[mode]
-    positions = _positions_of_single("tags", skeleton.tags, text)
-    if any(later <= earlier for earlier, later in pairwise(positions)):
-        raise FormatError("order", f"the tags of level {mode} are not in their order")
-    _check_answer(text)
+    mode, thinking = _examined(text)
     # Cut at the bare tags, not at their lines: where one stands inside the quotes the two readings differ,
     # and this is the one that the reference hands to the judge.
     answer = text.split(BEGIN_ANSWER)[-1].split(END_ANSWER)[0].strip()
-    thinking = _sections(text[positions[0] : positions[1]], skeleton) if skeleton.landmarks else {}
-    reply = Reply(mode, answer, thinking)
+    reply = Reply(mode, answer, _sections(thinking, _SKELETONS[mode]) if thinking else {})
     if strict:
         _check_strict(reply, text)
     return reply
+
+
+def mode_of(text: str) -> int:
+    """``parse_reply(text).mode``, for whoever needs no more of it.
+
+    Raises:
+        FormatError: as :func:`parse_reply` does.
+    """
+    return _examined(text)[0]
 
 
 def mode_line(text: str, mode: int) -> tuple[int, int]:
@@ -144,6 +145,25 @@ def answer_of(text: str, *, strict: bool = False) -> str | None:
         return None
 
 
+def _examined(text: str) -> tuple[int, str]:
+    """Mode of a reply that obeys the grammar, and where its sections stand: from the opening to the end of the thinking."""
+    mode = next((k for k, skeleton in _SKELETONS.items() if skeleton.opening in text), None)
+    if mode is None:
+        raise FormatError("level", "no 'Thinking Level: K' line with the opening tag of that level below it")
+    skeleton = _SKELETONS[mode]
+    positions = _positions_of_single("tags", skeleton.tags, text)
+    if any(later <= earlier for earlier, later in pairwise(positions)):
+        raise FormatError("order", f"the tags of level {mode} are not in their order")
+    _check_answer(text)
+    if not skeleton.landmarks:
+        return mode, ""
+    thinking = text[positions[0] : positions[1]]
+    places = _positions_of_single("sections", skeleton.landmarks, thinking)
+    if places != sorted(places):
+        raise FormatError("sections", "the sections are not in their order")
+    return mode, thinking
+
+
 def _positions_of_single(rule: str, needles: tuple[str, ...], text: str) -> list[int]:
     for needle in needles:
         count = text.count(needle)
@@ -159,9 +179,6 @@ def _check_answer(text: str) -> None:
 
 
 def _sections(thinking: str, skeleton: _Skeleton) -> dict[str, str]:
-    positions = _positions_of_single("sections", skeleton.landmarks, thinking)
-    if positions != sorted(positions):
-        raise FormatError("sections", "the sections are not in their order")
     headings = list(skeleton.heading.finditer(thinking))
     ends = [heading.start() for heading in headings[1:]] + [len(thinking)]
     return {heading[1]: thinking[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)}

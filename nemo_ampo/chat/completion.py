@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from nemo_ampo.errors import ChatError
 from nemo_ampo.prompts.template import utf8_safe
 
@@ -76,7 +78,7 @@ def read_completion(body: str) -> Completion:
         CallError: of kind ``parse``, if it is not a chat completion.
     """
     try:
-        record = json.loads(body)
+        record = _json(body)
     except (ValueError, RecursionError):
         raise _no_completion(body) from None
     usage = _usage(record)
@@ -101,6 +103,13 @@ def read_completion(body: str) -> Completion:
         completion_tokens=usage[1],
         finish_reason=utf8_safe(finish) if isinstance(finish, str) else None,
     )
+
+
+def _json(body: str) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:  # it knows no lone surrogates, which a model's bytes can become
+        return json.loads(body)
 
 
 def split_thoughts(content: str) -> tuple[str, str | None]:

@@ -2,31 +2,35 @@
 
 A request has the headers that the ``openai`` package would send, made by its client once for each key. What the package does
 per call (an options model, headers anew, two HTTP layers, retries that know nothing of our limits) takes several times the
-processor time of the exchange itself, and a judge beside a training loop does not have it: bodies are handed to aiohttp
-directly. Only this file knows either package.
+processor time of the exchange itself, and a judge beside a training loop does not have it: bodies are handed to pyreqwest
+directly, which talks in a thread of its own, beside Python's. Only this file knows either package.
 """
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
 import functools
 import json
 import time
 import urllib.request
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import orjson
 
 from nemo_ampo.chat.completion import CallError, one_line
 
 if TYPE_CHECKING:
-    import aiohttp
+    from pyreqwest.client import Client
+    from pyreqwest.exceptions import PyreqwestError
+    from pyreqwest.response import Response
 
 MAX_BODY_BYTES = 8 * 2**20
 """A longer answer is not read to its end."""
 
-_KEEP_ALIVE_S = 4.0
+_KEEP_ALIVE = timedelta(seconds=4)
 """Below the 5 s after which uvicorn, and so vLLM, closes a silent connection: never send into a closing one."""
 
 _UNSAID = ("OpenAI-Organization", "OpenAI-Project", "X-Stainless-")
@@ -48,12 +52,11 @@ class Transport:
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
         self._timeout_s = timeout_s
         self._secrets = tuple(secret for secret in secrets if secret)
-        self._sessions: dict[tuple[str, str | None], aiohttp.ClientSession] = {}
+        self._clients: dict[tuple[str, str | None], Client] = {}
 
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
         """Body of the answer to a JSON request; see :meth:`get` for errors."""
-        body = json.dumps(payload, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        return await self._exchange("POST", url, key, body.encode("utf-8", "replace"))
+        return await self._exchange("POST", url, key, _as_json(payload))
 
     async def get(self, url: str, key: str) -> str:
         """Body of the answer.
@@ -65,8 +68,8 @@ class Transport:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for session in self._sessions.values():
-            await session.close()
+        for client in self._clients.values():
+            await client.close()
 
     def redact(self, text: str) -> str:
         """``text`` without secrets."""
@@ -75,31 +78,32 @@ class Transport:
         return text
 
     async def _exchange(self, method: str, url: str, key: str, content: bytes | None = None) -> str:
-        import aiohttp  # It takes a third of a second, and is only needed to talk.
+        from pyreqwest.exceptions import PyreqwestError  # Only needed to talk.
 
-        session = self._session(key, _proxy_for(url))
+        request = self._client(key, _proxy_for(url)).request(method, url)
+        if content is not None:
+            request.body_bytes(content)
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                session.request(method, url, data=content, allow_redirects=False) as response,
-            ):
+            async with request.build_streamed() as response:
+                status, retry_after = response.status, response.get_header("Retry-After")
                 body = self.redact(await _read(response))
         except TimeoutError:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
-        except (aiohttp.ClientError, OSError, _UnusableBodyError) as error:
-            failure = self._no_answer(error)
+        except _UnusableBodyError as error:
+            failure = CallError("parse", f"the answer is {error}", cause="body", transient=True)
+        except PyreqwestError as error:
+            failure = CallError("connection", self._no_connection(error), cause="connection", transient=True)
         else:
-            if 200 <= response.status < 300:
+            if 200 <= status < 300:
                 return body
-            failure = self._failure(response.status, body, response.headers.get("Retry-After", ""))
+            failure = self._failure(status, body, retry_after or "")
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
-    def _no_answer(self, reason: BaseException) -> CallError:
-        if isinstance(reason, _UnusableBodyError):
-            return CallError("parse", f"the answer is {reason}", cause="body", transient=True)
-        words = one_line(self.redact(str(reason) or type(reason).__name__))
-        return CallError("connection", f"no connection: {words}", cause="connection", transient=True)
+    def _no_connection(self, error: PyreqwestError) -> str:
+        """The innermost cause, which names what the system said."""
+        causes = (getattr(error, "details", None) or {}).get("causes") or [{"message": str(error)}]
+        return f"no connection: {one_line(self.redact(causes[-1]['message']))}"
 
     def _failure(self, status: int, body: str, retry_after: str) -> CallError:
         # A spent quota is told with the status of a full queue, but no wait will heal it.
@@ -113,53 +117,56 @@ class Transport:
             retry_after_s=read_retry_after(retry_after),
         )
 
-    def _session(self, key: str, proxy: str | None) -> aiohttp.ClientSession:
-        if (key, proxy) not in self._sessions:
-            self._sessions[key, proxy] = _open_session(key, proxy)
-        return self._sessions[key, proxy]
+    def _client(self, key: str, proxy: str | None) -> Client:
+        if (key, proxy) not in self._clients:
+            self._clients[key, proxy] = _open_client(key, proxy, self._timeout_s)
+        return self._clients[key, proxy]
 
 
-def _open_session(key: str, proxy: str | None) -> aiohttp.ClientSession:
-    """Connections, and the headers of every request."""
-    import aiohttp
+def _open_client(key: str, proxy: str | None, timeout_s: float) -> Client:
+    """Connections, and the headers of every request. How many connections there may be is the limiter's business."""
+    from pyreqwest.client import ClientBuilder
+    from pyreqwest.proxy import ProxyBuilder
 
-    return aiohttp.ClientSession(
-        # How many connections there may be is the limiter's business.
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-        headers=_headers(key),
-        timeout=aiohttp.ClientTimeout(),  # None: ours is around the whole exchange.
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        proxy=proxy,
-        # Else the library would also read passwords from .netrc.
-        trust_env=False,
-    )
+    builder = ClientBuilder().default_headers(_headers(key)).timeout(timedelta(seconds=timeout_s))
+    builder = builder.pool_idle_timeout(_KEEP_ALIVE).follow_redirects(False)
+    builder = builder.gzip(False).brotli(False).zstd(False).deflate(False)
+    return (builder.no_proxy() if proxy is None else builder.proxy(ProxyBuilder.all(proxy))).build()
 
 
 def _headers(key: str) -> dict[str, str]:
     import openai
 
-    with openai.OpenAI(api_key=key or "none", base_url="http://every.request.has.its.own.address") as package:
+    # It is never to talk, so it needs no certificates, which would take a tenth of a second to load.
+    mute = openai.DefaultHttpxClient(verify=False)
+    with openai.OpenAI(api_key=key or "none", base_url="http://of.each.request", http_client=mute) as package:
         made = {**package.default_headers, **(package.auth_headers if key else {})}
     said = {name: text for name, text in made.items() if isinstance(text, str) and not name.startswith(_UNSAID)}
     return {**said, "Accept-Encoding": "identity"}  # Answers are short; a few packed bytes may be gigabytes.
+
+
+def _as_json(payload: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(payload)
+    except orjson.JSONEncodeError:  # a lone surrogate, which becomes a question mark, or a number of more than 64 bits
+        return json.dumps(payload, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class _UnusableBodyError(Exception):
     """The body is not read to its end; the message says what it is."""
 
 
-async def _read(response: aiohttp.ClientResponse) -> str:
+async def _read(response: Response) -> str:
     """The body as text. Always UTF-8, whatever a header claims, as JSON is; what is no UTF-8 becomes a sign for it.
 
     Raises:
         _UnusableBodyError: it is too long, or packed although that was not asked for.
     """
-    packed = response.headers.get("Content-Encoding", "identity")
+    packed = response.get_header("Content-Encoding") or "identity"
     if packed.lower() != "identity":
         raise _UnusableBodyError(f"packed ({one_line(packed, 20)}), which was not asked for")
     body = bytearray()
-    async for chunk in response.content.iter_any():
+    while chunk := await response.body_reader.read_chunk():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise _UnusableBodyError(f"longer than {MAX_BODY_BYTES // 2**20} MiB")
@@ -168,7 +175,7 @@ async def _read(response: aiohttp.ClientResponse) -> str:
 
 @functools.cache
 def _proxy_for(url: str) -> str | None:
-    """The environment's proxy for ``url``. Not left to the library, which then also reads passwords from .netrc."""
+    """The environment's proxy for ``url``, by Python's rules, which every other part of a run follows."""
     address = urlsplit(url)
     if urllib.request.proxy_bypass(address.hostname or ""):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -31,7 +32,7 @@ class PromptTemplate:
     source: str
     text: str
 
-    @property
+    @cached_property
     def placeholders(self) -> frozenset[str]:
         """Names that occur as ``{{name}}``."""
         return frozenset(_PLACEHOLDER.findall(self.text))

@@ -21,7 +21,7 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.grammar import QUOTE, one_line, parse_reply, spoken_text
+from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 from nemo_ampo.runlog import sha256_of
 
@@ -184,7 +184,7 @@ def hear(reply: str, modes: bool) -> Heard:
     mode, failed = None, None
     if modes:
         try:
-            mode = parse_reply(reply).mode
+            mode = mode_of(reply)
         except FormatError as error:
             mode, failed = NO_MODE, error.rule
     quoted = spoken_text(reply, thinking=modes)

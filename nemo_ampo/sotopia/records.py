@@ -238,7 +238,7 @@ class EpisodeStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._open: dict[EpisodeKey, FileIO] = {}
+        self._open: dict[EpisodeKey, tuple[Path, FileIO]] = {}
         self._syncer: ThreadPoolExecutor | None = None
         self._unsynced: UserError | None = None
 
@@ -295,10 +295,9 @@ class EpisodeStore:
         Raises:
             UserError: the file cannot be written.
         """
-        path = self.path(episode.key)
+        path, file = self._opened(episode.key)
         with _naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _cut_torn_line(path)
+            kept = _cut_torn_line(file)
         if kept == 0:
             values = {name: value for name, value in vars(episode).items() if name not in _LATER}
             self._append(episode.key, "start", {"format": FORMAT, **values, "key": vars(episode.key)})
@@ -313,12 +312,14 @@ class EpisodeStore:
 
     def end(self, key: EpisodeKey, terminated_by: Termination, error: str | None = None) -> None:
         """Append why it stopped."""
-        self._append(key, "end", {"terminated_by": terminated_by.value, "error": error}, durable=True)
+        self._append(key, "end", {"terminated_by": terminated_by.value, "error": error})
+        self._keep(key, done=terminated_by is Termination.failed)
 
     def add_scores(self, key: EpisodeKey, scores: Scores | ScoreError) -> None:
         """Append a judge's outcome."""
         kind = "scores" if isinstance(scores, Scores) else "score_error"
-        self._append(key, kind, vars(scores), durable=True)
+        self._append(key, kind, vars(scores))
+        self._keep(key, done=True)
 
     def protocol(self, name: str = PROTOCOL_FILE) -> dict[str, Any] | None:
         """What the folder's episodes were made with; None for a new folder.
@@ -377,14 +378,13 @@ class EpisodeStore:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"run.dir: another evaluation is writing to {self.folder}") from None
-            with ThreadPoolExecutor(1, "fsync") as syncer:
-                self._syncer = syncer
-                try:
+            try:
+                with ThreadPoolExecutor(1, "fsync") as self._syncer:
                     yield
-                finally:
-                    self._syncer = None
-                    for key in list(self._open):
-                        self._open.pop(key).close()
+            finally:
+                self._syncer = None
+                while self._open:
+                    self._open.popitem()[1][1].close()
             self._require_synced()
 
     def _require_synced(self) -> None:
@@ -392,9 +392,9 @@ class EpisodeStore:
         if failure is not None:
             raise failure
 
-    def _sync_later(self, path: Path) -> None:
+    def _sync_later(self, path: Path, file: FileIO, done: bool) -> None:
         try:
-            _sync(path)
+            _sync(path, file, done)
         except UserError as error:
             self._unsynced = error
 
@@ -403,29 +403,33 @@ class EpisodeStore:
         seeds = sorted(root.glob("seed*"), key=lambda path: (len(path.name), path.name)) if root.is_dir() else []
         return (path for seed in seeds for seat in SEATS for path in sorted((seed / seat).glob("*.jsonl")))
 
-    def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any], durable: bool = False) -> None:
+    def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any]) -> None:
         self._require_synced()
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
-        file = self._open.get(key) or self._opened(key)
-        path = Path(file.name)
+        path, file = self._opened(key)
         with _naming(path):
             written = file.write(line)
         if written != len(line):
             raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
-        if not durable:
-            return
-        self._open.pop(key).close()
-        if self._syncer is not None:
-            self._syncer.submit(self._sync_later, path)
-        else:
-            _sync(path)
 
-    def _opened(self, key: EpisodeKey) -> FileIO:
-        """The file of an episode, open until its next durable record."""
-        path = self.path(key)
-        with _naming(path):
-            return self._open.setdefault(key, path.open("ab", buffering=0))
+    def _keep(self, key: EpisodeKey, done: bool) -> None:
+        """Force what was written so far to the disk; ``done`` closes the file then."""
+        path, file = self._open.pop(key) if done else self._open[key]
+        if self._syncer is not None:
+            self._syncer.submit(self._sync_later, path, file, done)
+        else:
+            _sync(path, file, done)
+
+    def _opened(self, key: EpisodeKey) -> tuple[Path, FileIO]:
+        """The file of an episode, open until it is scored or has failed."""
+        if key not in self._open:
+            path = self.path(key)
+            with _naming(path):
+                if not path.parent.is_dir():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                self._open[key] = path, path.open("a+b", buffering=0)
+        return self._open[key]
 
 
 @contextlib.contextmanager
@@ -437,13 +441,13 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, file: FileIO, done: bool) -> None:
     with _naming(path):
-        file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)
         finally:
-            os.close(file)
+            if done:
+                file.close()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -466,14 +470,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _cut_torn_line(path: Path) -> int:
-    """Remove what follows the last line feed. Returns the bytes that remain; 0 when there is no file."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+def _cut_torn_line(file: FileIO) -> int:
+    """Remove what follows the last line feed. Returns the bytes that remain."""
+    file.seek(0)
+    content = file.readall()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        os.truncate(path, whole)
+        file.truncate(whole)
     return whole
 
 

@@ -187,7 +187,6 @@ def _collector_off_libraries() -> Iterator[None]:
     It would walk them again and again while episodes are played; 450 of them take about 15 % less processor time so
     (bench/episodes.py).
     """
-    gc.collect()
     gc.freeze()
     try:
         yield
@@ -350,18 +349,19 @@ class _Work:
         scenario, config = self._plan.scenarios[key.env_id], self._plan.config
         found = self._store.read(key, config.judge.name)
         episode = found.episode if found else new_episode(key, scenario, config.episode.pairing.value, self._plan.rules.view)
-        if not episode.played:
-            if self._teams is None:
-                self.outcome.note(f"{_named(key)}: not played; run without judge_only first")
-                return
+        scored = found is not None and found.scores is not None
+        if not episode.played and self._teams is None:
+            self.outcome.note(f"{_named(key)}: not played; run without judge_only first")
+            return
+        if not (episode.played and scored):
             self._store.begin(episode)
+        if not episode.played and self._teams is not None:
             episode = await play(episode, scenario, self._teams[key.seat], self._plan.rules, self)
         if not episode.played:
             self.outcome.note(f"{_named(key)}: {episode.error}")
             return
         self.outcome.played += 1
-        if found is None or found.scores is None:
-            self._store.begin(episode)
+        if not scored:
             with self._replies.question() if self._replies is not None else contextlib.nullcontext():
                 scores = await self._score(episode, scenario, config.judge)
                 self._store.add_scores(key, scores)

@@ -27,6 +27,8 @@ from nemo_ampo.serve.local import run_app
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
 
 MODELS = ("rule-speaker", "rule-partner", "rule-reasoner", "rule-judge", "prose-judge", "second-try-judge")
+NOBODY_LEAVES = 20
+"""Patience of speakers who stay to the last turn and finish every reply."""
 _OPEN_LINE = re.compile(r"Turn (\d+): (.+) said:\Z")
 
 
@@ -35,8 +37,8 @@ class RuleServer:
 
     Args:
         latency_s: before each reply.
-        patience: turns after which a speaker leaves are drawn from 2..patience, and some replies are cut off; with 20
-            and more nobody leaves and nothing is cut off.
+        patience: turns after which a speaker leaves are drawn from 2..patience, and some replies are cut off; with
+            :data:`NOBODY_LEAVES` and more neither happens.
     """
 
     def __init__(self, latency_s: float = 0.0, patience: int = 10) -> None:
@@ -98,13 +100,18 @@ class RuleServer:
     async def chat(self, request: dict[str, Any], key: str) -> tuple[int, Any]:
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
-        messages = request["messages"]
-        text = reply(request["model"], [m["content"] for m in messages], messages[0]["role"] == "system", self.patience)
         self.answered[key] += 1
         self.by_model[request["model"]] += 1
-        usage = {"prompt_tokens": sum(len(m["content"]) for m in messages) // 4, "completion_tokens": len(text) // 4}
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return 200, {"choices": [choice], "usage": usage}
+        return 200, completion(request, self.patience)
+
+
+def completion(request: dict[str, Any], patience: int) -> dict[str, Any]:
+    """The body of a chat completion."""
+    messages = request["messages"]
+    text = reply(request["model"], [m["content"] for m in messages], messages[0]["role"] == "system", patience)
+    usage = {"prompt_tokens": sum(len(m["content"]) for m in messages) // 4, "completion_tokens": len(text) // 4}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"choices": [choice], "usage": usage}
 
 
 def reply(model: str, contents: list[str], told_to_think: bool, patience: int) -> str:
@@ -118,12 +125,12 @@ def reply(model: str, contents: list[str], told_to_think: bool, patience: int) -
     assert line is not None, prompt[-200:]
     turn, name = int(line[1]), line[2]
     words = f"{name.split()[0]} speaks for the {turn}th time, about {draw % 997}."
-    if patience < 20 and turn >= 2 + draw % (patience - 1):
+    if patience < NOBODY_LEAVES and turn >= 2 + draw % (patience - 1):
         words = "left the conversation"
     if told_to_think:
         mode = 1 + draw % 4
         written = render_reply(mode, f'"{words}"', {name: f"about {name}" for name in MODES[mode].sections})
-        return written[: len(written) // 2] if draw % 53 == 0 and patience < 20 else written
+        return written[: len(written) // 2] if draw % 53 == 0 and patience < NOBODY_LEAVES else written
     return f'<think>I am {name}.</think>\n"{words}"' if model == "rule-reasoner" else f'{name}: "{words}"'
 
 
