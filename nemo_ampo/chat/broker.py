@@ -22,6 +22,7 @@ from nemo_ampo.chat.limits import Lease
 from nemo_ampo.errors import BudgetError, ChatError
 
 _MAX_LINE_BYTES = 64 * 2**20
+_MESSAGES_AT_ONCE = 16
 
 
 class BrokerLostError(RuntimeError):
@@ -77,7 +78,7 @@ class Broker:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        connection = _Connection(self._limiter, self._cache, writer)
+        connection = _Connection(self._limiter, self._cache, _Outbox(writer))
         try:
             greeting = _read_line(await reader.readline())
             if not hmac.compare_digest(str(greeting.get("token", "")), self._token):
@@ -94,8 +95,8 @@ class Broker:
 class _Connection:
     """What one client holds and waits for."""
 
-    def __init__(self, limiter: LocalLimiter, cache: Cache | None, writer: asyncio.StreamWriter) -> None:
-        self._limiter, self._cache, self._writer = limiter, cache, writer
+    def __init__(self, limiter: LocalLimiter, cache: Cache | None, outbox: _Outbox) -> None:
+        self._limiter, self._cache, self._outbox = limiter, cache, outbox
         self._leases: dict[int, Lease] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -121,7 +122,7 @@ class _Connection:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         for number, lease in list(self._leases.items()):
             self._settle(number, lease.tokens, lease.usd)
-        self._writer.close()
+        self._outbox.close()
 
     def _settle(self, number: int, tokens: int, usd: float) -> None:
         lease = self._leases.pop(number, None)
@@ -135,7 +136,7 @@ class _Connection:
             answer = {"spent": str(error)}
         except ChatError as error:
             answer = {"failure": [error.kind, str(error)]}
-        self._writer.write(_line({"id": number, **answer}))
+        self._outbox.put({"id": number, **answer})
 
     async def _acquire(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
         self._leases[number] = await self._limiter.acquire(int(message["tokens"]), float(message["usd"]))
@@ -153,6 +154,36 @@ class _Connection:
         return {"reply": asdict(kept) if kept else None}
 
 
+class _Outbox:
+    """Writes the messages of one turn of the loop a few at a time.
+
+    When 64 answers come at once, a write for each would wake the other side 64 times, and in the process of the main rank
+    that is a thread which waits for the same interpreter; one write for all would let the first wait for the last.
+    """
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._lines: list[bytes] = []
+
+    def put(self, message: dict[str, Any]) -> None:
+        """Write a message, in the next turn of the loop at the latest."""
+        if not self._lines:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._lines.append(json.dumps(message).encode("ascii") + b"\n")
+        if len(self._lines) >= _MESSAGES_AT_ONCE:
+            self._flush()
+
+    def close(self) -> None:
+        """Hang up, once everything is written."""
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._lines and not self._writer.is_closing():
+            self._writer.write(b"".join(self._lines))
+        self._lines.clear()
+
+
 class BrokerClient:
     """Limiter and cache of a process that is not the main rank (or is: the main rank uses one too).
 
@@ -165,7 +196,7 @@ class BrokerClient:
     def __init__(self, host: str, port: int, token: str) -> None:
         self._address, self._token = (host, port), token
         self._connecting: asyncio.Task[None] | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._outbox: _Outbox | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._leases: dict[Lease, int] = {}
@@ -181,8 +212,8 @@ class BrokerClient:
     def settle(self, lease: Lease, tokens: int, usd: float) -> None:
         """See :class:`~nemo_ampo.chat.limiter.Limiter`."""
         number = self._leases.pop(lease, None)
-        if number is not None and self._writer is not None:
-            self._writer.write(_line({"id": number, "do": "settle", "tokens": tokens, "usd": usd}))
+        if number is not None and self._outbox is not None:
+            self._outbox.put({"id": number, "do": "settle", "tokens": tokens, "usd": usd})
 
     async def get(self, key: str, *, failures: bool = False) -> Completion | None:
         """See :class:`~nemo_ampo.chat.cache.Cache`."""
@@ -200,26 +231,26 @@ class BrokerClient:
         """Hang up; closing twice, as limiter and as cache, does nothing."""
         if self._reader_task is not None:
             self._reader_task.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     async def _request(self, message: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Number and answer of a request."""
         if self._connecting is None:
             self._connecting = asyncio.create_task(self._connect())
         await asyncio.shield(self._connecting)
-        assert self._writer is not None and self._reader_task is not None
+        assert self._outbox is not None and self._reader_task is not None
         if self._reader_task.done():
             raise self._lost()
         self._number += 1
         number = self._number
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
-        self._writer.write(_line({"id": number, **message}))
+        self._outbox.put({"id": number, **message})
         try:
             found = await answer
         except asyncio.CancelledError:
             if message["do"] == "acquire":
-                self._writer.write(_line({"id": number, "do": "cancel"}))
+                self._outbox.put({"id": number, "do": "cancel"})
             raise
         finally:
             self._waiting.pop(number, None)
@@ -231,10 +262,11 @@ class BrokerClient:
 
     async def _connect(self) -> None:
         try:
-            reader, self._writer = await asyncio.open_connection(*self._address, limit=_MAX_LINE_BYTES)
+            reader, writer = await asyncio.open_connection(*self._address, limit=_MAX_LINE_BYTES)
         except OSError:
             raise self._lost() from None
-        self._writer.write(_line({"token": self._token}))
+        self._outbox = _Outbox(writer)
+        self._outbox.put({"token": self._token})
         self._reader_task = asyncio.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -254,10 +286,6 @@ class BrokerClient:
     def _lost(self) -> BrokerLostError:
         host, port = self._address
         return BrokerLostError(f"the main rank's limiter at {host}:{port} is gone")
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode("ascii") + b"\n"
 
 
 def _read_line(line: bytes) -> dict[str, Any]:

@@ -28,6 +28,10 @@ from nemo_ampo.prompts import (
 )
 from nemo_ampo.types import JudgeRequest, Verdict
 
+QUESTIONS_PER_SLOT = 4
+"""Of a batch, so many questions for each call that may be in flight are written and asked at a time. Writing them all in one
+go would hold up the calls under way; the surplus keeps the slots busy while some questions wait for their repetition."""
+
 
 class Judge:
     """Scores dialogues. Belongs to the event loop that first awaits it; close it there.
@@ -45,7 +49,7 @@ class Judge:
         self.config = config
         self._template = load_prompt(config.prompt)
         require_judge_placeholders(self._template)
-        self._turnstile = asyncio.Lock()
+        self._places = asyncio.Semaphore(QUESTIONS_PER_SLOT * config.max_concurrency)
         self._chat = ChatClient(config, limiter=limiter, cache=cache, recording=recording_of(config, self._template))
 
     def __repr__(self) -> str:
@@ -77,25 +81,23 @@ class Judge:
             BudgetError: the job has no call or no money left.
             UserError: a replay holds no outcome of this question.
         """
-        async with self._turnstile:
-            # One prompt per turn of the loop: writing those of a whole batch in one go would hold up the calls under way.
-            await asyncio.sleep(0)
+        async with self._places:
             prompt = render_judge_prompt(self._template, without_control_tokens(request))
-        question: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-        try:
-            asked = await self._chat.ask(
-                question,
-                parse_verdict,
-                temperatures=self.config.temperatures,
-                schema=VERDICT_SCHEMA,
-                seed=self.config.seed,
-                parse_errors=(JudgeError,),
-                explain=self.config.explain_parse_error,
-            )
-        except ChatError as error:
-            failure = JudgeError(error.kind, str(error))
-        else:
-            return asked.value
+            question: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+            try:
+                asked = await self._chat.ask(
+                    question,
+                    parse_verdict,
+                    temperatures=self.config.temperatures,
+                    schema=VERDICT_SCHEMA,
+                    seed=self.config.seed,
+                    parse_errors=(JudgeError,),
+                    explain=self.config.explain_parse_error,
+                )
+            except ChatError as error:
+                failure = JudgeError(error.kind, str(error))
+            else:
+                return asked.value
         raise failure
 
     async def check(self) -> None:

@@ -40,8 +40,8 @@ class SotopiaRunConfig:
         limit: the first so many pairings of the subset, for a trial; -1 takes all. A limited run is marked PARTIAL.
         judge_only: play nothing; score the saved episodes that ``judge.name`` has not scored yet.
         estimate_only: say what the run will call and cost, and stop.
-        episodes_in_flight: episodes played at a time. More than the endpoints' ``max_concurrency``, so that none of them
-            idles while the last turns are played.
+        episodes_in_flight: episodes played at a time. About twice the endpoints' ``max_concurrency``: with fewer they idle
+            while dialogues are begun and scored, with many more a whole crowd of dialogues ends at once.
     """
 
     dir: str = MISSING
@@ -50,7 +50,7 @@ class SotopiaRunConfig:
     limit: int = -1
     judge_only: bool = False
     estimate_only: bool = False
-    episodes_in_flight: int = 256
+    episodes_in_flight: int = 128
 
 
 class ScenarioSet(StrEnum):

@@ -52,7 +52,7 @@ def test_text_and_judge_parts_need_no_torch(module: str) -> None:
 
 def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
     loaded = top_level_modules_after("nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types")
-    assert loaded & (HEAVY | {"aiohttp", "openai"}) == set()
+    assert loaded & (HEAVY | {"pyreqwest", "openai"}) == set()
 
 
 def test_the_mathematics_needs_torch_and_no_framework() -> None:

@@ -62,26 +62,25 @@ def test_a_verdict_and_what_was_sent(tools: Any) -> None:
     assert stats.latency_mean_s == stats.latency_p50_s == stats.latency_p95_s
 
 
-def test_one_prompt_of_a_batch_is_written_per_turn_of_the_loop(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_batch_a_few_prompts_are_written_at_a_time(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written in one go, they would hold up the calls under way."""
-    turn, written, write = 0, list[int](), judge_client.render_judge_prompt
+    written, write = list[str](), judge_client.render_judge_prompt
+    go_on = threading.Event()
+    server = tools.serve(lambda number, call: dataclasses.replace(tools.verdict(7, 3), hold=go_on))
 
     def render(*arguments: Any) -> str:
-        written.append(turn)
+        written.append(str(arguments[1].dialogue))
         return write(*arguments)
 
-    async def count_turns() -> None:
-        nonlocal turn
-        while True:
-            turn += 1
-            await asyncio.sleep(0)
-
     async def run() -> list[Verdict]:
-        counting = asyncio.create_task(count_turns())
-        async with Judge(tools.config(tools.serve(tools.verdict(7, 3)).base_url)) as judge:
-            verdicts = await asyncio.gather(*[judge.score(tools.request(f"Turn {n}")) for n in range(40)])
-        counting.cancel()
-        return verdicts
+        async with Judge(tools.config(server.base_url, max_concurrency=2)) as judge:
+            questions = asyncio.gather(*[judge.score(tools.request(f"Turn {n}")) for n in range(40)])
+            while len(server.calls) < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # for prompts that should not be written yet
+            assert len(written) == 2 * judge_client.QUESTIONS_PER_SLOT
+            go_on.set()
+            return await questions
 
     monkeypatch.setattr(judge_client, "render_judge_prompt", render)
     assert asyncio.run(run()) == [Verdict(7.0, 3.0, "one", "two")] * 40
@@ -444,7 +443,7 @@ def test_check_refuses_a_web_page(tools: Any) -> None:
 
 
 def test_importing_the_judge_is_light(tools: Any) -> None:
-    heavy = "{'aiohttp', 'openai', 'torch', 'fastapi', 'omegaconf'}"
+    heavy = "{'pyreqwest', 'openai', 'torch', 'fastapi', 'omegaconf'}"
     code = f"import sys, nemo_ampo.judge; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code],
