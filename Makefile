@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart smollm2 test test-peer lint format bench clean
+.PHONY: setup quickstart smollm2 test test-slurm test-peer lint format bench clean
 
 setup: $(VENV)/.complete
 
@@ -33,12 +33,16 @@ quickstart: setup
 smollm2: setup
 	@$(RUN) -m recipes.smollm2 $(if $(SOTOPIA_DIR),--sotopia-dir $(SOTOPIA_DIR))
 
-# Two parts: many short tests, then the whole pipelines, which share one run. The batch jobs among them mostly wait, so one
-# more process than there are cores.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --dist loadfile --no-loadscope-reorder --durations 30
+# Two parts: many short tests, then the whole pipelines, which share one run and wait for their own processes now and then: one
+# more worker than there are cores.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --no-loadscope-reorder --durations 30
 test: setup
-	@$(TEST) -n $(TEST_PROCESSES) --ignore tests/pipeline
-	@$(TEST) -n $$(($(TEST_PROCESSES) + 1)) tests/pipeline
+	@$(TEST) -n $(TEST_PROCESSES) --dist loadfile --ignore tests/pipeline
+	@$(TEST) -n $$(($(TEST_PROCESSES) + 1)) --dist loadfile -m "not slurm" tests/pipeline
+
+# Batch jobs on a real Slurm, which this machine plays alone. They mostly wait: a worker for each.
+test-slurm: setup
+	@$(TEST) -n 4 --dist loadgroup -m slurm tests/pipeline
 
 # A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
 test-peer: setup .venv-peer/.complete

@@ -27,6 +27,7 @@ from nemo_ampo.runlog import read_jsonl
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.slurm,
     pytest.mark.skipif(missing_reason() is not None, reason=f"no private Slurm: {missing_reason()}"),
 ]
 
