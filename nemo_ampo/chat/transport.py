@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from nemo_ampo.chat.completion import CallError, one_line
+from nemo_ampo.compat.pyreqwest import rest_before_exit
 
 if TYPE_CHECKING:
     from pyreqwest.client import Client
@@ -80,10 +81,10 @@ class Transport:
     async def _exchange(self, method: str, url: str, key: str, content: bytes | None = None) -> str:
         from pyreqwest.exceptions import PyreqwestError  # Only needed to talk.
 
-        request = self._client(key, _proxy_for(url)).request(method, url)
-        if content is not None:
-            request.body_bytes(content)
         try:
+            request = self._client(key, _proxy_for(url)).request(method, url)
+            if content is not None:
+                request.body_bytes(content)
             async with request.build_streamed() as response:
                 status, retry_after = response.status, response.get_header("Retry-After")
                 body = self.redact(await _read(response))
@@ -91,7 +92,7 @@ class Transport:
             failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
         except _UnusableBodyError as error:
             failure = CallError("parse", f"the answer is {error}", cause="body", transient=True)
-        except PyreqwestError as error:
+        except (PyreqwestError, ValueError) as error:  # the latter for an address that is none
             failure = CallError("connection", self._no_connection(error), cause="connection", transient=True)
         else:
             if 200 <= status < 300:
@@ -100,7 +101,7 @@ class Transport:
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
-    def _no_connection(self, error: PyreqwestError) -> str:
+    def _no_connection(self, error: PyreqwestError | ValueError) -> str:
         """The innermost cause, which names what the system said."""
         causes = (getattr(error, "details", None) or {}).get("causes") or [{"message": str(error)}]
         return f"no connection: {one_line(self.redact(causes[-1]['message']))}"
@@ -128,6 +129,7 @@ def _open_client(key: str, proxy: str | None, timeout_s: float) -> Client:
     from pyreqwest.client import ClientBuilder
     from pyreqwest.proxy import ProxyBuilder
 
+    rest_before_exit()
     builder = ClientBuilder().default_headers(_headers(key)).timeout(timedelta(seconds=timeout_s))
     builder = builder.pool_idle_timeout(_KEEP_ALIVE).follow_redirects(False)
     builder = builder.gzip(False).brotli(False).zstd(False).deflate(False)
@@ -138,7 +140,7 @@ def _headers(key: str) -> dict[str, str]:
     import openai
 
     # It is never to talk, so it needs no certificates, which would take a tenth of a second to load.
-    mute = openai.DefaultHttpxClient(verify=False)
+    mute = openai.DefaultHttpxClient(verify=False, trust_env=False)
     with openai.OpenAI(api_key=key or "none", base_url="http://of.each.request", http_client=mute) as package:
         made = {**package.default_headers, **(package.auth_headers if key else {})}
     said = {name: text for name, text in made.items() if isinstance(text, str) and not name.startswith(_UNSAID)}
@@ -179,7 +181,8 @@ def _proxy_for(url: str) -> str | None:
     address = urlsplit(url)
     if urllib.request.proxy_bypass(address.hostname or ""):
         return None
-    return urllib.request.getproxies().get(address.scheme)
+    proxy = urllib.request.getproxies().get(address.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def read_retry_after(header: str) -> float:

@@ -1,4 +1,4 @@
-"""Encrypted addresses: whose certificates are believed."""
+"""Encrypted addresses, proxies, odd addresses, and the end of a process that has talked."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import datetime
 import http.server
 import ipaddress
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +92,29 @@ def test_a_server_of_an_authority_in_ssl_cert_file_is_believed(
     assert error.value.kind == "connection"
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     assert get(url) == "hello"
+
+
+def test_a_process_that_ends_right_after_a_call_ends_well() -> None:
+    """Without compat/pyreqwest.py about one of five aborts."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from test_transport import get; get(sys.argv[2])"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        command = [sys.executable, "-c", code, str(Path(__file__).parent), url]
+        ended = [subprocess.run(command, capture_output=True, text=True) for _ in range(12)]
+        server.shutdown()
+    assert [(process.returncode, process.stderr) for process in ended] == [(0, "")] * len(ended)
+
+
+@pytest.mark.parametrize("proxy", ["127.0.0.1:9", "http://user:p%40ss@127.0.0.1:9", "http://127.0.0.1:9/"])
+def test_a_proxy_that_is_down_is_no_connection(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(CallError, match="Connection refused") as error:
+        get(f"http://judge.invalid/v{len(proxy)}")
+    assert error.value.kind == "connection" and "p%40ss" not in str(error.value)
+
+
+def test_an_address_that_is_none_is_no_connection() -> None:
+    with pytest.raises(CallError, match="invalid international domain name") as error:
+        get("http://a b/v1")
+    assert error.value.kind == "connection"
