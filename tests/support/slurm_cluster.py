@@ -28,6 +28,7 @@ NODES = ("n1", "n2", "n3")
 
 CONFIG = """
 ClusterName=private
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -105,7 +106,14 @@ class Cluster:
             for name in NODES
         )
         (self.folder / "slurm.conf").write_text(
-            CONFIG.format(folder=self.folder, host=host, controller_port=free_port("127.0.0.1"), nodes=nodes)
+            CONFIG.format(
+                folder=self.folder,
+                host=host,
+                controller_port=free_port("127.0.0.1"),
+                nodes=nodes,
+                # The ports of a job follow from its number: clusters that run at a time must not count alike.
+                first_job=1 + 100 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+            )
         )
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
