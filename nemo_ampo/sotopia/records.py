@@ -426,8 +426,7 @@ class EpisodeStore:
         if key not in self._open:
             path = self.path(key)
             with _naming(path):
-                if not path.parent.is_dir():
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 self._open[key] = path, path.open("a+b", buffering=0)
         return self._open[key]
 
