@@ -20,6 +20,13 @@ class DataError(UserError):
     """A data file is missing or holds a bad row. The message names file, line and field."""
 
 
+class DiskError(OSError, UserError):
+    """A file cannot be read or written: a full or read-only disk, a missing right. The message names the file."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class JudgeOutageError(RuntimeError):
     """Too many verdicts of a step could not be had, and asking again did not help. Nothing is wrong with the run itself:
     it stops at a checkpoint, and the same command goes on when the judge is back."""

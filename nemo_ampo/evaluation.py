@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.config import EvaluateConfig
 from nemo_ampo.errors import DataError, JudgeError
+from nemo_ampo.files import write_once
 from nemo_ampo.grammar import answer_of
 from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
-from nemo_ampo.runlog import write_once
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
 

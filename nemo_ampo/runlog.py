@@ -6,7 +6,6 @@ that there is one line per step whatever happened in between.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import read_jsonl, write_once
 
 if TYPE_CHECKING:
     from nemo_ampo.trackers import Tracker
@@ -79,33 +79,6 @@ class RunLog:
             return
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a log; a torn last line (the process died while writing) is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def write_once(path: Path, text: str) -> None:
-    """Write through a temporary name, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def sha256_of(path: str | Path) -> str:
-    """Of a file's bytes, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from nemo_ampo.config import RunConfig
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.runlog import write_once
+from nemo_ampo.files import write_once
 
 IDS_FILE = "trackers.json"
 PROJECT = "nemo-ampo"

@@ -23,8 +23,8 @@ from recipes.launch import is_main_process, main, world_size
 def read_training_turns(config: AmpoConfig) -> tuple[list[DialogueTurn], dict[str, str]]:
     """The turns to train on, from rows or from a SOTOPIA folder's opening scenes, and the sha256 of what was read."""
     from nemo_ampo.data.episodes import read_turns
+    from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
-    from nemo_ampo.runlog import sha256_of
     from nemo_ampo.sotopia.opening import write_opening_rows
 
     if config.data.train is not None:

@@ -30,8 +30,9 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
+    from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
-    from nemo_ampo.runlog import RunLog, sha256_of, write_provenance
+    from nemo_ampo.runlog import RunLog, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
     check_parallel_layout(

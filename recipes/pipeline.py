@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.runlog import write_once
+from nemo_ampo.files import write_once
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 """Environment of every stage on a shared CPU: waiting threads must not spin, and no hub is asked for anything."""

@@ -28,7 +28,7 @@ from tenacity import (
 )
 
 from nemo_ampo.chat.cache import Cache, ReplyFile
-from nemo_ampo.chat.completion import CallError, Completion, one_line, read_completion, read_model_ids
+from nemo_ampo.chat.completion import CallError, Completion, read_completion, read_model_ids
 from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
@@ -36,6 +36,7 @@ from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import Transport
 from nemo_ampo.errors import ChatError, ConfigError, UserError
+from nemo_ampo.text import one_line
 
 _log = logging.getLogger(__name__)
 

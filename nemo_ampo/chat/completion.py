@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from nemo_ampo.errors import ChatError
-from nemo_ampo.prompts.template import utf8_safe
+from nemo_ampo.text import one_line, utf8_safe
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _ABSURD_TOKENS = 10**9
@@ -138,12 +138,6 @@ def read_model_ids(body: str) -> list[str]:
         return [str(entry["id"]) for entry in json.loads(body)["data"]]
     except (ValueError, LookupError, TypeError, RecursionError):
         return []
-
-
-def one_line(text: str, limit: int = 200) -> str:
-    """``text`` on one line, cut to ``limit`` characters."""
-    line = " ".join(text[: 4 * limit].split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _usage(record: Any) -> tuple[int, int]:

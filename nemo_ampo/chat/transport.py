@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from nemo_ampo.chat.completion import CallError, one_line
+from nemo_ampo.chat.completion import CallError
 from nemo_ampo.compat.pyreqwest import rest_before_exit
+from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
     from pyreqwest.client import Client

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.runlog import sha256_of
+from nemo_ampo.files import sha256_of
 
 WATCHED = (
     "run.seed",

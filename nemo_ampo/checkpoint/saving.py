@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from nemo_ampo.checkpoint.store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.job.run_lock import hold
+from nemo_ampo.lock import Lock, hold_run
 from nemo_ampo.runlog import log_positions
 
 RANDOM_STATES = "random"
@@ -101,7 +101,7 @@ class Saver:
         self.last_step: int | None = None
         self._failures = 0
         self._news: dict[str, float] = {}
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Saver:
         refused: list[str | None] = [None]
         if self._rank == 0:
             try:
-                self._lock = self._lock or hold(self._run_dir)
+                self._lock = self._lock or hold_run(self._run_dir)
             except UserError as error:
                 refused = [str(error)]
         torch.distributed.broadcast_object_list(refused)

@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_ampo.checkpoint.config import BestMode, CheckpointConfig
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.runlog import sha256_of
+from nemo_ampo.files import sha256_of
 
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER = "model_weights", "optimizer"

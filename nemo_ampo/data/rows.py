@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.prompts import utf8_safe
+from nemo_ampo.text import utf8_safe
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 

@@ -18,7 +18,7 @@ import yaml
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import UserError
-from nemo_ampo.runlog import read_jsonl, write_once
+from nemo_ampo.files import read_jsonl, write_once
 
 FOLDER = "slurm"
 PLAN, ATTEMPTS = "plan.json", "attempts.jsonl"

@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
-from nemo_ampo.runlog import read_jsonl
 
 if TYPE_CHECKING:
     from rich.table import Table

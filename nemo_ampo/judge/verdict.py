@@ -13,7 +13,7 @@ import math
 import re
 
 from nemo_ampo.errors import JudgeError
-from nemo_ampo.prompts import utf8_safe
+from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import Verdict
 
 MIN_SCORE, MAX_SCORE = 0.0, 10.0

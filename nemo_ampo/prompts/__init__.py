@@ -10,7 +10,7 @@ from nemo_ampo.prompts.judging import (
     require_judge_placeholders,
     without_control_tokens,
 )
-from nemo_ampo.prompts.template import PromptTemplate, load_prompt, utf8_safe
+from nemo_ampo.prompts.template import PromptTemplate, load_prompt
 
 __all__ = [
     "PromptTemplate",
@@ -18,6 +18,5 @@ __all__ = [
     "read_judge_prompt",
     "render_judge_prompt",
     "require_judge_placeholders",
-    "utf8_safe",
     "without_control_tokens",
 ]

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.prompts.template import PromptTemplate, utf8_safe
+from nemo_ampo.prompts.template import PromptTemplate
+from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import JudgeRequest
 
 _FIELDS = ("dialogue", "agent1_name", "agent1_goal", "agent2_name", "agent2_goal")

@@ -86,11 +86,6 @@ def load_prompt(name_or_path: str | Path) -> PromptTemplate:
     return PromptTemplate(source=name, text=text.removesuffix("\n"))
 
 
-def utf8_safe(text: str) -> str:
-    """``text`` with every lone surrogate replaced by ``?``, which HTTP and files can carry."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def _shipped_names() -> list[str]:
     files = resources.files(__package__).iterdir()
     return [file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt")]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import FormatError
+from nemo_ampo.files import write_once
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import MODES, NO_MODE
 from nemo_ampo.report import charts, judge, tables
 from nemo_ampo.report.inputs import ALL_TAGS, NO_TAG, Evaluation, Run, ShownSample, StageRun, read_run
 from nemo_ampo.report.plots import SMOOTH_FROM
-from nemo_ampo.runlog import write_once
 
 REPORT_FILE = "report.html"
 CHECKPOINT_TITLES = {"base": "Before BC", "bc": "After BC", "ampo": "After AMPO"}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import DataError
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.modes import MODES
-from nemo_ampo.runlog import read_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"

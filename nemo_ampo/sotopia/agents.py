@@ -21,9 +21,9 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
+from nemo_ampo.files import sha256_of
 from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
-from nemo_ampo.runlog import sha256_of
 
 SILENT = "silent"
 """Why a reply could not be heard: nothing in it may be spoken."""

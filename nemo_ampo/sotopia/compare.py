@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.runlog import write_once
+from nemo_ampo.files import write_once
 from nemo_ampo.sotopia.overview import check_same_view, unlike
 from nemo_ampo.sotopia.report import (
     COLUMN_TITLES,

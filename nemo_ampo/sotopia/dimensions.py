@@ -14,7 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.prompts import PromptTemplate, load_prompt, utf8_safe
+from nemo_ampo.prompts import PromptTemplate, load_prompt
+from nemo_ampo.text import utf8_safe
 
 if TYPE_CHECKING:
     from nemo_ampo.sotopia.records import Scores

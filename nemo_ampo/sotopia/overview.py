@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
+from nemo_ampo.files import write_once
 from nemo_ampo.report.inputs import Series
 from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
-from nemo_ampo.runlog import write_once
 from nemo_ampo.sotopia.dimensions import OVERALL
 from nemo_ampo.sotopia.report import (
     ABSENT,

@@ -18,7 +18,6 @@ episode at a time.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import ConfigError, DataError, UserError
-from nemo_ampo.runlog import write_once
+from nemo_ampo.files import disk_errors, write_once
+from nemo_ampo.lock import hold_run
 from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.types import Seat
 
@@ -296,7 +296,7 @@ class EpisodeStore:
             UserError: the file cannot be written.
         """
         path, file = self._opened(episode.key)
-        with _naming(path):
+        with disk_errors(f"cannot write {path}"):
             kept = _cut_torn_line(file)
         if kept == 0:
             values = {name: value for name, value in vars(episode).items() if name not in _LATER}
@@ -362,8 +362,7 @@ class EpisodeStore:
             shown = "; ".join(f"{key} was {known.get(key)!r}, is now {new.get(key)!r}" for key in differing)
             raise ConfigError(f"run.dir: {self.folder / name} records another protocol: {shown}")
         if write and old != new:
-            with _naming(self.folder / name):
-                write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
+            write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -372,12 +371,7 @@ class EpisodeStore:
         Raises:
             UserError: another one does; or, at the next record or at the end, something did not reach the disk.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"run.dir: another evaluation is writing to {self.folder}") from None
+        with hold_run(self.folder, patience_s=0):
             try:
                 with ThreadPoolExecutor(1, "fsync") as self._syncer:
                     yield
@@ -408,7 +402,7 @@ class EpisodeStore:
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
         line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
         path, file = self._opened(key)
-        with _naming(path):
+        with disk_errors(f"cannot write {path}"):
             written = file.write(line)
         if written != len(line):
             raise UserError(f"{path}: only {written} of {len(line)} bytes could be written; is the disk full?")
@@ -425,23 +419,14 @@ class EpisodeStore:
         """The file of an episode, open until it is scored or has failed."""
         if key not in self._open:
             path = self.path(key)
-            with _naming(path):
+            with disk_errors(f"cannot write {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._open[key] = path, path.open("a+b", buffering=0)
         return self._open[key]
 
 
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk, a quota or a missing permission becomes one line that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def _sync(path: Path, file: FileIO, done: bool) -> None:
-    with _naming(path):
+    with disk_errors(f"cannot write {path}"):
         try:
             os.fsync(file)
         finally:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import FormatError
+from nemo_ampo.files import write_once
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import MODES, NO_MODE
 from nemo_ampo.report.charts import BROKEN
 from nemo_ampo.report.inputs import Series
 from nemo_ampo.report.plots import Layer, Line, area_chart, line_chart
-from nemo_ampo.runlog import write_once
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.records import Turn
 from nemo_ampo.sotopia.scenarios import SEATS

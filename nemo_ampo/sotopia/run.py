@@ -23,7 +23,8 @@ from nemo_ampo.chat.cache import ReplyFile
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.runlog import write_once, write_provenance
+from nemo_ampo.files import write_once
+from nemo_ampo.runlog import write_provenance
 from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.sotopia.agents import Agent, AgentConfig, token_counter

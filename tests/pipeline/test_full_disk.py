@@ -15,7 +15,7 @@ import pytest
 from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.demo_judge import demo_judge_process
-from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 STEPS, FAILURES = 6, 3

@@ -10,7 +10,7 @@ from stage_runs import Quickstart
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import DemoJudgeOptions, demo_judge_process
-from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 SMALL = [

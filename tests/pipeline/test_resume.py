@@ -18,7 +18,7 @@ from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import demo_judge_process
-from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY, KILLED_AFTER = 10, 5, 7

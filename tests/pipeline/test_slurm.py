@@ -21,9 +21,9 @@ from slurm_jobs import AMPO, Story, output, recipe, started_with_a_clone, submit
 from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.demo_judge import demo_judge_process
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.job.attempts import AttemptLog, checkpoint_step
 from nemo_ampo.job.status import read_status
-from nemo_ampo.runlog import read_jsonl
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,8 +14,8 @@ from slurm_cluster import missing_reason, slurm_cluster
 from slurm_jobs import AMPO, Story, output, recipe, started_with_a_clone, submit, wait_for_end
 from stage_runs import ROOT, Quickstart
 
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.job.attempts import AttemptLog
-from nemo_ampo.runlog import read_jsonl
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,7 +11,7 @@ import pytest
 from plan_check import plan_error
 from stage_runs import ROOT, run
 
-from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 SOTOPIA = Path(os.environ.get("NEMO_AMPO_SOTOPIA_DIR", ROOT.parent / "shared" / "sotopia"))

@@ -13,7 +13,7 @@ from slurm_cluster import Cluster, wait_for
 from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.checkpoint.store import Store
-from nemo_ampo.runlog import read_jsonl
+from nemo_ampo.files import read_jsonl
 
 AMPO = [*SMALL_STEPS, "judge.connection_retries=1", "guard.retry_pause_s=1"]
 EVALUATE = ["generate.max_new_tokens=32", "data.limit=4"]

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from nemo_ampo.chat.completion import CallError, Completion, one_line, read_completion, read_model_ids
+from nemo_ampo.chat.completion import CallError, Completion, read_completion, read_model_ids
+from nemo_ampo.text import one_line
 
 
 def body(**record: object) -> str:

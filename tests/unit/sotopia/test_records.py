@@ -160,7 +160,7 @@ def test_one_writer_at_a_time(store):
     code = "import sys; from nemo_ampo.sotopia.records import EpisodeStore as S\nwith S(sys.argv[1]).locked(): print('in')"
     with (
         store.locked(),
-        pytest.raises(UserError, match="another evaluation is writing"),
+        pytest.raises(UserError, match="in use by another job"),
         EpisodeStore(store.folder).locked(),
     ):
         pass
@@ -193,7 +193,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_saved_turns(store):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(store.folder), here], capture_output=True, text=True)
     partial, full = done.stdout.splitlines()
     assert partial.startswith(f"{path}: only ") and partial.endswith("is the disk full?")
-    assert full == f"{path}: cannot be written: File too large"
+    assert full == f"cannot write {path}: File too large"
     assert path.stat().st_size == 4000
     turns = store.read(key()).episode.turns
     assert len(turns) > 3 and turns == tuple(turn(index) for index in range(len(turns)))
@@ -209,7 +209,7 @@ def test_a_record_that_does_not_reach_the_disk_is_told(store, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", broken)
-    failure = re.escape(f"{path}: cannot be written: Input/output error")
+    failure = re.escape(f"cannot write {path}: Input/output error")
     with pytest.raises(UserError, match=failure), store.locked():
         store.end(key(), Termination.left)
     with pytest.raises(UserError, match=failure):
@@ -221,7 +221,7 @@ def test_a_record_that_does_not_reach_the_disk_is_told(store, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_named(store):
     (store.folder / "episodes").write_text("in the way")
-    with pytest.raises(UserError, match=r"0000\.jsonl: cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(UserError, match=r"^cannot write .*0000\.jsonl: (Not a directory|File exists)"):
         store.begin(episode(key()))
 
 

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_ampo.errors import DataError, DiskError, UserError
+from nemo_ampo.files import disk_errors, read_jsonl, write_once
+
+
+def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [r["step"] for r in read_jsonl(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "\x00", "null", "", "[" * 100_000])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        read_jsonl(path)
+
+
+def test_a_file_keeps_its_bytes_and_its_secrets(tmp_path: Path) -> None:
+    write_once(tmp_path / "deep" / "a.txt", "one\r\ntwo")
+    write_once(tmp_path / "token", b"secret", private=True)
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == b"one\r\ntwo"
+    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.txt", "deep", "token"]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from nemo_ampo.files import write_once
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+write_once(Path(sys.argv[1]), "x" * 100)
+"""
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_once(path, "before")
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(f"cannot write {path}: File too large")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_disk_is_the_users_and_the_systems(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DiskError, match=r"^cannot write it: No such file") as caught,
+        disk_errors("cannot write it"),
+    ):
+        (tmp_path / "absent" / "file").open("w")
+    assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
