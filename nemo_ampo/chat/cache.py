@@ -12,6 +12,7 @@ machines only the main rank opens the file and the others reach it through :mod:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 from nemo_ampo.chat.completion import Completion
 from nemo_ampo.errors import ChatError, ConfigError
+from nemo_ampo.lock import hold_output
 
 SCHEMA_VERSION = 1
 """Raised whenever a key or a column changes its meaning."""
@@ -74,11 +76,14 @@ class ReplyFile:
         if replay and not self.path.is_file():
             raise ConfigError(f"{key}: no such file: {path}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes that create the file at one moment all get it: changing the journal waits for nobody.
+        turn = contextlib.nullcontext() if replay else hold_output(self.path, key, _BUSY_TIMEOUT_S)
         try:
-            self._db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA query_only = 1" if replay else "PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._prepare()
+            with turn:
+                self._db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+                self._db.execute("PRAGMA query_only = 1" if replay else "PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._prepare()
         except sqlite3.Error as error:
             raise ConfigError(f"{key}: {path} cannot be used as a cache: {error}") from None
 
@@ -139,28 +144,26 @@ class ReplyFile:
         raise ConfigError(f"{self.config_key}: {self.path} was recorded with other settings; these differ: {differing}")
 
     def _prepare(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        empty = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-        if empty and not self.replay:
-            self._create()
-        elif application != _APPLICATION_ID:
-            raise ConfigError(f"{self.config_key}: {self.path} is not a cache of replies")
-        elif version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{self.config_key}: {self.path} has cache schema version {version}, this program reads "
-                f"{SCHEMA_VERSION}; name another file"
-            )
-
-    def _create(self) -> None:
-        """Make the tables, or find that another process just did."""
-        self._db.execute("BEGIN IMMEDIATE")
+        """Look at the file as it is at one moment; make the tables where it has none."""
+        self._db.execute("BEGIN" if self.replay else "BEGIN IMMEDIATE")
         try:
-            if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            (application,) = self._db.execute("PRAGMA application_id").fetchone()
+            empty = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+            if empty and not self.replay:
                 for statement in filter(str.strip, _TABLES.split(";")):
                     self._db.execute(statement)
         finally:
             self._db.execute("COMMIT")
+        if empty and not self.replay:
+            return
+        if application != _APPLICATION_ID:
+            raise ConfigError(f"{self.config_key}: {self.path} is not a cache of replies")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.config_key}: {self.path} has cache schema version {version}, this program reads "
+                f"{SCHEMA_VERSION}; name another file"
+            )
 
 
 def _as_cached(outcome: Completion | ChatError) -> Completion | None:

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,29 @@ def test_many_processes_write_at_once_and_agree(tmp_path: Path) -> None:
     assert [writer.returncode for writer in writers] == [0] * 4
     assert all(len(lines) == 200 for lines in kept)
     assert len({tuple(lines) for lines in kept}) == 1, "every process uses the reply that is in the file"
+
+
+CREATOR = """
+import sys, time
+from nemo_ampo.chat.cache import ReplyFile
+
+print("ready", flush=True)
+begin = float(sys.stdin.readline())
+for i in range(40):
+    time.sleep(max(0.0, begin + 0.02 * i - time.time()))
+    ReplyFile(f"{sys.argv[1]}/{i}", "judge.cache")
+"""
+
+
+def test_processes_that_create_a_cache_at_the_same_moment_all_get_it(tmp_path: Path) -> None:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    creators = [subprocess.Popen([sys.executable, "-c", CREATOR, str(tmp_path / "new")], **pipes) for _ in range(6)]
+    for creator in creators:
+        assert creator.stdout.readline() == "ready\n"  # type: ignore[union-attr]
+    begin = str(time.time() + 0.2)
+    for creator in creators:
+        creator.stdin.write(begin + "\n")  # type: ignore[union-attr]
+        creator.stdin.flush()  # type: ignore[union-attr]
+    said = [creator.communicate(timeout=120)[1] for creator in creators]
+    assert said == [""] * 6 and [creator.returncode for creator in creators] == [0] * 6
+    assert not list((tmp_path / "new").glob(".*")), "no lock stays behind"
