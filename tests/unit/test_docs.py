@@ -161,7 +161,7 @@ def test_the_tree_leaves_nothing_of_the_library_out() -> None:
         path.relative_to(ROOT).as_posix()
         for folder in ("nemo_ampo", "recipes", "converters")
         for path in (ROOT / folder).iterdir()
-        if path.name not in ("__init__.py", "__pycache__")
+        if path.name not in ("__init__.py", "__pycache__", "py.typed")
     }
     assert sorted(library - shown) == []
 
