@@ -11,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import STAGES, default_keys, fill_preset
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import shipped
 
 CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
 """Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. ``model`` itself is
 not among them: a checkpoint's own config decides what it may hold."""
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = shipped("configs")
 
 
 def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:

@@ -14,6 +14,13 @@ from typing import Any
 from nemo_ampo.errors import DataError, DiskError
 
 
+def shipped(folder: str) -> Path:
+    """``configs`` or ``slurm``: inside an installed package, else at the top of the repository."""
+    package = Path(__file__).resolve().parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
 @contextlib.contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
     """Turn what the system says about a file into one line.
