@@ -6,7 +6,6 @@ of that mode contains, in this order (paper section 3; names and order as in the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,9 +58,14 @@ NO_MODE = 0
 """Mode id of a reply that breaks the grammar."""
 
 
+MAX_BIAS = 100.0
+"""Size of a mode bias; far beyond what makes a choice certain, and within what every number format holds."""
+
+
 def bias_problem(bias: Mapping[int, float]) -> str | None:
     """What is wrong with a mode dial's setting (mode to a number added to its logit), in words; None when nothing is."""
     unknown = [str(mode) for mode in bias if mode not in MODES]
     if unknown:
         return f"there is no mode {', '.join(unknown)}; the modes are 1..{max(MODES)}"
-    return None if all(math.isfinite(value) for value in bias.values()) else "must hold finite numbers"
+    bounded = all(abs(value) <= MAX_BIAS for value in bias.values())  # false for NaN
+    return None if bounded else f"must hold finite numbers from -{MAX_BIAS:g} to {MAX_BIAS:g}"

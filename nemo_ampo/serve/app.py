@@ -2,6 +2,10 @@
 
 A field that is not served is refused, not ignored: a request that was answered was answered as it was put. Beyond the
 OpenAI fields a request may hold ``mode_bias`` (see :mod:`nemo_ampo.serve.dial`), which ``/v1/models`` announces.
+
+What a caller sends is bounded before it costs anything: bodies are read piece by piece up to a size and within a time,
+read and tokenised outside the event loop, and no more of them are open at once than can be held. A caller that leaves takes
+its request along.
 """
 
 from __future__ import annotations
@@ -9,47 +13,84 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.modes import MAX_BIAS
 from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
+from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
-    from nemo_ampo.serve.engine import Engine
+    from nemo_ampo.serve.engine import Engine, Generated
 
-_DISCONNECT_POLL_S = 0.25
+T = TypeVar("T")
+MAX_BODY_BYTES = 8 * 2**20
+_MOST_DRAINED_BYTES = 8 * MAX_BODY_BYTES
+"""A caller reads our refusal only after it has sent its body; beyond this the connection is simply closed."""
+_BODY_TIMEOUT_S = 30.0
+_MAX_OPEN = 1024
+"""Requests open at once, those that wait for a place in the batch included."""
+_MAX_OPEN_BYTES = 16 * MAX_BODY_BYTES
+_READERS = 2
+"""Threads that read and tokenise requests."""
+SMALLEST = 1e-5
+"""Of a temperature that is not 0, and of ``top_p``: below, a reply is as good as greedy and numbers leave their range."""
+_MAX_STOPS = 4
+_MAX_STOP_LENGTH = 1000
+
+
+def _temperature(value: float | None) -> float | None:
+    if value and value < SMALLEST:
+        raise ValueError(f"must be 0, or at least {SMALLEST:g}")
+    return value
 
 
 class Message(BaseModel):
     """One message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class ChatRequest(BaseModel):
-    """The fields that are served, with the API's defaults."""
+_Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
+_Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 
-    model_config = ConfigDict(extra="forbid")
+
+class ChatRequest(BaseModel):
+    """The fields that are served, with the API's defaults; null is the default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float | None, Field(ge=0, le=2), AfterValidator(_temperature)] = None
+    top_p: Annotated[float | None, Field(ge=SMALLEST, le=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: str | list[str] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
     user: str | None = None
-    mode_bias: dict[Literal["1", "2", "3", "4"], float] = Field(default_factory=dict)
+    mode_bias: dict[Literal["1", "2", "3", "4"], _Bias] | None = None
+
+
+class _RefusedError(Exception):
+    """A request that gets an error instead of a reply."""
+
+    def __init__(self, status: int, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.response = _error(status, message, **fields)
 
 
 def create_app(engine: Engine, model: str) -> FastAPI:
@@ -60,6 +101,7 @@ def create_app(engine: Engine, model: str) -> FastAPI:
         model: the name under which the checkpoint is served.
     """
     app = FastAPI(title="nemo-ampo serve", docs_url=None, redoc_url=None, openapi_url=None)
+    desk = _Desk(engine, model)
 
     async def health(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
@@ -70,14 +112,11 @@ def create_app(engine: Engine, model: str) -> FastAPI:
 
     async def chat_completions(request: Request) -> JSONResponse:
         try:
-            asked = ChatRequest.model_validate_json(await request.body())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "body"
-            return _error(400, f"{where}: {first['msg']}", param=where)
-        if asked.model != model:
-            return _error(404, f"the model {asked.model!r} does not exist; {model!r} is served", code="model_not_found")
-        return await _complete(engine, asked, request)
+            return await desk.serve(request)
+        except _RefusedError as refused:
+            return refused.response
+        except ClientDisconnect:
+            return _error(499, "the caller left")
 
     app.add_route("/health", health, methods=["GET"])
     app.add_route("/v1/models", models, methods=["GET"])
@@ -85,48 +124,147 @@ def create_app(engine: Engine, model: str) -> FastAPI:
     return app
 
 
-async def _complete(engine: Engine, asked: ChatRequest, request: Request) -> JSONResponse:
-    from nemo_ampo.serve.engine import GenerateRequest
+class _Desk:
+    """Takes requests in, as many as can be held, and hands replies out."""
 
-    prompt = engine.encode([message.model_dump() for message in asked.messages])
-    limit = asked.max_completion_tokens or asked.max_tokens or engine.context
-    try:
-        future = engine.submit(
-            GenerateRequest(
-                prompt=prompt,
-                max_tokens=limit,
-                temperature=asked.temperature,
-                top_p=asked.top_p,
-                seed=asked.seed,
-                stop=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
-                mode_bias={int(mode): bias for mode, bias in asked.mode_bias.items()},
-            )
+    def __init__(self, engine: Engine, model: str) -> None:
+        self._engine, self._model = engine, model
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+        self._open = self._open_bytes = 0
+
+    async def serve(self, request: Request) -> JSONResponse:
+        """One request.
+
+        Raises:
+            _RefusedError: it gets an error.
+            ClientDisconnect: nobody waits for the reply any more.
+        """
+        with self._place():
+            asked, prompt = await self._read(request)
+            future = self._submit(asked, prompt)
+            try:
+                reply = await _unless_gone(request, asyncio.wrap_future(future))
+            except EngineError as error:
+                raise _RefusedError(500, str(error), kind="server_error") from None
+        message = {"role": "assistant", "content": reply.text}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(reply.ids)}
+        return JSONResponse(
+            {
+                "id": f"chatcmpl-{uuid.uuid4().hex}",
+                "object": "chat.completion",
+                "created": int(time.time()),
+                "model": asked.model,
+                "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
+                "usage": {**usage, "total_tokens": sum(usage.values())},
+            }
         )
-    except UserError as error:
-        code = "context_length_exceeded" if str(error).startswith("context_length_exceeded") else None
-        return _error(400, str(error), param="messages", code=code)
-    answer = asyncio.wrap_future(future)
-    while not answer.done():
-        await asyncio.wait([answer], timeout=_DISCONNECT_POLL_S)
-        if not answer.done() and await request.is_disconnected():
-            answer.cancel()
-            return _error(499, "the caller left")
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._open >= _MAX_OPEN:
+            raise _RefusedError(503, f"{self._open} requests are open already; try again", kind="overloaded_error")
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    async def _read(self, request: Request) -> tuple[ChatRequest, tuple[int, ...]]:
+        body = bytearray()
+        try:
+            try:
+                async with asyncio.timeout(_BODY_TIMEOUT_S):
+                    await self._receive(request, body)
+            except TimeoutError:
+                raise _RefusedError(408, f"the body did not come within {_BODY_TIMEOUT_S:g} s") from None
+            work = asyncio.get_running_loop().run_in_executor(self._readers, self._understand, bytes(body))
+            return await _unless_gone(request, work)
+        finally:
+            self._open_bytes -= len(body)
+
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        """Fill ``body``; each byte in it is counted in ``_open_bytes``."""
+        size, problem = 0, None
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > _MOST_DRAINED_BYTES:
+                break
+            if size > MAX_BODY_BYTES:
+                problem = problem or _RefusedError(413, f"the body is longer than {MAX_BODY_BYTES // 2**20} MiB")
+            elif self._open_bytes + len(chunk) > _MAX_OPEN_BYTES:
+                problem = problem or _RefusedError(
+                    503, "too many large requests are open; try again", kind="overloaded_error"
+                )
+            if problem is None:
+                body += chunk
+                self._open_bytes += len(chunk)
+        if problem is not None:
+            raise problem
+
+    def _understand(self, body: bytes) -> tuple[ChatRequest, tuple[int, ...]]:
+        """The request and its prompt tokens; may take long, so not for the event loop."""
+        try:
+            asked = ChatRequest.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = one_line(".".join(map(str, first["loc"]))) or "body"
+            raise _RefusedError(400, f"{where}: {one_line(first['msg'])}", param=where) from None
+        if asked.model != self._model:
+            problem = f"the model {one_line(asked.model)!r} does not exist; {self._model!r} is served"
+            raise _RefusedError(404, problem, param="model", code="model_not_found")
+        try:
+            return asked, self._engine.encode([message.model_dump() for message in asked.messages])
+        except UserError as error:
+            raise _refused_by_engine(error) from None
+
+    def _submit(self, asked: ChatRequest, prompt: tuple[int, ...]) -> Future[Generated]:
+        from nemo_ampo.serve.engine import GenerateRequest
+
+        try:
+            return self._engine.submit(
+                GenerateRequest(
+                    prompt=prompt,
+                    max_tokens=asked.max_completion_tokens or asked.max_tokens or self._engine.context,
+                    temperature=1.0 if asked.temperature is None else asked.temperature,
+                    top_p=1.0 if asked.top_p is None else asked.top_p,
+                    seed=asked.seed,
+                    stop=tuple([asked.stop] if isinstance(asked.stop, str) else asked.stop or ()),
+                    mode_bias={int(mode): bias for mode, bias in (asked.mode_bias or {}).items()},
+                )
+            )
+        except UserError as error:
+            raise _refused_by_engine(error) from None
+
+
+def _refused_by_engine(error: UserError) -> _RefusedError:
+    text = str(error)
+    code = "context_length_exceeded" if text.startswith("context_length_exceeded") else None
+    return _RefusedError(400, text, param="mode_bias" if text.startswith("mode_bias") else "messages", code=code)
+
+
+async def _unless_gone(request: Request, work: asyncio.Future[T]) -> T:
+    """The work's result; the work is cancelled as soon as the caller has left.
+
+    Raises:
+        ClientDisconnect: the caller has left.
+    """
+    gone = asyncio.create_task(_disconnected(request))
     try:
-        reply = answer.result()
-    except EngineError as error:
-        return _error(500, str(error), kind="server_error")
-    message = {"role": "assistant", "content": reply.text}
-    usage = {"prompt_tokens": len(prompt), "completion_tokens": len(reply.ids)}
-    return JSONResponse(
-        {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": asked.model,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
-            "usage": {**usage, "total_tokens": sum(usage.values())},
-        }
-    )
+        either: set[asyncio.Future[Any]] = {work, gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+        with suppress(asyncio.CancelledError):
+            await gone
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _error(
@@ -138,4 +276,4 @@ def _error(
     code: str | None = None,
 ) -> JSONResponse:
     body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status_code=status)
+    return JSONResponse(body, status_code=status, headers={"Retry-After": "1"} if status == 503 else None)

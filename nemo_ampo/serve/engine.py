@@ -1,19 +1,21 @@
 """Continuous batching over a transformers model: requests join between two decoding steps and leave when they are done.
 
-Each request's prompt is read alone, exactly as ``generate`` would, and its keys and values then join the batch, whose
-rows are padded on the left. A row attends to its own positions only, so what is drawn depends on the request and its
-seed, not on who shares the batch (up to the last bits of floating-point sums). One thread owns the model.
+Each request's prompt is read alone, exactly as ``generate`` would, and :mod:`nemo_ampo.serve.rows` computes each of its
+tokens as if it were alone, so what is drawn depends on the request and its seed, to the last bit, and not on who shares the
+batch. What goes wrong with one request ends that request only. One thread owns the model.
 
-Legend: B rows of the batch, T positions, H key-value heads, D head size, V vocabulary.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +27,13 @@ from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.data.chat import check_tokenizer, encode_prompt
 from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.serve.dial import ModeDial
+from nemo_ampo.serve.rows import KeysValues, next_logits
+from nemo_ampo.text import one_line
 
+_log = logging.getLogger(__name__)
 _STOP_LOOKBACK = 8
 """Tokens decoded beyond a stop text's length in characters, when looking for it."""
+_CPU_HEIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,8 @@ class _Row:
     generator: torch.Generator
     biases: dict[int, float]
     ids: list[int] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Positions whose keys and values are known: all but the last token's."""
-        return len(self.request.prompt) + len(self.ids) - 1
+    known: KeysValues = field(default_factory=list)
+    """Keys and values of all but the last token."""
 
 
 class Engine:
@@ -108,11 +111,14 @@ class Engine:
                 raise
             raise UserError(f"{folder}: no checkpoint that can be served: {str(error).splitlines()[0]}") from None
         self.context = int(self._model.config.max_position_embeddings)
+        self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self._stops = frozenset(stop_token_ids(folder, self.tokenizer))
+        self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._max_batch = max_batch
+        # On a CPU each row of a step costs time, idle or not; on a GPU a higher step costs hardly more.
+        self._height = min(max_batch, _CPU_HEIGHT) if self._model.device.type == "cpu" else max_batch
         self._dial: ModeDial | None = None
         self._rows: list[_Row] = []
-        self._cache_KV: list[tuple[torch.Tensor, torch.Tensor]] = []  # per layer [B, H, T, D], padded on the left
         self._waiting: deque[_Row] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -120,17 +126,29 @@ class Engine:
         self._thread.start()
 
     def encode(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Prompt tokens of a conversation, by the checkpoint's own chat template."""
+        """Prompt tokens of a conversation, by the checkpoint's own chat template. May be called from any thread.
+
+        Raises:
+            UserError: the template refuses the messages, or they are certain not to fit.
+        """
+        # No token stands for more text than the longest one, and no message for less than one token.
+        size = sum(len(message["content"]) for message in messages)
+        if size > self.context * self._longest_token or len(messages) > self.context:
+            raise UserError(f"context_length_exceeded: {size} characters, the context is {self.context} tokens")
         return tuple(encode_prompt(messages, self.tokenizer))
 
     def submit(self, request: GenerateRequest) -> Future[Generated]:
         """Queue a request; cancel the future to give it up.
 
         Raises:
-            UserError: it cannot be served: too long, or a mode bias the tokenizer has no tokens for.
+            UserError: it cannot be served: too long, a token the model has not, or a mode bias the tokenizer has no tokens
+                for.
         """
         if not request.prompt or len(request.prompt) >= self.context:
             raise UserError(f"context_length_exceeded: {len(request.prompt)} prompt tokens, the context is {self.context}")
+        # On a GPU, an index beyond the embeddings ends the process's use of the device: for everybody.
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocabulary:
+            raise UserError(f"prompt: a token outside the model's vocabulary of {self._vocabulary}")
         biases = self._mode_dial().biases(request.mode_bias) if request.mode_bias else {}
         seed = request.seed if request.seed is not None else random.SystemRandom().getrandbits(63)
         row = _Row(request, Future(), torch.Generator().manual_seed(seed), biases)
@@ -164,25 +182,27 @@ class Engine:
                 if self._closed:
                     return
                 joining = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._free_rows()))]
-            try:
-                with torch.inference_mode():
-                    for row in joining:
-                        self._join(row)
-                    self._keep([row for row in self._rows if not row.future.done()])
-                    if self._rows:
-                        self._step()
-            except Exception as error:  # whatever the model raises belongs to the callers, who are waiting
-                self._fail(joining, error)
+            with torch.inference_mode():
+                for row in joining:
+                    self._alone(row, self._join)
+                self._rows = [row for row in self._rows if not row.future.done()]
+                for begin in range(0, len(self._rows), self._height):
+                    self._step(self._rows[begin : begin + self._height])
+                self._rows = [row for row in self._rows if not row.future.done()]
 
     def _free_rows(self) -> int:
         return self._max_batch - len(self._rows)
 
-    def _fail(self, joining: list[_Row], error: Exception) -> None:
-        rows = {id(row): row for row in (*self._rows, *joining)}
-        self._rows, self._cache_KV = [], []
-        for row in rows.values():
-            with contextlib.suppress(InvalidStateError):
-                row.future.set_exception(EngineError(f"generation failed: {error}"))
+    def _alone(self, row: _Row, work: Callable[[_Row], None]) -> None:
+        """Do something for one row; whatever goes wrong ends that row only."""
+        try:
+            work(row)
+        except Exception as error:  # whatever the model raises belongs to the caller, who is waiting
+            self._fail(row, error)
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        with contextlib.suppress(InvalidStateError):
+            row.future.set_exception(EngineError(f"generation failed: {one_line(str(error)) or type(error).__name__}"))
 
     def _join(self, row: _Row) -> None:
         """Read a prompt, draw its first token, and make it a row of the batch unless that was all."""
@@ -191,65 +211,41 @@ class Engine:
         cache = DynamicCache()
         ids_1T = torch.tensor([row.request.prompt], device=self._model.device)
         logits_V = self._model(ids_1T, past_key_values=cache, use_cache=True, num_logits_to_keep=1).logits[0, -1]
-        if self._draw(row, logits_V):
-            return
-        own = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        width = max(self._width(), len(row.request.prompt))
-        if self._rows:
-            old = [(_padded(k, width), _padded(v, width)) for k, v in self._cache_KV]
-            new = [(_padded(k, width), _padded(v, width)) for k, v in own]
-            own = [(torch.cat((ok, nk)), torch.cat((ov, nv))) for (ok, ov), (nk, nv) in zip(old, new, strict=True)]
-        self._cache_KV = own
+        row.known = list(zip(cache.key_cache, cache.value_cache, strict=True))
+        self._draw(row, logits_V)
         self._rows.append(row)
 
-    def _keep(self, rows: list[_Row]) -> None:
-        """Drop all other rows, and the padding that none of the remaining ones needs."""
-        if len(rows) == len(self._rows):
+    def _step(self, rows: list[_Row]) -> None:
+        """One token for each of these rows, together; one by one where that fails, to find the row it fails for."""
+        try:
+            logits_BV, grown = next_logits(
+                self._model, [row.ids[-1] for row in rows], [row.known for row in rows], self._height
+            )
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return
+            _log.warning("a step of %d replies failed, each goes on alone: %s", len(rows), one_line(str(error)))
+            for row in rows:
+                self._step([row])
             return
-        kept = {id(row) for row in rows}
-        index = torch.tensor([i for i, row in enumerate(self._rows) if id(row) in kept], device=self._model.device)
-        width = max((row.length for row in rows), default=0)
-        self._cache_KV = [(k[index][:, :, -width:], v[index][:, :, -width:]) for k, v in self._cache_KV] if rows else []
-        self._rows = rows
+        for row, logits_V, row.known in zip(rows, logits_BV, grown, strict=True):
+            self._alone(row, functools.partial(self._draw, logits_V=logits_V))
 
-    def _step(self) -> None:
-        """One token for every row."""
-        width = self._width()
-        device = self._model.device
-        lengths = [row.length for row in self._rows]
-        cache = DynamicCache()
-        cache.key_cache, cache.value_cache = [k for k, _ in self._cache_KV], [v for _, v in self._cache_KV]
-        cache._seen_tokens = width
-        logits_BTV = self._model(
-            torch.tensor([[row.ids[-1]] for row in self._rows], device=device),
-            attention_mask=torch.tensor([[0] * (width - n) + [1] * (n + 1) for n in lengths], device=device),
-            position_ids=torch.tensor([[n] for n in lengths], device=device),
-            cache_position=torch.tensor([width], device=device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        self._cache_KV = list(zip(cache.key_cache, cache.value_cache, strict=True))
-        ended = [self._draw(row, logits_V) for row, logits_V in zip(self._rows, logits_BTV[:, -1], strict=True)]
-        self._keep([row for row, over in zip(self._rows, ended, strict=True) if not over])
-
-    def _width(self) -> int:
-        return self._cache_KV[0][0].shape[2] if self._cache_KV else 0
-
-    def _draw(self, row: _Row, logits_V: torch.Tensor) -> bool:
-        """Draw the row's next token; True when its reply is complete."""
-        logits_V = logits_V.float()
+    def _draw(self, row: _Row, logits_V: torch.Tensor) -> None:
+        """Draw the row's next token, and hand over the reply when it is complete."""
+        logits_V = logits_V.to("cpu", torch.float32, copy=True)
         if row.biases and self._mode_dial().chooses_next(row.ids):
             for token, bias in row.biases.items():
                 logits_V[token] += bias
         row.ids.append(sample(logits_V, row.request.temperature, row.request.top_p, row.generator))
         reason = self._finish_reason(row)
         if reason is None:
-            return False
+            return
         text = self.tokenizer.decode(row.ids, skip_special_tokens=True)
         cut = min((at for at in (text.find(stop) for stop in row.request.stop) if at >= 0), default=len(text))
         with contextlib.suppress(InvalidStateError):  # the caller may give up at any moment
             row.future.set_result(Generated(tuple(row.ids), text[:cut], reason))
-        return True
 
     def _finish_reason(self, row: _Row) -> str | None:
         if row.ids[-1] in self._stops:
@@ -267,21 +263,22 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
     """One token: the most likely one at temperature 0, else drawn from the nucleus ``top_p``.
 
     Args:
-        logits_V: [V] float32.
+        logits_V: [V] float32, on the CPU, so that a seed means the same on every device.
         temperature: divides the logits.
-        top_p: the smallest set of most likely tokens with at least this probability is drawn from.
-        generator: on the CPU, so that a seed means the same on every device.
+        top_p: the smallest set of most likely tokens with at least this probability is drawn from; never less than one.
+        generator: on the CPU.
+
+    Raises:
+        EngineError: there is no most likely token.
     """
+    logits_V = logits_V - logits_V.max()  # so that no division by a small temperature leaves the range of float32
+    if not bool(torch.isfinite(logits_V.max())):
+        raise EngineError("the model's logits are not numbers")
     if temperature == 0:
         return int(logits_V.argmax())
-    probs_V = torch.softmax(logits_V.cpu() / temperature, dim=-1)
+    probs_V = torch.softmax(logits_V / temperature, dim=-1)
     if top_p < 1:
         sorted_V, order_V = probs_V.sort(descending=True)
-        sorted_V[sorted_V.cumsum(-1) - sorted_V >= top_p] = 0
+        sorted_V[1:][(sorted_V.cumsum(-1) - sorted_V)[1:] >= top_p] = 0
         return int(order_V[torch.multinomial(sorted_V, 1, generator=generator)])
     return int(torch.multinomial(probs_V, 1, generator=generator))
-
-
-def _padded(values_BHTD: torch.Tensor, width: int) -> torch.Tensor:
-    """With zeros before the first position, up to ``width`` positions."""
-    return torch.nn.functional.pad(values_BHTD, (0, 0, width - values_BHTD.shape[2], 0))

@@ -9,21 +9,27 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from transformers import AutoTokenizer
 
 from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served, tied
+from nemo_ampo.serve import app as app_module
+from nemo_ampo.serve.app import create_app
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.serve.command import main
 from nemo_ampo.serve.config import PROGRAMS
+from nemo_ampo.serve.engine import Generated
 from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
 from nemo_ampo.serve.local import child_environment, free_port, server_process
 
@@ -53,9 +59,11 @@ def ask(server, *questions, **config):
 
 def post(server, **fields) -> tuple[int, dict]:
     body = {"model": server.model, "messages": HELLO, "max_tokens": 4, "temperature": 0} | fields
-    request = urllib.request.Request(
-        f"{server.base_url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    return post_raw(server, json.dumps(body).encode())
+
+
+def post_raw(server, body: bytes) -> tuple[int, dict]:
+    request = urllib.request.Request(f"{server.base_url}/chat/completions", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request) as answer:
             return answer.status, json.load(answer)
@@ -86,6 +94,119 @@ def test_what_is_not_served_is_refused_by_name(server) -> None:
     ):
         status, body = post(server, **fields)
         assert status in (400, 404) and named in body["error"]["message"], (fields, body)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [1e-300, 1e-40, 9e-6, -1e-9, 2.001, NAN, INF, -INF, 1e308, "1", True, [1], {}]),
+        ("top_p", [0, 1e-300, 1e-9, 1.0001, -1, NAN, INF, "0.5", [0.5]]),
+        ("mode_bias", [{"1": 1e308}, {"1": 1e39, "2": -1e39}, {"4": -100.5}, {"1": NAN}, {"2": INF}, {"0": 1}, [1]]),
+        ("max_tokens", [0, -1, 1.5, "5", NAN, [], True]),
+        ("max_completion_tokens", [0, -(10**30), "x"]),
+        ("seed", [2**63, -(2**63) - 1, 10**30, 0.5, "1", NAN]),
+        ("stop", ["", [""], ["a", ""], "x" * 1001, ["a"] * 5, [f"zz{i}" for i in range(10_000)], 3, {"a": 1}, [["a"]]]),
+        ("n", [0, 2, -1, 1000, "1"]),
+        ("stream", [True, "yes", 1]),
+        ("model", [3, None, [], "other", "x" * 100_000, "\x1b[2J"]),
+        ("messages", [None, [], "hi", {}, [1], [{"role": "user"}], [{"role": "tool", "content": "x"}],
+                      [{"role": "user", "content": None}], [{"role": "user", "content": "x", "name": "y"}],
+                      [{"role": "user", "content": ["x"]}], [{"role": "user", "content": "x" * 10**6}],
+                      [{"role": "user", "content": "x"}] * 30_000]),
+        ("logit_bias", [{"1": 100}]),
+        ("response_format", [{"type": "json_object"}]),
+        ("\ud800", [1]),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_served_is_a_400_that_names_its_field(server, field: str, values: list) -> None:
+    for value in values:
+        status, body = post(server, **{field: value})
+        said = body["error"]["message"]
+        assert status in (400, 404) and len(said) < 600 and said.isprintable(), (field, value, body)
+        named = {"\ud800": "body", "messages": ""}.get(field, field)
+        assert named in said or body["error"]["param"] == field, (field, value, body)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'{"model":"\xff"}', b'{"model":' * 50_000, b"\x00" * 100])
+def test_a_body_that_is_no_request_is_a_400(server, raw: bytes) -> None:
+    assert post_raw(server, raw)[0] == 400
+
+
+def test_defaults_may_be_spelt_null(server) -> None:
+    nothing = dict.fromkeys(
+        ("temperature", "top_p", "seed", "stop", "n", "stream", "user", "mode_bias", "max_completion_tokens")
+    )
+    assert post(server, **nothing)[0] == 200
+    assert post(server, max_tokens=10**30, stop=["\n", "z"], seed=-(2**63), temperature=1e-5, top_p=1e-5)[0] == 200
+
+
+def test_a_body_too_large_is_a_413_and_holds_up_nobody(server) -> None:
+    outcomes: list[int] = []
+    large = json.dumps({"model": server.model, "messages": [{"role": "user", "content": "a" * 20_000_000}]}).encode()
+    callers = [threading.Thread(target=lambda: outcomes.append(post_raw(server, large)[0])) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    assert post(server)[0] == 200
+    for caller in callers:
+        caller.join(timeout=60)
+    assert outcomes == [413] * 3
+
+
+def test_poison_in_a_crowd_leaves_every_other_reply_as_it_is_alone(server) -> None:
+    fields = [{"temperature": 1.0, "max_tokens": 40, "seed": i, "top_p": 0.9} for i in range(24)]
+    alone = [post(server, **one)[1]["choices"] for one in fields]
+    poison = [{"temperature": 1e-40}, {"top_p": 1e-300}, {"mode_bias": {"1": 1e308}}] * 8
+    with ThreadPoolExecutor(48) as callers:
+        together = [callers.submit(post, server, **one) for pair in zip(fields, poison, strict=True) for one in pair]
+        assert {call.result()[0] for call in together[1::2]} == {400}
+        assert [call.result()[1]["choices"] for call in together[::2]] == alone
+
+
+def test_more_requests_than_can_be_held_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hold the only places; what they wait for never ends before they leave."""
+    monkeypatch.setattr(app_module, "_MAX_OPEN", 2)
+    engine = StuckEngine()
+
+    async def ask() -> tuple[list[int], str]:
+        transport = httpx.ASGITransport(create_app(engine, "stuck"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            body = {"model": "stuck", "messages": HELLO}
+            waiting = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(2)]
+            while len(engine.futures) < 2:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/v1/chat/completions", json=body)
+            healthy = await client.get("/health")
+            for future in engine.futures:
+                future.set_result(Generated((1,), "done", "stop"))
+            done = [(await call).status_code for call in waiting]
+            after = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            while len(engine.futures) < 3:
+                await asyncio.sleep(0.01)
+            engine.futures[2].set_result(Generated((1,), "done", "stop"))
+            return [refused.status_code, healthy.status_code, *done, (await after).status_code], refused.headers[
+                "retry-after"
+            ]
+
+    assert asyncio.run(ask()) == ([503, 200, 200, 200, 200], "1")
+
+
+class StuckEngine:
+    """Replies when the test says so."""
+
+    context = 10
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Generated]] = []
+
+    def encode(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        return (1, 2)
+
+    def submit(self, request: object) -> Future[Generated]:
+        self.futures.append(Future())
+        return self.futures[-1]
 
 
 def test_a_prompt_beyond_the_context_says_so_in_the_words_of_the_api(server) -> None:

@@ -33,7 +33,9 @@ def test_only_rows_that_choose_now_are_biased_and_only_at_their_modes(tiny_check
         ({}, None),
         ({1: 2.0, 4: -0.5}, None),
         ({5: 1.0}, "there is no mode 5; the modes are 1..4"),
-        ({1: float("nan")}, "must hold finite numbers"),
+        ({1: 100.0, 2: -100.0}, None),
+        ({1: float("nan")}, "must hold finite numbers from -100 to 100"),
+        ({1: 1e308}, "must hold finite numbers from -100 to 100"),
     ],
 )
 def test_what_a_setting_may_be(bias: dict[int, float], problem: str | None) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.serve import engine as engine_module
 from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.engine import Engine, GenerateRequest, sample
+from nemo_ampo.serve.rows import next_logits
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +128,67 @@ def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: Engine, tiny_ch
         assert ids[5:] == rest, "the bias went on after the choice"
 
 
-def test_a_broken_step_fails_its_callers_and_the_engine_lives_on(engine: Engine, reference) -> None:
-    outside = GenerateRequest((10**6,), max_tokens=3, temperature=0)
-    with pytest.raises(EngineError, match="generation failed"):
-        engine.submit(outside).result(timeout=60)
-    prompt = prompts(1, seed=5)[0]
-    assert list(engine.submit(GenerateRequest(prompt, 6, temperature=0)).result(timeout=60).ids) == reference(prompt, 6)
+def test_a_step_that_breaks_for_one_request_ends_that_one_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="a token outside the model's vocabulary"):
+        engine.submit(GenerateRequest((10**6,), max_tokens=3))
+    asked = [GenerateRequest(p, 20, temperature=1.0, seed=i) for i, p in enumerate(prompts(4, seed=5))]
+    alone = [engine.submit(request).result(timeout=60) for request in asked]
+    usual = engine_module.next_logits
+    broken = len(asked[2].prompt) + 5
+
+    def breaks(model, tokens, known, height):
+        if any(row[0][0].shape[2] == broken for row in known):
+            raise RuntimeError("out of\nmemory")
+        return usual(model, tokens, known, height)
+
+    monkeypatch.setattr(engine_module, "next_logits", breaks)
+    unlucky = [i for i, r in enumerate(asked) if len(r.prompt) <= broken < len(r.prompt) + len(alone[i].ids) - 1]
+    outcomes = [future.exception(timeout=60) or future.result() for future in map(engine.submit, asked)]
+    assert 2 in unlucky and len(unlucky) < len(asked)
+    for i, outcome in enumerate(outcomes):
+        if i in unlucky:
+            assert isinstance(outcome, EngineError) and str(outcome) == "generation failed: out of memory"
+        else:
+            assert outcome == alone[i]
+
+
+def test_poisonous_numbers_spoil_their_own_reply_only(engine: Engine) -> None:
+    """What the web side refuses; here nothing stands in the way."""
+    good = [GenerateRequest(p, 30, temperature=1.0, seed=i) for i, p in enumerate(prompts(9, seed=6))]
+    alone = [engine.submit(request).result(timeout=60) for request in good]
+    prompt = good[0].prompt
+    poison = [GenerateRequest(prompt, 5, temperature=t, top_p=p) for t in (1e-300, 1e-40, 1e-5) for p in (1.0, 0.5, 1e-300)]
+    futures = [engine.submit(request) for pair in zip(good, poison, strict=True) for request in pair]
+    assert [future.result(timeout=60) for future in futures[::2]] == alone
+    greedy = engine.submit(GenerateRequest(prompt, 5, temperature=0)).result(timeout=60)
+    for future in futures[1::2]:
+        assert isinstance(future.exception(timeout=60), EngineError) or future.result() == greedy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_logit_in_company_is_the_one_alone_to_the_last_bit(tiny_checkpoint: Path, dtype: str) -> None:
+    """Against rows of other lengths, in every place of the step, over many steps."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, torch_dtype=getattr(torch, dtype)).eval()
+    asked = prompts(8, seed=7)
+    compared = 0
+    with torch.inference_mode():
+        known = []
+        for prompt in asked:
+            cache = DynamicCache()
+            model(torch.tensor([prompt]), past_key_values=cache, use_cache=True)
+            known.append(list(zip(cache.key_cache, cache.value_cache, strict=True)))
+        together, single = known, [[row] for row in known]
+        draw = random.Random(8)
+        for _ in range(12):
+            order = draw.sample(range(8), 8)
+            tokens = [draw.randrange(3, 600) for _ in asked]
+            logits_BV, grown = next_logits(model, [tokens[i] for i in order], [together[i] for i in order], 8)
+            together = [grown[order.index(i)] for i in range(8)]
+            for i in range(8):
+                alone_1V, single[i] = next_logits(model, [tokens[i]], single[i], 8)
+                assert torch.equal(alone_1V[0], logits_BV[order.index(i)])
+                compared += 1
+    assert compared == 96
 
 
 def test_sampling_follows_the_distribution() -> None:
