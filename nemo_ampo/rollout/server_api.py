@@ -19,13 +19,18 @@ from typing import Protocol
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
+
+_MAX_CALL_BYTES = 256 * 2**20
+"""Of a request: a thousand prompts of thirty thousand tokens."""
 
 
 class Message(BaseModel):
-    """A misspelt field is an error on either side."""
+    """A misspelt field, or a value of another kind, is an error on either side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class State(Message):
@@ -33,9 +38,9 @@ class State(Message):
 
     tensorrt_llm: str
     weight_version: int | None = None
-    max_prompt: int
-    max_total: int
-    vocab_size: int
+    max_prompt: PositiveInt
+    max_total: PositiveInt
+    vocab_size: PositiveInt
 
 
 class LoadCall(Message):
@@ -49,15 +54,21 @@ class Loaded(Message):
     """What a load moved. ``num_tensors`` is 0 when the version was already there."""
 
     weight_version: int
-    num_tensors: int
-    num_bytes: int
-    seconds: float
+    num_tensors: NonNegativeInt
+    num_bytes: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
+class Released(Message):
+    """Memory was given back."""
+
+    released: bool
 
 
 class Sampling(Message):
     """The part of :class:`~nemo_ampo.rollout.engine.SamplingSpec` a server needs; stop strings are the client's."""
 
-    max_new_tokens: int
+    max_new_tokens: PositiveInt
     stop_token_ids: list[int]
     temperature: float
     top_p: float
@@ -122,6 +133,7 @@ class Backend(Protocol):
 def make_app(backend: Backend) -> FastAPI:
     """The application. Weights never change while responses are being drawn."""
     app = FastAPI(title="nemo-ampo rollout server")
+    app.add_middleware(_BoundedBody)
     turn = _Turn()
 
     @app.get("/state")
@@ -143,18 +155,52 @@ def make_app(backend: Backend) -> FastAPI:
 
     @app.post("/generate")
     async def generate(call: GenerateCall) -> StreamingResponse:
-        loaded = backend.state().weight_version
+        state = backend.state()
+        _check_prompts(call, state)
+        loaded = state.weight_version
         if loaded != call.weight_version:
             raise HTTPException(409, f"weights {loaded} are loaded, {call.weight_version} were asked for")
         return StreamingResponse(_lines(backend, call, turn), media_type="application/x-ndjson")
 
     @app.post("/release")
-    async def release() -> dict[str, bool]:
+    async def release() -> Released:
         async with turn.alone():
             await backend.release()
-        return {"released": True}
+        return Released(released=True)
 
     return app
+
+
+def _check_prompts(call: GenerateCall, state: State) -> None:
+    """An engine may answer a prompt it cannot hold with silence, or with the end of its process."""
+    for prompt in call.requests:
+        length = len(prompt.prompt_ids)
+        if not 1 <= length <= state.max_prompt or length + call.sampling.max_new_tokens > state.max_total:
+            limits = f"the server takes 1 to {state.max_prompt}, {state.max_total} with the response"
+            asked = f"{length} prompt tokens and {call.sampling.max_new_tokens} new ones"
+            raise HTTPException(422, f"request {prompt.request_id}: {asked}; {limits}")
+        if not all(0 <= token < state.vocab_size for token in prompt.prompt_ids):
+            raise HTTPException(422, f"request {prompt.request_id}: a token outside the vocabulary of {state.vocab_size}")
+
+
+class _BoundedBody:
+    """Refuses a request's body as soon as it is too long."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def bounded() -> AsgiMessage:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > _MAX_CALL_BYTES:
+                raise HTTPException(413, f"the body is longer than {_MAX_CALL_BYTES // 2**20} MiB")
+            return message
+
+        await self._app(scope, bounded, send)
 
 
 async def _lines(backend: Backend, call: GenerateCall, turn: _Turn) -> AsyncIterator[str]:

@@ -4,22 +4,25 @@ The NeMo container and TensorRT-LLM's current one cannot share a process, a CUDA
 weight version is published as a Hugging Face folder that appears complete under its name or not at all, and the server
 is told to load it. Only the replica's leader talks to the server; what it got, or why it got nothing, is shared with the
 other ranks. Every reply names the weights it was drawn with; one of another version ends the call.
+
+An exchange has one limit of time for all of it, however slowly the bytes come, and limits of size for lines and bodies, so
+that a server gone wrong costs neither the night nor the memory.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import httpx
 import torch
-from pydantic import ValidationError
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from pydantic import BaseModel, ValidationError
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from nemo_ampo.config import TrtLlmServerConfig
 from nemo_ampo.errors import EngineError
@@ -39,14 +42,22 @@ from nemo_ampo.rollout.engine import (
     check_requests,
     finish_response,
 )
-from nemo_ampo.rollout.server_api import Drawn, GenerateCall, Line, LoadCall, Loaded, Prompt, Sampling, State
+from nemo_ampo.rollout.server_api import Drawn, GenerateCall, Line, LoadCall, Loaded, Prompt, Released, Sampling, State
 from nemo_ampo.rollout.trtllm_version import require_server_version
+from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
     from nemo_ampo.ranks import Ranks
 
 _CONNECT_ATTEMPTS = 5
 _CONNECT_TIMEOUT_S = 10.0
+_MAX_BODY_BYTES = 2**20
+_LINE_BYTES, _LINE_BYTES_PER_TOKEN = 2**16, 64
+"""A line is at most this long: a token's number and its log-probability take some thirty characters."""
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+Read = Callable[[httpx.Response], Awaitable[T]]
 
 
 class TrtLlmServerEngine:
@@ -81,11 +92,14 @@ class TrtLlmServerEngine:
         self._ranks = ranks
         self._decode = decode
         self._weight_version: int | None = None
-        self._client = httpx.Client(
-            base_url=urls[ranks.data_rank % len(urls)],
-            timeout=httpx.Timeout(config.timeout_s, connect=_CONNECT_TIMEOUT_S),
+        self._url = urls[ranks.data_rank % len(urls)].rstrip("/")
+        # asyncio, since only there a limit can hold for a whole exchange: from the connection to the last byte.
+        self._runner = asyncio.Runner()
+        # Without the environment: its proxies are for the world outside, and packed bodies have no bound.
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S), trust_env=False, headers={"accept-encoding": "identity"}
         )
-        state: State = self._on_leader(lambda: self._read(State, self._call("GET", "/state")))
+        state: State = self._on_leader(lambda: self._call(State, "GET", "/state"))
         require_server_version(state.tensorrt_llm)
         self.caps = Caps(
             logprob_kind="raw",
@@ -124,13 +138,16 @@ class TrtLlmServerEngine:
 
         def ask() -> dict[int, Response]:
             finished: dict[int, Response] = {}
+
+            def take(response: Response) -> None:
+                if response.request_id in finished:
+                    raise ReplyError(f"response {response.request_id} came twice")
+                finished[response.request_id] = response
+                if on_finish is not None:
+                    on_finish(response)
+
             for begin in range(0, len(requests), self.caps.max_batch):
-                for response in self._stream(requests[begin : begin + self.caps.max_batch], sampling, version):
-                    if response.request_id in finished:
-                        raise ReplyError(f"response {response.request_id} came twice")
-                    finished[response.request_id] = response
-                    if on_finish is not None:
-                        on_finish(response)
+                self._draw(requests[begin : begin + self.caps.max_batch], sampling, version, take)
             return finished
 
         finished = self._on_leader(ask)
@@ -141,13 +158,16 @@ class TrtLlmServerEngine:
 
     def release(self) -> None:
         """The server gives back its cache; the next :meth:`sync` gets it again."""
-        self._on_leader(lambda: self._call("POST", "/release").status_code)
+        self._on_leader(lambda: self._call(Released, "POST", "/release").released)
 
     def close(self) -> None:
         """Close the connection; the server lives on."""
-        self._client.close()
+        self._runner.run(self._client.aclose())
+        self._runner.close()
 
-    def _stream(self, requests: Sequence[Request], sampling: SamplingSpec, version: int) -> Iterator[Response]:
+    def _draw(
+        self, requests: Sequence[Request], sampling: SamplingSpec, version: int, take: Callable[[Response], None]
+    ) -> None:
         by_id = {r.request_id: r for r in requests}
         call = GenerateCall(
             weight_version=version,
@@ -162,34 +182,23 @@ class TrtLlmServerEngine:
             ),
             requests=[Prompt(request_id=r.request_id, prompt_ids=list(r.prompt_ids), seed=r.seed) for r in requests],
         )
-        count = 0
-        for line in self._read_lines(call):
-            if line.error is not None:
-                raise ReplyError(f"rollout server: {line.error}")
-            if line.count is not None:
-                if line.count != count or count != len(requests):
-                    raise ReplyError(f"rollout server: {len(requests)} requests, {count} lines, it says {line.count}")
-                return
-            assert line.drawn is not None
-            count += 1
-            yield self._response(line.drawn, by_id, sampling, version)
-        raise ReplyError(f"rollout server: the reply broke off after {count} of {len(requests)} responses")
+        limit = _LINE_BYTES + _LINE_BYTES_PER_TOKEN * sampling.max_new_tokens
 
-    def _read_lines(self, call: GenerateCall) -> Iterator[Line]:
-        content = call.model_dump_json()
-        headers = {"content-type": "application/json"}
-        with _as_engine_errors(), self._client.stream("POST", "/generate", content=content, headers=headers) as reply:
-            if reply.status_code != httpx.codes.OK:
-                reply.read()
-                _refuse(reply)
-            for text in reply.iter_lines():
-                try:
-                    line = Line.model_validate_json(text)
-                except ValidationError as error:
-                    raise ReplyError(f"rollout server: unreadable line: {_first_line(error)}") from None
-                if (line.drawn is None) + (line.count is None) + (line.error is None) != 2:
-                    raise ReplyError(f"rollout server: a line without meaning: {text[:80]}")
-                yield line
+        async def read(reply: httpx.Response) -> None:
+            count = 0
+            async for line in _lines(reply, limit):
+                if line.error is not None:
+                    raise ReplyError(f"rollout server: {one_line(line.error)}")
+                if line.count is not None:
+                    if line.count != count or count != len(requests):
+                        raise ReplyError(f"rollout server: {len(requests)} requests, {count} lines, it says {line.count}")
+                    return
+                assert line.drawn is not None
+                count += 1
+                take(self._response(line.drawn, by_id, sampling, version))
+            raise ReplyError(f"rollout server: the reply broke off after {count} of {len(requests)} responses")
+
+        self._exchange("POST", "/generate", read, call.model_dump_json(), self._config.timeout_s)
 
     def _response(self, drawn: Drawn, by_id: dict[int, Request], sampling: SamplingSpec, version: int) -> Response:
         if drawn.weight_version != version:
@@ -228,31 +237,54 @@ class TrtLlmServerEngine:
 
     def _load(self, folder: Path, weight_version: int) -> Loaded:
         call = LoadCall(folder=str(folder.resolve()), weight_version=weight_version)
-        return self._read(Loaded, self._call("POST", "/load", call.model_dump_json(), self._config.load_timeout_s))
+        return self._call(Loaded, "POST", "/load", call.model_dump_json(), self._config.load_timeout_s)
 
-    def _call(self, method: str, path: str, content: str | None = None, timeout_s: float | None = None) -> httpx.Response:
-        timeout = httpx.Timeout(timeout_s or self._config.timeout_s, connect=_CONNECT_TIMEOUT_S)
-        headers = {"content-type": "application/json"}
-        with _as_engine_errors():
-            # Only a connection that never came about is tried again: then nothing can have happened over there.
-            for attempt in Retrying(
-                retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
-                stop=stop_after_attempt(_CONNECT_ATTEMPTS),
-                wait=wait_exponential(multiplier=0.2, max=5),
-                reraise=True,
-            ):
-                with attempt:
-                    reply = self._client.request(method, path, content=content, headers=headers, timeout=timeout)
-        if reply.status_code != httpx.codes.OK:
-            _refuse(reply)
-        return reply
+    def _call(self, kind: type[M], method: str, path: str, content: str | None = None, timeout_s: float | None = None) -> M:
+        async def read(reply: httpx.Response) -> M:
+            body = await _body(reply)
+            if len(body) > _MAX_BODY_BYTES:
+                raise ReplyError(f"rollout server: an answer longer than {_MAX_BODY_BYTES // 2**20} MiB at {path}")
+            try:
+                return kind.model_validate_json(body)
+            except ValidationError as error:
+                raise ReplyError(f"rollout server: unreadable {kind.__name__}: {_first_line(error)}") from None
 
-    @staticmethod
-    def _read(kind: Any, reply: httpx.Response) -> Any:
+        return self._exchange(method, path, read, content, timeout_s or self._config.timeout_s)
+
+    def _exchange(self, method: str, path: str, read: Read[T], content: str | None, timeout_s: float) -> T:
+        """One request and what ``read`` makes of its answer, all within ``timeout_s``."""
+        return self._runner.run(self._within(method, self._url + path, read, content, timeout_s))
+
+    async def _within(self, method: str, url: str, read: Read[T], content: str | None, timeout_s: float) -> T:
+        limit = asyncio.timeout(timeout_s)
         try:
-            return kind.model_validate_json(reply.content)
-        except ValidationError as error:
-            raise ReplyError(f"rollout server: unreadable {kind.__name__}: {_first_line(error)}") from None
+            async with limit:
+                return await self._ask(method, url, read, content)
+        except TimeoutError:
+            if not limit.expired():  # not ours, but of whoever takes the responses
+                raise
+            raise UnavailableError(f"rollout server: no answer in time ({timeout_s:g} s in all) from {url}") from None
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            said = one_line(str(error))
+            raise UnavailableError(f"rollout server: {type(error).__name__} at {url}: {said}") from None
+
+    async def _ask(self, method: str, url: str, read: Read[T], content: str | None) -> T:
+        request = self._client.build_request(method, url, content=content, headers={"content-type": "application/json"})
+        # Only a connection that never came about is tried again: then nothing can have happened over there.
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
+            stop=stop_after_attempt(_CONNECT_ATTEMPTS),
+            wait=wait_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                reply = await self._client.send(request, stream=True)
+        try:
+            if reply.status_code != httpx.codes.OK:
+                _refuse(reply, await _body(reply))
+            return await read(reply)
+        finally:
+            await reply.aclose()
 
     def _on_leader(self, work: Callable[[], Any]) -> Any:
         """Run on the replica's leader; every rank of the replica gets its result or raises its error."""
@@ -268,25 +300,52 @@ class TrtLlmServerEngine:
         return result
 
 
-@contextmanager
-def _as_engine_errors() -> Iterator[None]:
+async def _pieces(reply: httpx.Response) -> AsyncIterator[bytes]:
+    packed = reply.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise ReplyError(f"rollout server: an answer packed as {one_line(packed, 20)}, which was not asked for")
+    async for piece in reply.aiter_raw():
+        yield piece
+
+
+async def _body(reply: httpx.Response) -> bytes:
+    """The body, or as much of it as shows that it is too long."""
+    body = bytearray()
+    async for piece in _pieces(reply):
+        body += piece
+        if len(body) > _MAX_BODY_BYTES:
+            break
+    return bytes(body)
+
+
+async def _lines(reply: httpx.Response, limit: int) -> AsyncIterator[Line]:
+    """The lines of a ``/generate`` answer, each at most ``limit`` bytes long."""
+    rest = b""
+    async for piece in _pieces(reply):
+        *whole, rest = (rest + piece).split(b"\n")
+        for text in whole:
+            yield _line(text, limit)
+        if len(rest) > limit:
+            break
+    if rest:
+        yield _line(rest, limit)
+
+
+def _line(text: bytes, limit: int) -> Line:
+    if len(text) > limit:
+        raise ReplyError(f"rollout server: a line longer than {limit:,} bytes")
     try:
-        yield
-    except httpx.TimeoutException as error:
-        raise UnavailableError(f"rollout server: no answer in time ({type(error).__name__}) from {_url(error)}") from None
-    except httpx.TransportError as error:
-        raise UnavailableError(f"rollout server: {type(error).__name__} at {_url(error)}: {error}") from None
+        line = Line.model_validate_json(text)
+    except ValidationError as error:
+        raise ReplyError(f"rollout server: unreadable line: {_first_line(error)}") from None
+    if (line.drawn is None) + (line.count is None) + (line.error is None) != 2:
+        raise ReplyError(f"rollout server: a line without meaning: {one_line(text.decode(errors='replace'), 80)}")
+    return line
 
 
-def _url(error: httpx.HTTPError) -> str:
-    try:
-        return str(error.request.url)
-    except RuntimeError:  # httpx: the request was never made
-        return "its address"
-
-
-def _refuse(reply: httpx.Response) -> None:
-    text = f"rollout server: {reply.status_code} at {reply.request.url.path}: {reply.text[:200]}"
+def _refuse(reply: httpx.Response, body: bytes) -> NoReturn:
+    said = one_line(body.decode("utf-8", "replace"))
+    text = f"rollout server: {reply.status_code} at {reply.request.url.path}: {said}"
     if reply.status_code == httpx.codes.CONFLICT:
         raise StaleWeightsError(text)
     raise UnavailableError(text)
@@ -294,7 +353,7 @@ def _refuse(reply: httpx.Response) -> None:
 
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'reply'}: {first['msg']}"
+    return one_line(f"{'.'.join(map(str, first['loc'])) or 'reply'}: {first['msg']}")
 
 
 def _flush(folder: Path) -> None:

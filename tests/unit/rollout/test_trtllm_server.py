@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import served
 
 from nemo_ampo.config import TrtLlmServerConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranks import OneProcess
+from nemo_ampo.rollout import server_api
 from nemo_ampo.rollout.engine import ReplyError, Request, SamplingSpec, StaleWeightsError, UnavailableError
 from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State
 from nemo_ampo.rollout.trtllm_server import TrtLlmServerEngine
@@ -234,3 +236,23 @@ def test_each_replica_has_its_server(stack: ExitStack, tmp_path: Path) -> None:
         if rank == 0:
             engine.sync(1)
     assert len(backends[0].loads) == 1 and backends[1].loads == []
+
+
+def test_the_server_refuses_what_its_engine_cannot_hold(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Backend(holds=1)
+    url = stack.enter_context(served(backend))
+    sampling = {"max_new_tokens": 4, "stop_token_ids": [0], "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    sampling |= {"greedy": False, "want_logprobs": False}
+
+    def status(prompt: list[Any], **change: Any) -> int:
+        requests = [{"request_id": 0, "prompt_ids": prompt, "seed": 1}]
+        call = {"weight_version": 1, "sampling": sampling | change, "requests": requests}
+        return httpx.post(f"{url}/generate", json=call, trust_env=False).status_code
+
+    assert status([5] * 8) == 200
+    for prompt in ([], [5] * 9, [100], [-1], ["5"], [5.0], [True]):
+        assert status(prompt) == 422, prompt
+    assert status([5], max_new_tokens=16) == 422 and status([5], max_new_tokens=0) == 422
+    monkeypatch.setattr(server_api, "_MAX_CALL_BYTES", 1000)
+    assert status([5] * 1000) == 413
+    assert len(backend.seen) == 1
