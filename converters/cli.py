@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import full_or_read_only
+from nemo_ampo.terminal import printable_output
 
 OK, DIFFERENT, MISUSED = 0, 1, 2
 
 
+@printable_output()
 def run(command: Callable[[], int]) -> int:
     """Exit status of a command; something the user can cure becomes one line and status 2."""
     try:
-        return command()
+        with full_or_read_only():
+            return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED

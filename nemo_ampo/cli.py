@@ -6,7 +6,6 @@ is one line on stderr and exit status 2.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_ampo.errors import ConfigError, FormatError, UserError
+from nemo_ampo.files import full_or_read_only
+from nemo_ampo.terminal import printable_output, show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from rich.table import Table
 
     from nemo_ampo.types import Reply
 
@@ -40,10 +39,10 @@ def doctor(
     from nemo_ampo import doctor as machine
 
     if compat:
-        _show(machine.compat_table())
+        show(machine.compat_table())
         return
     report = machine.doctor(judge_key_env)
-    _show(report.table())
+    show(report.table())
     if not report.ok:
         raise typer.Exit(EXIT_NOT_OK)
 
@@ -201,7 +200,7 @@ def report(
 
     if sotopia.is_sotopia(paths):
         table, lines, partial = sotopia.report(paths, out, judge, sotopia_dir, seed)
-        _show(table)
+        show(table)
         typer.echo("\n".join(lines))
         if partial:
             raise typer.Exit(EXIT_NOT_OK)
@@ -212,14 +211,16 @@ def report(
 
 
 def _report_training(run_dir: Path, out: Path | None) -> None:
-    from nemo_ampo.report import evaluation_table, read_run, training_table, write_report
+    from nemo_ampo.report import evaluation_table, file_problems, read_run, training_table, write_report
 
     written = write_report(run_dir, out)
     run = read_run(run_dir)
     if run.evaluations:
-        _show(evaluation_table(run.evaluations))
+        show(evaluation_table(run.evaluations))
     if run.ampo is not None and run.ampo.log.num_steps:
-        _show(training_table(run.ampo.log))
+        show(training_table(run.ampo.log))
+    for problem in file_problems(run):
+        typer.echo(f"ALARM: {problem}", err=True)
     typer.echo(f"wrote {written}")
 
 
@@ -245,7 +246,7 @@ def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*
     from nemo_ampo.job.status import read_status
 
     run = read_status(run_dir)
-    _show(run.table())
+    show(run.table())
     typer.echo("\n".join(run.lines()))
 
 
@@ -309,7 +310,7 @@ def estimate(
     from nemo_ampo.judge.estimate import estimate_table
 
     rows, notes = commands.estimate(stage, config_name, overrides or [], config_dir, tokenizer, reply_tokens)
-    _show(estimate_table(rows, "4 characters a token" if tokenizer is None else str(tokenizer)))
+    show(estimate_table(rows, "4 characters a token" if tokenizer is None else str(tokenizer)))
     for note in notes:
         typer.echo(note)
 
@@ -326,7 +327,7 @@ def check_judge(
     from nemo_ampo.judge import commands
 
     results = commands.check_judge(stage, config_name, overrides or [], config_dir, turns)
-    _show(commands.injection_table(results))
+    show(commands.injection_table(results))
     if any(result.gain is not None and result.gain > max_gain for result in results):
         raise typer.Exit(EXIT_NOT_OK)
 
@@ -374,7 +375,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, function in COMMANDS.items():
-        app.command(name, context_settings=PASS_THROUGH.get(name))(function)
+        app.command(name, context_settings=PASS_THROUGH.get(name))(printable_output()(full_or_read_only()(function)))
     return app
 
 
@@ -383,15 +384,9 @@ def main() -> None:
     try:
         make_app()()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        with printable_output():
+            typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_USER_ERROR)
-
-
-def _show(table: Table) -> None:
-    from rich.console import Console
-
-    # Piped output keeps its columns: 80 would fold what a file has room for.
-    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(table)
 
 
 if __name__ == "__main__":

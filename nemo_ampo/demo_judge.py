@@ -32,6 +32,7 @@ from starlette.exceptions import HTTPException
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.prompts import read_judge_prompt
 from nemo_ampo.serve.local import run_app, server_process
+from nemo_ampo.terminal import printable_output
 
 MODEL = "demo-judge"
 
@@ -243,6 +244,7 @@ def demo_judge_process(options: DemoJudgeOptions | None = None, *, start_timeout
         yield base_url
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="demo-judge", description="Serve the embedded rule-based judge.")

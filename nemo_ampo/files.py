@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import DataError, DiskError
+from nemo_ampo.text import one_line
 
 
 def shipped(folder: str) -> Path:
@@ -37,6 +40,27 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise DiskError(error.errno or 0, f"{doing}: {error.strerror or error}") from error
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def full_or_read_only() -> Iterator[None]:
+    """A command's last net: a disk that no other rule named, because a library wrote to it, is one line as well.
+
+    Raises:
+        DiskError: the block raised an ``OSError`` of a full or read-only disk, or of a missing right.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"cannot write {error.filename}" if error.filename else "cannot write a file"
+        raise DiskError(error.errno or 0, f"{where}: {error.strerror}") from error
 
 
 def write_once(path: Path, content: str | bytes, *, private: bool = False) -> None:
@@ -72,26 +96,122 @@ def _umask() -> int:
     return mask
 
 
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all or nothing: half a line would damage the next one. A line that an earlier process left torn is cut.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            file.seek(0)
+            size = file.read().rfind(b"\n") + 1
+            file.truncate(size)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def strict_json(text: str | bytes, finite: bool = True) -> Any:
+    """Decode JSON as it is defined: a key given twice, of which one value would be lost, and NaN are none.
+
+    Args:
+        text: to decode.
+        finite: False leaves NaN and infinities to a reader that names their field.
+
+    Raises:
+        ValueError: not JSON, in a few words.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _NotStrictError(f"key '{twice}' occurs twice in one object")
+        return result
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise _NotStrictError(f"{one_line(digits, 40)} is not a finite number")
+        return value
+
+    def constant(name: str) -> Any:
+        raise _NotStrictError(f"{name} is not a finite number")
+
+    try:
+        if not finite:
+            return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=constant)
+    except _NotStrictError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+class _NotStrictError(ValueError):
+    """JSON to the library, but not to us."""
+
+
+def is_torn(path: Path) -> bool:
+    """Whether the last line of a log lacks its end: the process died while writing, or the file was cut."""
+    if not path.exists():
+        return False
+    with disk_errors(f"cannot read {path}"), path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; a torn last one (the process died while writing) is left out. No file, no lines.
 
     Raises:
         DataError: a line that was written whole is no JSON object.
     """
+    return [row for _, row in stream_jsonl(path)]
+
+
+def stream_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As :func:`read_jsonl`, line by line, each with its place for messages."""
     if not path.exists():
-        return []
+        return
+    with disk_errors(f"cannot read {path}"), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            where, row, why = f"{path}, line {number}", None, ""
+            try:
+                row = strict_json(line)
+            except ValueError as error:
+                why = f" ({error})"
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: not a JSON object{why}; the file was damaged or edited")
+            yield where, row
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        DataError: it holds anything else.
+        DiskError: it cannot be read.
+    """
     with disk_errors(f"cannot read {path}"):
-        *lines, _ = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object; the file was damaged or edited")
-        rows.append(row)
-    return rows
+        content = path.read_bytes()
+    try:
+        record = strict_json(content)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; the file was damaged or edited") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: expected a JSON object; the file was damaged or edited")
+    return record
 
 
 def sha256_of(path: str | Path) -> str:

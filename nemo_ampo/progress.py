@@ -8,6 +8,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from nemo_ampo.terminal import undisguised
+from nemo_ampo.text import printable
+
 
 class Progress:
     """Shows ``step / total`` with a few numbers.
@@ -28,7 +31,7 @@ class Progress:
             desc=name,
             disable=not active or self._lines,
             dynamic_ncols=True,
-            file=sys.stderr,
+            file=undisguised(sys.stderr),
         )
 
     def __enter__(self) -> Progress:
@@ -48,4 +51,4 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, without disturbing the bar."""
         if self._active:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(printable(line), file=undisguised(sys.stderr))

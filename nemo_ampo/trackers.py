@@ -5,48 +5,61 @@ written (``<run.dir>/tensorboard``), the other two behind ``run.wandb`` and ``ru
 own environment variables: ``WANDB_API_KEY``, ``WANDB_MODE=offline``, ``WANDB_PROJECT``; ``MLFLOW_TRACKING_URI`` (default:
 ``<run.dir>/mlruns``), ``MLFLOW_EXPERIMENT_NAME``. A resumed run continues the same W&B and MLflow run: the ids are kept in
 ``trackers.json`` of the run folder.
+
+A copy never costs the run: W&B and MLflow are spoken to by a process each, what cannot be copied is said once, and at the
+end all of them together are waited for :data:`END_S` at most.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import queue
 import re
 import secrets
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from nemo_ampo.config import RunConfig
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import write_once
+from nemo_ampo.text import one_line
+from nemo_ampo.tracker_process import MOST_WAITING, Setup
 
 IDS_FILE = "trackers.json"
-PROJECT = "nemo-ampo"
-PARAMS_PER_CALL = 100
-"""MLflow takes no more parameters at once."""
+END_S = 10.0
+"""A run that is done waits so long for its copies, seconds, for all of them together."""
 
 
 class Tracker(Protocol):
-    """Somewhere metrics are copied to."""
+    """Somewhere metrics are copied to. Nothing here raises: what goes wrong is said once."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """The finite metrics of one step."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Nothing more comes; ``failed`` when an error ended the run."""
+        """Nothing more comes; ``failed`` when an error ended the run. Does not wait."""
+        ...
+
+    def wait(self, deadline: float) -> None:
+        """Until everything is copied, or until ``deadline`` on the monotonic clock."""
         ...
 
 
 def check_trackers(run: RunConfig) -> None:
-    """Can the trackers that are switched on be used? To be asked before a model loads.
+    """Can the trackers that are switched on be used? To be asked before a model loads; nobody is called.
 
     Raises:
-        ConfigError: a package is not installed, or W&B has no key and is not offline.
+        ConfigError: a package is not installed, W&B has no key and is not offline, or MLflow's address is none.
     """
     for key, package, distribution in (("wandb", "wandb", "wandb"), ("mlflow", "mlflow", "mlflow-skinny")):
         if getattr(run, key) and importlib.util.find_spec(package) is None:
@@ -56,6 +69,14 @@ def check_trackers(run: RunConfig) -> None:
 
         if not wandb.api.api_key:
             raise ConfigError("run.wandb: no API key; set WANDB_API_KEY, or WANDB_MODE=offline to keep the metrics here")
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if run.mlflow and uri:
+        from mlflow.tracking import MlflowClient
+
+        try:
+            MlflowClient(uri)
+        except Exception as error:  # whatever it finds in the address, a missing driver of a database included
+            raise ConfigError(f"run.mlflow: {one_line(re.sub('//[^/@]*@', '//', uri))}: {one_line(str(error))}") from None
 
 
 def open_trackers(run: RunConfig, stage: str, first_step: int, config: Mapping[str, Any]) -> list[Tracker]:
@@ -68,124 +89,198 @@ def open_trackers(run: RunConfig, stage: str, first_step: int, config: Mapping[s
         config: resolved configuration, kept with a new run.
     """
     folder = Path(run.dir)
-    ids_path = folder / IDS_FILE
-    # First step 0 is a new run, even in a folder that was used before.
-    ids = json.loads(ids_path.read_text(encoding="utf-8")) if first_step and ids_path.exists() else {}
+    ids = _Ids(folder / IDS_FILE, continued=first_step > 0)
     name = f"{folder.resolve().name}-{stage}"
     trackers: list[Tracker] = [TensorBoard(folder / "tensorboard", first_step)]
-    if run.wandb:
-        ids["wandb"] = ids.get("wandb") or secrets.token_hex(4)
-        trackers.append(WeightsAndBiases(folder, name, ids["wandb"], config, quiet=not run.verbose))
-    if run.mlflow:
-        mlflow = MLflow(folder, name, ids.get("mlflow"), config)
-        ids["mlflow"] = mlflow.run_id
-        trackers.append(mlflow)
-    if ids:
-        write_once(ids_path, json.dumps(ids))
+    for kind, wanted, new_id in (("wandb", run.wandb, secrets.token_hex(4)), ("mlflow", run.mlflow, None)):
+        if wanted:
+            setup = Setup(kind, str(folder), name, ids.get(kind) or new_id, dict(config))
+            try:
+                trackers.append(Copy(setup, ids, run.verbose))
+            except OSError as error:
+                _warn(f"run.{kind}: the run goes on without this copy", str(error))
     return trackers
 
 
+def close_all(trackers: Sequence[Tracker], failed: bool) -> None:
+    """End the copies of a run, within :data:`END_S`."""
+    deadline = time.monotonic() + END_S
+    for tracker in trackers:
+        tracker.close(failed)
+    for tracker in trackers:
+        tracker.wait(deadline)
+
+
 class TensorBoard:
-    """Event files; of a resumed run, points from ``first_step`` on are purged by the viewer."""
+    """Event files; of a resumed run, points from ``first_step`` on are purged by the viewer.
+
+    Written here and now: the library's own writer does it in a thread, which dies of a full disk with a traceback.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._said = False
+        self._file: IO[bytes] | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.6f}.{os.uname().nodename}.{os.getpid()}"
+            self._file = (folder / name).open("wb", buffering=0)
+        except OSError as error:
+            self._say(error)
+        self._write(
+            Event(wall_time=time.time(), file_version="brain.Event:2"),
+            Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)),
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
 
     def close(self, failed: bool) -> None:
         """See :class:`Tracker`."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
 
+    def wait(self, deadline: float) -> None:
+        """See :class:`Tracker`."""
 
-class WeightsAndBiases:
-    """A W&B run whose horizontal axis is our step, so that a step done again after a crash is not refused."""
+    def _write(self, *events: Any) -> None:
+        from io import BytesIO
 
-    def __init__(self, folder: Path, name: str, run_id: str, config: Mapping[str, Any], quiet: bool) -> None:
-        import wandb
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
+        if self._file is None:
+            return
+        records = BytesIO()
+        for event in events:
+            RecordWriter(records).write(event.SerializeToString())
+        before = self._file.tell()
         try:
-            self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", PROJECT),
-                name=name,
-                id=run_id,
-                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
-                dir=str(folder),
-                config=dict(config),
-                # Our own output stays ours: no copy of the console, the code or the git remote.
-                settings=wandb.Settings(console="off", disable_code=True, disable_git=True, silent=quiet),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(f"run.wandb: {str(error).splitlines()[0]}") from None
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+            if self._file.write(records.getvalue()) != records.tell():
+                raise OSError("only a part could be written; is the disk full?")
+        except OSError as error:
+            self._say(error)
+            # Half a record would hide all later ones from the viewer.
+            with contextlib.suppress(OSError):
+                self._file.truncate(before)
+                self._file.seek(before)
+
+    def _say(self, error: OSError) -> None:
+        if not self._said:
+            _warn("TensorBoard's copy of the log is not complete", str(error))
+        self._said = True
+
+
+class Copy:
+    """A process that copies to one service, see :mod:`nemo_ampo.tracker_process`.
+
+    Args:
+        setup: of the process.
+        ids: where the id of the tracked run is kept.
+        verbose: let the service's own library speak.
+
+    Raises:
+        OSError: there cannot be one more process.
+    """
+
+    def __init__(self, setup: Setup, ids: _Ids, verbose: bool) -> None:
+        self._kind, self._ids, self._said = setup.kind, ids, False
+        self._lines: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nemo_ampo.tracker_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if verbose else subprocess.DEVNULL,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            # Not of the terminal's group: Ctrl-C is for the run, which then says how it ended.
+            start_new_session=True,
+        )
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._put(asdict(setup))
+        self._writer.start()
+        self._reader.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """See :class:`Tracker`."""
-        self._run.log({"step": step, **values})
+        self._put({"step": step, "values": dict(values)})
 
     def close(self, failed: bool) -> None:
         """See :class:`Tracker`."""
-        self._run.finish(exit_code=int(failed))
+        self._put({"failed": failed})
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
 
-
-class MLflow:
-    """An MLflow run."""
-
-    def __init__(self, folder: Path, name: str, run_id: str | None, config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+    def wait(self, deadline: float) -> None:
+        """See :class:`Tracker`."""
         try:
-            self._client = MlflowClient(uri)
-            if run_id is None:
-                run_id = self._client.create_run(self._experiment(), run_name=name).info.run_id
-                params = [Param(key, str(value)[:500]) for key, value in _flat(config)]
-                for begin in range(0, len(params), PARAMS_PER_CALL):
-                    self._client.log_batch(run_id, params=params[begin : begin + PARAMS_PER_CALL])
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._say(f"it did not take everything within {END_S:g} s of the run's end")
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(1.0)
+
+    def _put(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(json.dumps(message, default=str) + "\n")
+
+    def _write(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            while (line := self._lines.get()) is not None:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+            self._process.stdin.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "run_id" in answer:
+                try:
+                    self._ids.keep(self._kind, answer["run_id"])
+                except UserError as error:
+                    self._say(str(error))
             else:
-                self._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            raise ConfigError(f"run.mlflow: {uri}: {str(error).splitlines()[0]}") from None
-        self.run_id = run_id
-        self._warned = False
+                self._say(answer["problem"])
 
-    def _experiment(self) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """See :class:`Tracker`. A server that does not answer costs points of a copy, not the run: it is said once."""
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
-
-        now_ms = int(time.time() * 1000)
-        metrics = [Metric(re.sub(r"[^\w\-./ ]", "_", name), value, now_ms, step) for name, value in values.items()]
-        try:
-            self._client.log_batch(self.run_id, metrics)
-        except MlflowException as error:
-            if not self._warned:
-                print(f"warning: MLflow did not take step {step}: {str(error).splitlines()[0]}", file=sys.stderr)
-            self._warned = True
-
-    def close(self, failed: bool) -> None:
-        """See :class:`Tracker`."""
-        self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+    def _say(self, problem: str) -> None:
+        if not self._said:
+            _warn(f"run.{self._kind}: the run goes on, but this copy lacks some or all of it", problem)
+        self._said = True
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """``section.key`` and value of every leaf."""
-    found: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
-    return found
+class _Ids:
+    """``trackers.json``: the tracked runs that a resumed run continues. A new run, even in a used folder, gets new ones."""
+
+    def __init__(self, path: Path, continued: bool) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._ids: dict[str, str] = {}
+        if continued and path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self._ids = {str(kind): str(run_id) for kind, run_id in found.items()}
+            except (OSError, ValueError, AttributeError):
+                _warn(f"{path} cannot be read", "the copies begin new tracked runs")
+
+    def get(self, kind: str) -> str | None:
+        return self._ids.get(kind)
+
+    def keep(self, kind: str, run_id: str) -> None:
+        with self._lock:
+            self._ids[kind] = run_id
+            write_once(self._path, json.dumps(self._ids))
+
+
+def _warn(what: str, why: str) -> None:
+    print(f"warning: {what} ({one_line(why)})", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_ampo.config import EvaluateConfig, check_evaluate, read_config
+from nemo_ampo.terminal import show
 from recipes.launch import main
 
 
@@ -16,15 +17,13 @@ def run(cfg: DictConfig) -> bool:
     config = read_config(cfg, EvaluateConfig)
     check_evaluate(config, cfg)
 
-    from rich.console import Console
-
     from nemo_ampo.compat import resolve_device
     from nemo_ampo.evaluation import evaluate
     from nemo_ampo.report import evaluation_table, read_evaluation
 
     evaluate(config, resolve_device(config.run.device))
     result = read_evaluation(Path(config.run.dir) / f"{config.run.name}.json")
-    Console().print(evaluation_table([result]))
+    show(evaluation_table([result]), columns=80)
     return True
 
 

@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
 from nemo_ampo.errors import EngineError, Stopped, UserError
+from nemo_ampo.files import full_or_read_only
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
+from nemo_ampo.terminal import printable_output
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
@@ -31,6 +33,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@printable_output()
 def main(
     stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None = None, unfinished: str = AT_A_CHECKPOINT
 ) -> int:
@@ -60,7 +63,8 @@ def main(
         if args.print_config:
             print(OmegaConf.to_yaml(cfg))
             return 0
-        finished = run(cfg)
+        with full_or_read_only():
+            finished = run(cfg)
         _leave_together(finished)
     except UserError as error:
         if is_main_process():

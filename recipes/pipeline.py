@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.files import write_once
+from nemo_ampo.files import full_or_read_only, read_record, write_once
+from nemo_ampo.terminal import printable_output
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 """Environment of every stage on a shared CPU: waiting threads must not spin, and no hub is asked for anything."""
@@ -99,10 +100,12 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], ranks: i
             continue  # the child got the signal too and ends at its next step boundary
 
 
+@printable_output()
 def exit_status(pipeline: Callable[[], None]) -> int:
     """Exit status of a command that runs a pipeline: 0, a failed stage's own, or 2 with one line for the user."""
     try:
-        pipeline()
+        with full_or_read_only():
+            pipeline()
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
@@ -120,7 +123,7 @@ def remember_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_record(path)
         for key in sorted(set(before) | set(settings)):
             if before.get(key) != settings.get(key):
                 raise ConfigError(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_ampo.terminal import show
 from recipes.pipeline import THREADS, Stage, exit_status, remember_settings, run_stages
 
 
@@ -93,12 +94,10 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
 
 def finish(root: Path) -> None:
     """Table on the terminal and ``report.html``."""
-    from rich.console import Console
-
     from nemo_ampo.report import evaluation_table, read_evaluation, write_report
 
     names = ("base", "bc", "ampo")
-    Console().print(evaluation_table([read_evaluation(root / "evaluate" / f"{name}.json") for name in names]))
+    show(evaluation_table([read_evaluation(root / "evaluate" / f"{name}.json") for name in names]), columns=80)
     print(f"report: {write_report(root)}")
 
 

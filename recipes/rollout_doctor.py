@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.compose import compose
 from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.terminal import printable_output, show
 from recipes.launch import EXIT_USER_ERROR, is_main_process, world_size
 
 QUESTIONS = (
@@ -99,13 +100,12 @@ def run(cfg: DictConfig) -> bool:
     findings = list(examine(patient))
     engine.close()
     if is_main_process():
-        from rich.console import Console
-
-        Console(width=None if sys.stdout.isatty() else 140).print(findings_table(findings))
+        show(findings_table(findings), columns=140)
         print(verdict(config.rollout.engine, findings))
     return all(finding.ok is not False for finding in findings)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when nothing failed, 1 when something did, 2 for what the user can fix."""
     parser = argparse.ArgumentParser(prog="nemo-ampo rollout-doctor", description=run.__doc__)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
+from nemo_ampo.terminal import printable_output
 from recipes.pipeline import Stage, remember_settings
 
 TRAINING = ("bc", "ampo")
@@ -426,6 +427,7 @@ def end_command(args: argparse.Namespace) -> None:
     print(log.decide(args.max_restarts))
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line for the shell scripts; exit status 2 for what the user can fix."""
     parser = argparse.ArgumentParser(

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from nemo_ampo.config import read_config
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
+from nemo_ampo.terminal import show
 from recipes.launch import main
 
 PARTIAL = "not complete; the same command plays and scores what is missing (all of the subset without run.limit)"
@@ -19,16 +20,13 @@ def run(cfg: DictConfig) -> bool:
     config = read_config(cfg, SotopiaConfig)
     check_sotopia(config)
 
-    from rich.console import Console
-
     from nemo_ampo.sotopia.commands import report
     from nemo_ampo.sotopia.estimate import estimate_table
     from nemo_ampo.sotopia.plan import make_plan
     from nemo_ampo.sotopia.run import estimate, evaluate
 
-    console = Console()
     plan = make_plan(config)
-    console.print(estimate_table(estimate(plan)))
+    show(estimate_table(estimate(plan)), columns=80)
     if plan.unlike_published is not None:
         print(f"{plan.unlike_published}; the run will be PARTIAL unless data.set=own says so", file=sys.stderr)
     if config.run.estimate_only:
@@ -40,7 +38,7 @@ def run(cfg: DictConfig) -> bool:
         print(outcome.line(), flush=True)
         return False
     table, lines, partial = report([Path(config.run.dir)], judge=config.judge.name)
-    console.print(table)
+    show(table, columns=80)
     for line in (*lines, outcome.line()):
         print(line, flush=True)
     return outcome.complete and not partial

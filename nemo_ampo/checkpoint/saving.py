@@ -37,7 +37,7 @@ from nemo_ampo.checkpoint.store import (
 )
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.lock import Lock, hold_run
-from nemo_ampo.runlog import log_positions
+from nemo_ampo.runlog import log_hashes, log_positions
 
 RANDOM_STATES = "random"
 SPACE_MARGIN = 1.05
@@ -176,7 +176,9 @@ class Saver:
     def _publish(self, path: Path, manifest: Manifest) -> Checkpoint:
         if manifest.score is None and self._config.keep_best:
             print(f"checkpoint.best_metric: step {manifest.step} has no {self._config.best_metric}", file=sys.stderr)
-        checkpoint = self.store.publish(path, replace(manifest, logs=log_positions(self._run_dir)))
+        logs = log_positions(self._run_dir)
+        log_state = replace(manifest, logs=logs, log_hashes=log_hashes(self._run_dir, logs))
+        checkpoint = self.store.publish(path, log_state)
         self.store.prune(self._config)
         return checkpoint
 

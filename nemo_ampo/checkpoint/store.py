@@ -57,6 +57,7 @@ class Manifest:
         config_hash: sha256 of ``config``.
         score: value of ``checkpoint.best_metric``, None if the step had no such metric.
         logs: bytes of each log file when the checkpoint was written; a resume cuts them there.
+        log_hashes: sha256 of those bytes; a report says where they differ now.
         files: relative path -> bytes and sha256.
         memory: bytes of ``weights``, ``gradients`` and ``optimizer`` on the fullest rank of that job.
         written: seconds since the epoch.
@@ -71,6 +72,7 @@ class Manifest:
     logs: dict[str, int]
     files: dict[str, dict[str, Any]]
     memory: dict[str, int] = field(default_factory=dict)
+    log_hashes: dict[str, str] = field(default_factory=dict)
     written: float = field(default_factory=time.time)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_ampo.errors import DataError
+from nemo_ampo.files import disk_errors, strict_json
 from nemo_ampo.text import utf8_safe
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -151,21 +152,10 @@ def read_text(path: Path) -> str:
 
 def parse_json(text: str, where: str) -> Any:
     """Decode JSON; a key given twice is an error, because the first value would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(f"{where}: key '{twice}' occurs twice in one object")
-        return result
-
     try:
-        return json.loads(text, object_pairs_hook=unique)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
-        raise DataError(f"{where}: not valid JSON: {error}") from error
+        return strict_json(text, finite=False)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -243,13 +233,14 @@ def published(path: Path) -> Iterator[Path]:
 
     Several ranks may publish the same file at once: each writes a file of its own, the last one stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with disk_errors(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _publish_text(text: str, path: Path) -> None:

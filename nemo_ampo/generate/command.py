@@ -10,15 +10,18 @@ from typing import get_args
 
 from nemo_ampo.chat import EndpointConfig, Price
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.files import full_or_read_only
 from nemo_ampo.generate.job import JobConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.prompts import load_prompt
 from nemo_ampo.sotopia.prompts import View
+from nemo_ampo.terminal import printable_output
 
 FIRST_TEMPERATURES, LATER_TEMPERATURE = (0.7, 0.7), 1.0
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write training rows from scenarios. Exit status 1 when situations were cut short."""
     args = _parser().parse_args(argv)
@@ -28,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{len(situations.chosen)} situations, at most {most_calls(config, situations.chosen)} answers to ask for")
         if args.estimate:
             return 0
-        summary = run(config, situations)
+        with full_or_read_only():
+            summary = run(config, situations)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

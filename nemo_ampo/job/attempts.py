@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from nemo_ampo.checkpoint.store import Store
-from nemo_ampo.errors import UserError
-from nemo_ampo.files import read_jsonl, write_once
+from nemo_ampo.errors import DataError, DiskError, UserError
+from nemo_ampo.files import append_whole, disk_errors, stream_jsonl, strict_json, write_once
 
 FOLDER = "slurm"
 PLAN, ATTEMPTS = "plan.json", "attempts.jsonl"
@@ -68,7 +68,18 @@ def checkpoint_step(stage_dir: Path) -> int | None:
 def resolved_config(stage_dir: Path) -> dict[str, Any]:
     """What the stage wrote when it started; empty before."""
     path = stage_dir / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        with disk_errors(f"cannot read {path}"):
+            config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, DiskError):
+            raise
+        raise DataError(f"{path}: not YAML ({str(error).splitlines()[0]}); the file was damaged or edited") from None
+    if not isinstance(config, dict) or not all(isinstance(config.get(s) or {}, dict) for s in ("checkpoint", "trainer")):
+        raise DataError(f"{path}: not the configuration of a stage; the file was damaged or edited")
+    return config
 
 
 def write_plan(run_dir: Path, stages: Sequence[PlannedStage]) -> None:
@@ -85,7 +96,23 @@ def read_plan(run_dir: Path) -> list[PlannedStage]:
     path = run_dir / FOLDER / PLAN
     if not path.is_file():
         raise UserError(f"{run_dir}: no {FOLDER}/{PLAN}; not the run folder of a slurm/*.sh job")
-    return [PlannedStage(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    try:
+        with disk_errors(f"cannot read {path}"):
+            stages = [PlannedStage(**row) for row in strict_json(path.read_bytes())]
+        if not all(isinstance(s.name, str) and isinstance(s.output, str) and isinstance(s.trains, bool) for s in stages):
+            raise ValueError("a field of another type")
+    except DiskError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not the plan of a job ({error}); the file was damaged or edited") from None
+    return stages
+
+
+_PROGRESS = {"time": (int, float), "stages": (int,), "step": (int,)}
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "begin": _PROGRESS | {"job": (str,), "restart": (int,)},
+    "end": _PROGRESS | {"status": (int,), "reason": (str,)},
+}
 
 
 class AttemptLog:
@@ -99,8 +126,23 @@ class AttemptLog:
         self._path = run_dir / FOLDER / ATTEMPTS
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines, oldest first."""
-        return read_jsonl(self._path)
+        """All lines, oldest first.
+
+        Raises:
+            DataError: one that no attempt writes.
+        """
+        rows = []
+        for where, row in stream_jsonl(self._path):
+            kinds = _FIELDS.get(row["event"]) if isinstance(row.get("event"), str) else None
+            wrong = ["event"] if kinds is None else [name for name, kind in kinds.items() if type(row.get(name)) not in kind]
+            if wrong:
+                name = wrong[0]
+                raise DataError(
+                    f"{where}, field {name!r}: {row.get(name)!r} is not what an attempt writes; the file was "
+                    "damaged or edited"
+                )
+            rows.append(row)
+        return rows
 
     def begin(self, job: str, restart: int, max_restarts: int, progress: Progress) -> None:
         """Note a begin.
@@ -143,6 +185,7 @@ class AttemptLog:
         return "requeue"
 
     def _append(self, row: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **row}) + "\n"
+        with disk_errors(f"cannot write {self._path}"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_whole(self._path, line.encode())

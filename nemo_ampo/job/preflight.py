@@ -25,10 +25,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.terminal import printable_output
+
 NOT_FIT = 3
 """Exit status of a rank that found something wrong; torch and Slurm use others."""
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when this rank, and as far as it knows the job, is fit."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.job.preflight", description=__doc__)

@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.files import read_jsonl
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
+from nemo_ampo.report.inputs import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,12 +103,14 @@ def _stage(run_dir: Path, stage: PlannedStage, is_next: bool, running: bool) -> 
 
 
 def _steps(folder: Path, name: str) -> str:
-    trained = [int(row["step"]) for row in read_jsonl(folder / "metrics.jsonl") if row.get("kind", "train") == "train"]
+    trained = read_metrics(folder / "metrics.jsonl").lines.get("train", ())
     if not trained:
         return ""
-    config = resolved_config(folder)
-    total = config.get("trainer", {}).get(MAX_STEPS[name], {}).get("max_steps", -1)
-    text = f"{max(trained) + 1}" + (f" of {total}" if total > 0 else "")
+    try:
+        total = int(resolved_config(folder)["trainer"][MAX_STEPS[name]]["max_steps"])
+    except (LookupError, TypeError, ValueError):
+        total = -1
+    text = f"{trained[-1][0] + 1}" + (f" of {total}" if total > 0 else "")
     saved = checkpoint_step(folder)
     return text + (f", checkpoint at {saved}" if saved is not None else ", no checkpoint yet")
 

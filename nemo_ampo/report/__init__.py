@@ -4,7 +4,7 @@ Read :mod:`.inputs` for what is read, :mod:`.charts` for which metric goes where
 figures and the alarms, :mod:`.plots` for how it is drawn and :mod:`.html` for the page. Nothing here needs torch or NeMo.
 """
 
-from nemo_ampo.report.html import write_report
+from nemo_ampo.report.html import file_problems, write_report
 from nemo_ampo.report.inputs import Evaluation, Run, parse_evaluation, read_evaluation, read_run
 from nemo_ampo.report.tables import evaluation_table, training_table
 
@@ -12,6 +12,7 @@ __all__ = [
     "Evaluation",
     "Run",
     "evaluation_table",
+    "file_problems",
     "parse_evaluation",
     "read_evaluation",
     "read_run",

@@ -21,6 +21,7 @@ from nemo_ampo.modes import MODES, NO_MODE
 from nemo_ampo.report import charts, judge, tables
 from nemo_ampo.report.inputs import ALL_TAGS, NO_TAG, Evaluation, Run, ShownSample, StageRun, read_run
 from nemo_ampo.report.plots import SMOOTH_FROM
+from nemo_ampo.text import printable
 
 REPORT_FILE = "report.html"
 CHECKPOINT_TITLES = {"base": "Before BC", "bc": "After BC", "ampo": "After AMPO"}
@@ -105,7 +106,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         DataError: nothing to report, or a bad file.
     """
     target = out or folder / REPORT_FILE
-    write_once(target, render(read_run(folder)).encode("utf-8", "replace").decode("utf-8"))
+    write_once(target, render(read_run(folder)))
     return target
 
 
@@ -117,7 +118,8 @@ def render(run: Run) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["drawn"] = Markup
     source = resources.files(__package__).joinpath("template.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(context(run))
+    # Control and direction characters of a reply are no markup, and would still turn the text around them.
+    return printable(environment.from_string(source).render(context(run)))
 
 
 def context(run: Run) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def context(run: Run) -> dict[str, Any]:
         "comparisons": comparisons(run.evaluations),
         "ampo_steps": ampo.log.num_steps if ampo else 0,
         "mode_charts": [*charts.mode_shares(ampo.log), *charts.draw(charts.MODE_PANELS, ampo.log)] if ampo else [],
-        "alarms": judge.alarms(ampo.log) if ampo else [],
+        "alarms": [*file_problems(run), *(judge.alarms(ampo.log) if ampo else [])],
         "judge_figures": judge.judge_figures(ampo.log) if ampo else [],
         "ampo_sections": _sections(ampo),
         "training_rows": tables.training_rows(ampo.log) if ampo else [],
@@ -149,6 +151,12 @@ def context(run: Run) -> dict[str, Any]:
         ],
         "smooth_from": SMOOTH_FROM,
     }
+
+
+def file_problems(run: Run) -> list[str]:
+    """Files that are not as the run wrote them; what is shown of them deserves no trust."""
+    stages = (("BC", run.bc), ("AMPO", run.ampo))
+    return [f"{name}, {problem}" for name, stage in stages if stage is not None for problem in stage.problems]
 
 
 def missing_parts(run: Run) -> list[str]:

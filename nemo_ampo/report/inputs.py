@@ -8,17 +8,20 @@ memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import DataError
-from nemo_ampo.files import read_jsonl
-from nemo_ampo.modes import MODES
+from nemo_ampo.files import disk_errors, is_torn, read_record, stream_jsonl
+from nemo_ampo.job.attempts import resolved_config
+from nemo_ampo.modes import MODES, NO_MODE
+from nemo_ampo.runlog import log_hashes
+from nemo_ampo.text import one_line
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -28,6 +31,8 @@ CHECKPOINT_ORDER = ("base", "bc", "ampo")
 """Evaluations of these names come first and in this order, further ones by name."""
 
 ALL_TAGS = "all"
+KINDS = ("train", "val")
+DAMAGED = "; the file was damaged or edited"
 NO_TAG = ""
 """Stands for the label of samples that have none."""
 
@@ -59,9 +64,15 @@ class Series:
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Lines of a ``metrics.jsonl`` by kind (``train``, ``val``), ascending in step."""
+    """Lines of a ``metrics.jsonl`` by kind (``train``, ``val``), ascending in step.
+
+    Attributes:
+        lines: step and numbers of each.
+        problems: what of the file is not as it was written, in words.
+    """
 
     lines: Mapping[str, tuple[tuple[int, Mapping[str, float]], ...]]
+    problems: tuple[str, ...] = ()
 
     def series(self, name: str, kind: str = "train") -> Series:
         """The points of one metric; empty when it was never logged."""
@@ -90,22 +101,51 @@ def read_metrics(path: Path) -> MetricsLog:
     """A ``metrics.jsonl``.
 
     Raises:
-        DataError: a line without an integer ``step`` or a ``kind``, or with a metric that is no number.
+        DataError: a line that no run writes: without a ``step`` or a known ``kind``, with a metric that is no number, or
+            with a step that another line has or that comes too early.
     """
     lines: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
-    for number, row in enumerate(read_jsonl(path), 1):
-        where = f"{path}, line {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object")
+    for where, row in stream_jsonl(path):
         step, kind = row.get("step"), row.get("kind")
-        if not isinstance(step, int) or not isinstance(kind, str):
-            raise DataError(f"{where}: needs an integer 'step' and a 'kind', got {step!r} and {kind!r}")
+        if not is_whole(step) or kind not in KINDS:
+            raise DataError(
+                f"{where}: needs an integer 'step' and a 'kind' ({' or '.join(KINDS)}), got {step!r} and {kind!r}{DAMAGED}"
+            )
         values = {name: value for name, value in row.items() if name not in ("step", "kind")}
         for name, value in values.items():
-            if not isinstance(value, int | float):
-                raise DataError(f"{where}, metric {name!r}: not a number: {value!r}")
-        lines.setdefault(kind, []).append((step, values))
-    return MetricsLog({kind: tuple(sorted(rows, key=lambda row: row[0])) for kind, rows in lines.items()})
+            if not is_number(value):
+                raise DataError(f"{where}, metric {name!r}: not a number: {value!r}{DAMAGED}")
+        before = lines.setdefault(kind, [])
+        if before and step <= before[-1][0]:
+            raise DataError(f"{where}: {kind} step {step} after step {before[-1][0]}{DAMAGED}")
+        before.append((step, values))
+    return MetricsLog(
+        {kind: tuple(rows) for kind, rows in lines.items()}, (*_torn(path), *_gaps(path, lines.get("train", [])))
+    )
+
+
+def _torn(path: Path) -> list[str]:
+    return [f"{path.name}: the last line was not written whole and is left out."] if is_torn(path) else []
+
+
+def _gaps(path: Path, lines: Sequence[tuple[int, Any]]) -> list[str]:
+    """Steps that a run has trained, because later ones are there, and the log does not know."""
+    expected, missing = 0, []
+    for step, _ in lines:
+        if step > expected:
+            missing.append(f"{expected}" if step == expected + 1 else f"{expected} to {step - 1}")
+        expected = step + 1
+    return [f"{path.name}: the lines of steps {', '.join(missing[:5])} are missing."] if missing else []
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number; JSON's true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """A count or a step."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -148,27 +188,43 @@ class ShownSample:
     judge_error: str | None = None
 
 
-_OPTIONAL = (
-    *("dialogue", "step", "reward", "goal", "length", "advantage", "agent1_score", "agent2_score"),
-    *("num_tokens", "answer_tokens", "format_rule", "judge_error"),
-)
+_NUMBERS = ("reward", "goal", "length", "advantage", "agent1_score", "agent2_score")
+_COUNTS = ("step", "num_tokens", "answer_tokens")
+_TEXTS = ("dialogue", "format_rule", "judge_error")
 
 
 def shown_sample(row: Mapping[str, Any], where: str) -> ShownSample:
     """A line of ``rollouts.jsonl`` or a sample of an evaluation.
 
     Raises:
-        DataError: a required field is absent or of the wrong type.
+        DataError: not an object, or a field is absent or not what a run writes there.
     """
-    for name, kind in (("row_id", str), ("text", str), ("mode", int)):
-        if not isinstance(row.get(name), kind):
-            raise DataError(f"{where}, field {name!r}: expected {kind.__name__}, got {row.get(name)!r}")
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: expected an object{DAMAGED}")
+
+    def check(name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise DataError(
+                f"{where}, field {name!r}: expected {expected}, got {one_line(repr(row.get(name)), 60)}{DAMAGED}"
+            )
+
+    for name in ("row_id", "text"):
+        check(name, isinstance(row.get(name), str), "str")
+    check("mode", is_whole(row.get("mode")) and row["mode"] in (NO_MODE, *MODES), f"int from 0 to {max(MODES)}")
+    check("tag", row.get("tag") is None or isinstance(row["tag"], str), "str or null")
+    for names, fits, expected in (
+        (_NUMBERS, is_number, "a finite number or null"),
+        (_COUNTS, is_whole, "a count or null"),
+        (_TEXTS, lambda value: isinstance(value, str), "str or null"),
+    ):
+        for name in names:
+            check(name, row.get(name) is None or fits(row[name]), expected)
     return ShownSample(
         row_id=row["row_id"],
         tag=row.get("tag") or NO_TAG,
         mode=row["mode"],
         text=row["text"],
-        **{name: row.get(name) for name in _OPTIONAL},
+        **{name: row.get(name) for name in (*_NUMBERS, *_COUNTS, *_TEXTS)},
     )
 
 
@@ -188,10 +244,12 @@ class RolloutSamples:
     Attributes:
         by_tag: for each label, most frequent first: one entry per mode that occurs, broken replies (0) last.
         left_out_tags: number of further labels.
+        problems: what of the file is not as it was written, in words.
     """
 
     by_tag: Mapping[str, tuple[EarlyAndLate, ...]]
     left_out_tags: int
+    problems: tuple[str, ...] = ()
 
 
 def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
@@ -204,10 +262,12 @@ def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
     last: dict[tuple[str, int], ShownSample] = {}
     counts: Counter[str] = Counter()
     begin, end = math.inf, -math.inf
-    for where, row in _stream(path):
+    for where, row in stream_jsonl(path):
         sample = shown_sample(row, where)
         if sample.step is None:
-            raise DataError(f"{where}, field 'step': missing")
+            raise DataError(f"{where}, field 'step': missing{DAMAGED}")
+        if sample.step < end:
+            raise DataError(f"{where}: step {sample.step} after step {end}{DAMAGED}")
         key = (sample.tag, sample.mode)
         first.setdefault(key, sample)
         last[key] = sample
@@ -224,18 +284,7 @@ def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
 
     tags = [tag for tag, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     by_tag = {tag: tuple(pair((tag, mode)) for mode in (*MODES, 0) if (tag, mode) in first) for tag in tags[:max_tags]}
-    return RolloutSamples(by_tag, max(0, len(tags) - max_tags))
-
-
-def _stream(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with their place; a torn last line (the run died while writing) is left out."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError:
-                if line.endswith("\n"):
-                    raise DataError(f"{path}, line {number}: not JSON") from None
+    return RolloutSamples(by_tag, max(0, len(tags) - max_tags), tuple(_torn(path)))
 
 
 # --- evaluations ----------------------------------------------------------------------------------
@@ -300,10 +349,13 @@ def parse_evaluation(data: Any, where: str) -> Evaluation:
             raise DataError(f"{where}, field {key!r}: expected {kind.__name__}, got {type(data.get(key)).__name__}")
     if ALL_TAGS not in data["summary"]:
         raise DataError(f"{where}, field 'summary': has no {ALL_TAGS!r}")
+    checkpoint, seed = data.get("checkpoint"), data.get("seed")
+    if not isinstance(checkpoint, str | None) or not (seed is None or is_whole(seed)):
+        raise DataError(f"{where}: expected a text as 'checkpoint' and a number as 'seed'{DAMAGED}")
     return Evaluation(
         name=data["name"],
-        checkpoint=str(data.get("checkpoint") or ""),
-        seed=data.get("seed"),
+        checkpoint=checkpoint or "",
+        seed=seed,
         summary={tag: _summary(row, f"{where}, summary {tag!r}") for tag, row in data["summary"].items()},
         samples=tuple(shown_sample(row, f"{where}, sample {i}") for i, row in enumerate(data["samples"])),
     )
@@ -313,18 +365,22 @@ def _summary(row: Any, where: str) -> Summary:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object")
     for key in ("samples", "judge_failed"):
-        if not isinstance(row.get(key), int):
-            raise DataError(f"{where}: needs an integer {key!r}, got {row.get(key)!r}")
+        if not is_whole(row.get(key)):
+            raise DataError(f"{where}: needs an integer {key!r}, got {row.get(key)!r}{DAMAGED}")
 
-    def number(key: str) -> float | None:
-        value = row.get(key)
-        if value is None:
+    def number(key: str, values: Mapping[str, Any] = row) -> float | None:
+        value = values.get(key)
+        if value is None or value != value:
             return None
-        if not isinstance(value, int | float):
-            raise DataError(f"{where}, field {key!r}: not a number: {value!r}")
-        return float(value) if math.isfinite(value) else None
+        if not is_number(value):
+            raise DataError(f"{where}, field {key!r}: not a number: {value!r}{DAMAGED}")
+        return float(value)
 
     shares = row.get("mode_share") or {}
+    if not isinstance(shares, dict) or not set(shares) <= {str(mode) for mode in MODES}:
+        raise DataError(
+            f"{where}, field 'mode_share': expected a share of each mode, got {one_line(repr(shares), 60)}{DAMAGED}"
+        )
     return Summary(
         samples=row["samples"],
         reward=number("reward"),
@@ -332,7 +388,7 @@ def _summary(row: Any, where: str) -> Summary:
         valid_format=number("valid_format"),
         tokens=number("tokens"),
         judge_failed=row["judge_failed"],
-        mode_share={mode: float(shares.get(str(mode), 0.0)) for mode in MODES},
+        mode_share={mode: number(str(mode), shares) or 0.0 for mode in MODES},
     )
 
 
@@ -342,11 +398,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         DataError: not JSON, or not an evaluation.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    return parse_evaluation(data, str(path))
+    return parse_evaluation(read_record(path), str(path))
 
 
 def in_checkpoint_order(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -371,12 +423,19 @@ class StageRun:
         log: its metrics.
         samples: picked rollouts, None without a ``rollouts.jsonl``.
         provenance: versions and data hashes, None without the file.
+        edited: logs that are not those the last checkpoint was written after, in words.
     """
 
     folder: Path
     log: MetricsLog
     samples: RolloutSamples | None
     provenance: Mapping[str, Any] | None
+    edited: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """What of the files is not as it was written, one sentence each."""
+        return [*self.log.problems, *(self.samples.problems if self.samples is not None else ()), *self.edited]
 
 
 @dataclass(frozen=True)
@@ -421,5 +480,37 @@ def _stage(folder: Path) -> StageRun | None:
         folder,
         read_metrics(metrics),
         read_rollouts(rollouts) if rollouts.exists() else None,
-        json.loads(provenance.read_text(encoding="utf-8")) if provenance.exists() else None,
+        read_provenance(provenance) if provenance.exists() else None,
+        tuple(_edited(folder)),
     )
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Versions and data hashes of a stage.
+
+    Raises:
+        DataError: not what a stage writes.
+    """
+    record = read_record(path)
+    for name in ("packages", "data"):
+        values = record.get(name, {})
+        if not isinstance(values, dict) or not all(isinstance(value, str | None) for value in values.values()):
+            raise DataError(f"{path}, field {name!r}: expected an object of texts{DAMAGED}")
+    return record
+
+
+def _edited(folder: Path) -> list[str]:
+    """Logs that are not what the last checkpoint was written after. The last one written: a run may have gone back."""
+    config = resolved_config(folder).get("checkpoint") or {}
+    complete, _ = Store(Path(config.get("dir") or folder / "checkpoints")).scan()
+    if not complete:
+        return []
+    manifest = max(complete, key=lambda checkpoint: checkpoint.manifest.written).manifest
+    with disk_errors(f"cannot read the log of {folder}"):
+        found = log_hashes(folder, {name: position for name, position in manifest.logs.items() if (folder / name).exists()})
+    return [
+        f"{name}: the lines up to step {manifest.step} are not those that its checkpoint was written after; the file was "
+        "damaged or edited."
+        for name, expected in manifest.log_hashes.items()
+        if found.get(name) != expected
+    ]

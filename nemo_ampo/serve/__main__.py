@@ -11,10 +11,12 @@ from pathlib import Path
 from nemo_ampo.errors import UserError
 from nemo_ampo.serve.config import ServeConfig
 from nemo_ampo.serve.local import run_app
+from nemo_ampo.terminal import printable_output
 
 _log = logging.getLogger(__name__)
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve a Hugging Face folder as an OpenAI-compatible chat API, with transformers."""
     defaults = ServeConfig()

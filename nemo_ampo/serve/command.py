@@ -12,8 +12,10 @@ from nemo_ampo.errors import UserError
 from nemo_ampo.serve.__main__ import main as embedded
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, choose_engine
 from nemo_ampo.serve.launch import foreign_command
+from nemo_ampo.terminal import printable_output
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve a checkpoint; options that are not listed go to the chosen server's own command line."""
     parser = argparse.ArgumentParser(prog="nemo-ampo serve", description=main.__doc__)

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from nemo_ampo.terminal import printable_output
 from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the embedded world as data files, and say how far one gets there without understanding."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.world", description=main.__doc__)

@@ -14,6 +14,7 @@ import pytest
 from nemo_ampo import trackers
 from nemo_ampo.config import RunConfig
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.runlog import RunLog, log_positions
 from nemo_ampo.trackers import check_trackers, open_trackers
 
@@ -136,4 +137,45 @@ def test_a_package_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_unusable_mlflow_address_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://here")
     with pytest.raises(ConfigError, match=r"run\.mlflow: nonsense://here"):
-        open_trackers(config(tmp_path, mlflow=True), "ampo", 0, CONFIG)
+        check_trackers(config(tmp_path, mlflow=True))
+
+
+def test_a_tracker_file_that_is_damaged_costs_its_ids_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = config(tmp_path, mlflow=True)
+    write(run, 0, 1)
+    (tmp_path / "trackers.json").write_text("[1")
+    write(run, 1, 2, positions=log_positions(tmp_path))
+    assert capfd.readouterr().err.count("warning:") == 1
+    assert json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").write_text("a file")
+    write(config(tmp_path), 0, 3)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 3
+    assert capfd.readouterr().err.count("warning: TensorBoard's copy") == 1
+
+
+def test_a_limit_on_file_sizes_costs_points_of_tensorboard_only(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    script = f"""
+import resource, signal
+from pathlib import Path
+from nemo_ampo.trackers import TensorBoard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+board = TensorBoard(Path({str(tmp_path)!r}), 0)
+for step in range(20):
+    if step == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+    if step == 15:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    board.log(step, {{"reward/mean": float(step)}})
+board.close(False)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.count("warning: TensorBoard's copy of the log is not complete (") == 1, done.stderr
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    steps = [e.step for e in events.Scalars("reward/mean")]
+    assert steps[:5] == [0, 1, 2, 3, 4] and steps[-5:] == [15, 16, 17, 18, 19] and len(steps) < 20

@@ -37,7 +37,7 @@ def test_a_series_holds_only_the_steps_at_which_the_metric_is_a_number(tmp_path:
         '{"step": 0, "kind": "train", "a": 1.0}\n'
         '{"step": 1, "kind": "train"}\n'
         '{"step": 1, "kind": "val", "a": 9.0}\n'
-        '{"step": 2, "kind": "train", "a": NaN}\n'
+        '{"step": 2, "kind": "train"}\n'
         '{"step": 3, "kind": "train", "a": 2}\n'
     )
     log = read_metrics(path)
@@ -117,7 +117,7 @@ def test_only_a_torn_last_rollout_is_forgiven(tmp_path: Path) -> None:
     whole = read_rollouts(write_lines(tmp_path / "a.jsonl", rollout(0, 1), tail='{"step": 1, "row'))
     assert list(whole.by_tag) == [""]
     bad = write_lines(tmp_path / "b.jsonl", rollout(0, 1), tail="not json\n")
-    with pytest.raises(DataError, match=r"b\.jsonl, line 2: not JSON"):
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: not a JSON object"):
         read_rollouts(bad)
 
 
