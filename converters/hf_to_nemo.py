@@ -21,6 +21,7 @@ from converters.hf_folder import HfFolder, asset_files, check_tokenizer, open_hf
 from converters.model_config import nemo_config
 from converters.verify import report, verify
 from nemo_ampo.errors import UserError
+from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,11 +52,19 @@ def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, 
     stored_type = dtype or hf.weights.dtype()
     if stored_type not in DTYPES.values():
         raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")
+    # Beside what NeMo writes lies what it packs of it.
+    place_with_room([nemo_path.absolute().parent], 2 * _bytes_of(hf, stored_type), f"--output {nemo_path}")
     from nemo_ampo.compat import setup
 
     setup("cpu")
-    with cli.staging_folder(nemo_path) as staging:
+    with scratch_folder(nemo_path.absolute().parent, nemo_path.name) as staging:
         _build_and_save(hf, config, stored_type, nemo_path, copy_assets(hf_dir, staging / "assets"))
+
+
+def _bytes_of(hf: HfFolder, dtype: torch.dtype) -> int:
+    """Of the weights once they are stored in ``dtype``."""
+    held = sum(file.stat().st_size for file in hf.path.glob("*.safetensors"))
+    return held * dtype.itemsize // hf.weights.dtype().itemsize
 
 
 def _build_and_save(hf: HfFolder, config: dict[str, Any], dtype: torch.dtype, nemo_path: Path, assets: Path) -> None:
@@ -84,19 +93,26 @@ def convert(
     """
     if output.suffix != ".nemo":
         raise UserError(f"--output {output}: the name must end in .nemo")
-    if output.exists() and not overwrite:
-        raise UserError(f"--output {output}: exists; pass --overwrite to replace it")
-    with cli.staging_folder(output.absolute()) as staging:
-        staged = staging / output.name
-        write_nemo(hf_dir, staged, dtype, allow_base_tokenizer)
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; a .nemo is a file")
+    _check_absent(output, overwrite)
+    with staged(output, "--output") as built:
+        # Another command may have written it while this one waited for nobody or was starting.
+        _check_absent(output, overwrite)
+        write_nemo(hf_dir, built, dtype, allow_base_tokenizer)
         gc.collect()
-        status = report(verify(hf_dir, staged)) if check else cli.OK
+        status = report(verify(hf_dir, built)) if check else cli.OK
         if status == cli.OK:
-            staged.replace(output)
+            publish(built, output)
             print(f"wrote {output}")
         else:
             print(f"error: {output} was not written: the converted model differs", file=sys.stderr)
     return status
+
+
+def _check_absent(output: Path, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise UserError(f"--output {output}: exists; pass --overwrite to replace it")
 
 
 def parser() -> argparse.ArgumentParser:

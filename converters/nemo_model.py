@@ -20,6 +20,7 @@ from omegaconf import OmegaConf, open_dict
 from converters.hf_folder import SafetensorsFolder
 from converters.mapping import Binding, ModelShape, check_dims, check_names
 from converters.nemo_weights import EXTRA_STATE, PREFIX
+from nemo_ampo.checkpoint.nemo_file import temporary_files_in
 
 PRECISION: dict[torch.dtype, int | str] = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -110,12 +111,13 @@ def restore_fp32(unpacked: Path, config: dict[str, Any]) -> MegatronGPTModel:
     """Load an unpacked ``.nemo`` through NeMo's own connector, in fp32, ready for a forward pass."""
     connector = NLPSaveRestoreConnector()
     connector.model_extracted_dir = str(unpacked)
-    model = MegatronGPTModel.restore_from(
-        restore_path=str(unpacked),
-        trainer=_trainer(32),
-        override_config_path=_cpu_config(config, torch.float32),
-        save_restore_connector=connector,
-        strict=True,
-    )
+    with temporary_files_in(unpacked):
+        model = MegatronGPTModel.restore_from(
+            restore_path=str(unpacked),
+            trainer=_trainer(32),
+            override_config_path=_cpu_config(config, torch.float32),
+            save_restore_connector=connector,
+            strict=True,
+        )
     model.eval()
     return model

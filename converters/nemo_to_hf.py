@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
+from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -46,8 +46,8 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
     config, family = read_config(folder)
     shape = model_shape(config)
     bindings = bind(family.rows, shape)
-    with tempfile.TemporaryDirectory(prefix="nemo-export-") as temporary:
-        stored = NemoWeights(unpack_weights(nemo_path, Path(temporary)))
+    with scratch_folder(folder.absolute().parent, folder.name) as scratch:
+        stored = NemoWeights(unpack_weights(nemo_path, scratch))
         stored.check(bindings, shape)
         written_type = dtype or config.torch_dtype or stored.dtype()
         state = {
@@ -89,25 +89,30 @@ def convert(
     Raises:
         UserError: as :func:`write_hf`, or ``output`` is not empty and ``overwrite`` is not given.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
-        raise UserError(f"--output {output}: exists and is not an empty folder; pass --overwrite to replace a folder")
-    with cli.staging_folder(output.absolute()) as staging:
-        staged = staging / output.name
-        write_hf(nemo_path, staged, dtype)
-        status = report(verify(staged, nemo_path)) if check else cli.OK
+    _check_free(output, overwrite)
+    with staged(output, "--output") as built:
+        _check_free(output, overwrite)
+        # Beside the folder lies the unpacked file, for the export and again for the check.
+        place_with_room([built.parent], 2 * _bytes_of(nemo_path), f"--output {output}")
+        write_hf(nemo_path, built, dtype)
+        status = report(verify(built, nemo_path, place=built.parent)) if check else cli.OK
         if status == cli.OK:
-            _replace_folder(staged, output)
+            publish(built, output)
             print(f"wrote {output}")
         else:
             print(f"error: {output} was not written: the exported model differs", file=sys.stderr)
     return status
 
 
-def _replace_folder(staged: Path, output: Path) -> None:
-    if output.exists():
-        old = staged.with_name(f"{output.name}.old")
-        output.replace(old)
-    staged.replace(output)
+def _bytes_of(nemo_path: Path) -> int:
+    if not nemo_path.is_file():
+        raise UserError(f"{nemo_path}: no such .nemo file")
+    return nemo_path.stat().st_size
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
+        raise UserError(f"--output {output}: exists and is not an empty folder; pass --overwrite to replace a folder")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from converters.hf_folder import HfFolder, asset_files, open_hf_folder, read_jso
 from converters.model_config import ARCHITECTURE_KEYS, nemo_config
 from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
+from nemo_ampo.staging import place_with_room, scratch_folder
 
 PROMPT_LENGTHS = (32, 1600)
 TOLERANCE = 1e-4
@@ -242,6 +243,7 @@ def verify(
     logits: bool = True,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     tolerance: float = TOLERANCE,
+    place: Path | None = None,
 ) -> list[Check]:
     """Run the checks.
 
@@ -251,15 +253,18 @@ def verify(
         logits: run both models; without it NeMo is not needed.
         prompt_lengths: tokens of each prompt, cut to ``max_position_embeddings``.
         tolerance: largest absolute difference of a logit.
+        place: folder to unpack the ``.nemo`` file in; None takes its own, or where that will not do, ``TMPDIR``.
 
     Raises:
         UserError: either side cannot be read, or its tensors are not those of the mapping table.
     """
     hf = open_hf_folder(hf_dir)
     stored = read_model_config(nemo_path)
-    with tempfile.TemporaryDirectory(prefix="nemo-verify-") as temporary:
-        unpacked = unpack_weights(nemo_path, Path(temporary) / "checkpoint")
-        assets = unpack_assets(nemo_path, Path(temporary) / "assets")
+    places = [place] if place else [nemo_path.absolute().parent, Path(tempfile.gettempdir())]
+    place = place_with_room(places, nemo_path.stat().st_size, f"{nemo_path}: unpacking it")
+    with scratch_folder(place, nemo_path.name) as scratch:
+        unpacked = unpack_weights(nemo_path, scratch / "checkpoint")
+        assets = unpack_assets(nemo_path, scratch / "assets")
         checks = [
             check_weights(hf, NemoWeights(unpacked)),
             check_assets(hf, assets),

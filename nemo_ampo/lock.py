@@ -35,6 +35,9 @@ class Lock:
         patience_s: how long to wait for another holder, seconds.
         temporary: remove ``file`` at the end, where it would stand beside a user's own files.
 
+    Attributes:
+        guards: False where the file system has no locks, so that others may be at work too.
+
     Raises:
         UserError: somebody else holds it.
         DiskError: the file cannot be made.
@@ -42,6 +45,7 @@ class Lock:
 
     def __init__(self, file: Path, what: str, patience_s: float = 0.0, *, temporary: bool = False) -> None:
         self._path, self._temporary = file, temporary
+        self.guards = True
         with disk_errors(f"cannot write {file}"):
             file.parent.mkdir(parents=True, exist_ok=True)
             self._name = str(file.resolve())
@@ -72,7 +76,15 @@ class Lock:
         if self._name in _mine:
             return False
         file = self._path.open("a+")
-        if not _locked(file.fileno(), self._path) or not _still_there(file.fileno(), self._path):
+        try:
+            free = _locked(file.fileno())
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            where = self._path.parent
+            print(f"{where}: this file system has no locks; nothing guards against a second writer", file=sys.stderr)
+            free, self.guards = True, False
+        if not free or not _still_there(file.fileno(), self._path):
             file.close()
             return False
         _mine.add(self._name)
@@ -96,14 +108,14 @@ def hold_output(output: Path, option: str, patience_s: float = 0.0) -> Lock:
     """Claim a file or folder that a command writes under its own name.
 
     Args:
-        output: as the user names it.
+        output: as the user names it; a symbolic link stands for what it points to.
         option: which says so, for the message, such as ``--output``.
         patience_s: how long to wait for another writer, seconds.
 
     Raises:
         UserError: another command writes it.
     """
-    path = output.absolute()
+    path = output.resolve()
     return Lock(path.with_name(f".{path.name}.lock"), f"{option}: {output}", patience_s, temporary=True)
 
 
@@ -122,13 +134,11 @@ def _still_there(handle: int, path: Path) -> bool:
         return False
 
 
-def _locked(handle: int, path: Path) -> bool:
+def _locked(handle: int) -> bool:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        if error.errno not in _NO_LOCKS:
-            raise
-        print(f"{path.parent}: this file system has no locks; nothing guards against a second writer", file=sys.stderr)
+        raise
     return True

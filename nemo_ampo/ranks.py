@@ -6,11 +6,50 @@ samples; inside a replica every rank must hold equal data, which its *leader* de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from nemo_ampo.errors import ConfigError
+
 T = TypeVar("T")
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, ``slurm/rank.sh`` and every other starter of ranks set, all of them."""
+_OF_A_STARTER = re.compile(
+    "|".join(_OF_A_RANK) + r"|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+|TORCHELASTIC_\w+"
+    r"|SLURM_(STEP_)?(NTASKS|NPROCS|NUM_TASKS|TASKS_PER_NODE|NTASKS_PER_NODE|PROCID|LOCALID|NODEID)"
+    r"|OMPI_COMM_WORLD_\w+|PMIX?_\w+|MPI_LOCAL\w+|MV2_COMM_WORLD_\w+|JSM_NAMESPACE_\w+|FLUX_TASK_\w+"
+)
+
+
+def settle_ranks(environment: MutableMapping[str, str] | None = None, *, alone: bool = False) -> None:
+    """Decide, once per process and before any framework looks, whether it is a rank of a job or a program of its own.
+
+    It is a rank when a starter of ranks gave it number, size and meeting point. Otherwise what an allocation or a stale
+    shell says (``SLURM_NTASKS``, ``WORLD_SIZE``, ...) is about others: it is removed, since Lightning, NeMo and Megatron
+    would each believe another part of it.
+
+    Args:
+        environment: ``os.environ`` if None.
+        alone: for a program that never is a rank.
+
+    Raises:
+        ConfigError: a rank's number or the number of ranks is none.
+    """
+    env = os.environ if environment is None else environment
+    if alone or not all(env.get(name) for name in _OF_A_RANK):
+        for name in [name for name in env if _OF_A_STARTER.fullmatch(name)]:
+            del env[name]
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not (env[name].isascii() and env[name].isdigit()):
+            raise ConfigError(f"{name}={env[name]}: expected a number, as torchrun and slurm/rank.sh set it")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise ConfigError(f"RANK={env['RANK']}: must be below WORLD_SIZE={env['WORLD_SIZE']}")
+    # Lightning would take its own Slurm, MPI or Kubernetes support, with other ideas of rank and size, without it.
+    env.setdefault("TORCHELASTIC_RUN_ID", f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}")
 
 
 class Ranks(Protocol):

@@ -15,6 +15,7 @@ from nemo_ampo.compose import compose
 from nemo_ampo.errors import EngineError, Stopped, UserError
 from nemo_ampo.files import full_or_read_only
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
+from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output
 
 EXIT_USER_ERROR = 2
@@ -59,6 +60,7 @@ def main(
     args = parser.parse_args(argv)
     stop_while_nothing_is_lost()
     try:
+        settle_ranks()
         cfg = compose(stage, args.config_name, args.overrides, args.config_dir)
         if args.print_config:
             print(OmegaConf.to_yaml(cfg))

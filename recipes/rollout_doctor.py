@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.compose import compose
 from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output, show
 from recipes.launch import EXIT_USER_ERROR, is_main_process, world_size
 
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="rollout-doctor-") as folder:
         try:
+            settle_ranks()
             if world_size() > 1 and not any(o.startswith("run.dir=") for o in args.overrides):
                 raise ConfigError("run.dir: several ranks need one folder that all of them see")
             return 0 if run(compose("ampo", args.config_name, [f"run.dir={folder}", *args.overrides])) else 1

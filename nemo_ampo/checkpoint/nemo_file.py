@@ -275,7 +275,7 @@ def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
         staging.mkdir(parents=True)
     _barrier()
     staged = staging / target.name
-    with _temporary_files_in(staging):
+    with temporary_files_in(staging):
         model.save_to(str(staged))
     if _is_rank_zero():
         add_assets(staged, assets_dir, atomic=False)
@@ -312,8 +312,8 @@ def pack_nemo(folder: Path | str, path: Path | str, assets_dir: Path | str) -> N
 
 
 @contextlib.contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """NeMo packs through the system's temporary folder, which is often too small for a model."""
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """NeMo works in the system's temporary folder, which may be too small for a model or not for writing."""
     before = tempfile.tempdir
     tempfile.tempdir = str(folder)
     try:

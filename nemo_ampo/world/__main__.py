@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from nemo_ampo.errors import UserError
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 
@@ -22,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--num-heldout", type=int, default=NUM_HELDOUT, help="rows of each held-out file (default %(default)s)"
     )
     args = parser.parse_args(argv)
-    summary = make_pack(args.out, args.seed, args.num_bc, args.num_rl, args.num_heldout)
+    try:
+        summary = make_pack(args.out, args.seed, args.num_bc, args.num_rl, args.num_heldout)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     for name, rows in summary.rows.items():
         sys.stdout.write(f"{rows:6d} rows  {args.out}/{name}\n")
     sys.stdout.write("right replies in held-out hard scenes, without understanding:\n")

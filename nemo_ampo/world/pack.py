@@ -16,6 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from nemo_ampo.files import write_once
+from nemo_ampo.lock import hold_output
 from nemo_ampo.modes import MODES
 from nemo_ampo.types import JudgeRequest
 from nemo_ampo.world.replies import gold_reply
@@ -64,9 +66,12 @@ def make_pack(
 
     Returns:
         What was written.
+
+    Raises:
+        UserError: another process writes there.
+        DiskError: it cannot be written.
     """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     rl_heldout = _scenes(seed, "rl_heldout", num_heldout, heldout=True)
     rl_train = _scenes(seed, "rl_train", num_rl, heldout=False)
     files = {
@@ -75,14 +80,11 @@ def make_pack(
         "rl_train.jsonl": [rl_row(scene, i) for i, scene in enumerate(rl_train)],
         "rl_heldout.jsonl": [rl_row(scene, i) for i, scene in enumerate(rl_heldout)],
     }
-    hashes = {name: _write(out / name, rows) for name, rows in files.items()}
-    summary = PackSummary(
-        seed=seed,
-        rows={name: len(rows) for name, rows in files.items()},
-        sha256=hashes,
-        baselines=baseline_shares(rl_train, rl_heldout),
-    )
-    (out / "pack.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    baselines = baseline_shares(rl_train, rl_heldout)
+    with hold_output(out, "--out"):
+        hashes = {name: _write(out / name, rows) for name, rows in files.items()}
+        summary = PackSummary(seed, {name: len(rows) for name, rows in files.items()}, hashes, baselines)
+        write_once(out / "pack.json", json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
 
@@ -200,5 +202,5 @@ def _bc_rows(seed: int, purpose: str, count: int, heldout: bool) -> list[dict[st
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    path.write_bytes(data)
+    write_once(path, data)
     return hashlib.sha256(data).hexdigest()

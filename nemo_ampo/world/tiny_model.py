@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.staging import publish, staged
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -81,7 +82,7 @@ def make_tiny_checkpoint(out_dir: str | Path, pack_dir: str | Path, seed: int, m
 
     Raises:
         DataError: the pack's files are missing.
-        UserError: the sizes do not fit together.
+        UserError: the sizes do not fit together, or another process writes there.
     """
     model = model or TinyModel()
     if model.hidden % model.heads or model.heads % model.kv_heads:
@@ -90,9 +91,7 @@ def make_tiny_checkpoint(out_dir: str | Path, pack_dir: str | Path, seed: int, m
             f"and heads a multiple of kv_heads {model.kv_heads}"
         )
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(_pack_texts(Path(pack_dir)))
-    tokenizer.save_pretrained(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _network(model, tokenizer)
@@ -101,7 +100,14 @@ def make_tiny_checkpoint(out_dir: str | Path, pack_dir: str | Path, seed: int, m
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    network.save_pretrained(out, safe_serialization=True)
+    with staged(out, "--out") as built:
+        tokenizer.save_pretrained(built)
+        network.save_pretrained(built, safe_serialization=True)
+        if not out.exists():
+            publish(built, out)
+        else:  # whatever else stands there stays
+            for file in built.iterdir():
+                publish(file, out / file.name)
     return out
 
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from forking import torchrun_environment
 from omegaconf import DictConfig
 
 from nemo_ampo.errors import EngineError, UserError
@@ -42,7 +43,8 @@ def test_an_engine_that_fails_is_one_line_and_status_2(capsys: pytest.CaptureFix
 def test_an_engine_that_fails_another_rank_says_which(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
+    for name, text in torchrun_environment(3, 4, 4711).items():
+        monkeypatch.setenv(name, text)
     assert main("evaluate", raising(EngineError("worn out")), STAGE) == 2
     assert capsys.readouterr().err == "error: rank 3: worn out\n"
     assert main("evaluate", raising(UserError("seen by all")), STAGE) == 2

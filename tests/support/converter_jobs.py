@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +64,11 @@ def keys_and_values_swapped() -> Any:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """Run all jobs."""
+    """Run all jobs, inside of an allocation for many and without a temporary folder: neither is theirs."""
+    os.environ |= {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "convert", "SLURM_PROCID": "3"}
+    os.environ |= {"SLURM_LOCALID": "3", "SLURM_NODEID": "0", "SLURM_NNODES": "1", "OMPI_COMM_WORLD_RANK": "3"}
+    os.environ |= {"WORLD_SIZE": "8", "MASTER_ADDR": "nowhere"}
+    tempfile.tempdir = str(folder / "absent")
     results: dict[str, Any] = {}
     for case, (family, tied, changes) in CASES.items():
         hf, nemo = write_model(folder / case, family, tied, **changes), folder / f"{case}.nemo"
