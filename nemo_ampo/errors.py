@@ -54,11 +54,13 @@ class ChatError(RuntimeError):
 
     Attributes:
         kind: ``parse``, ``timeout``, ``connection``, ``status`` or ``empty``.
+        permanent: the same question would fail again, until somebody changes the settings or the endpoint.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, *, permanent: bool = False) -> None:
         super().__init__(message)
         self.kind = kind
+        self.permanent = permanent
 
 
 class JudgeError(ChatError):

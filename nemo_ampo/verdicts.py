@@ -52,12 +52,14 @@ class Judged:
         error: kind of the judge's failure.
         stop: why no further verdict may be asked for, in the user's words.
         latency_s: from the first question to the verdict, seconds.
+        hopeless: what the judge said, if the same question would fail again until somebody acts.
     """
 
     verdict: Verdict | None = None
     error: str | None = None
     stop: str | None = None
     latency_s: float | None = None
+    hopeless: str | None = None
 
 
 GIVEN_UP = "given_up"
@@ -102,7 +104,7 @@ class PendingVerdict:
         try:
             verdict = self._future.result()
         except JudgeError as error:
-            return Judged(error=error.kind)
+            return Judged(error=error.kind, hopeless=str(error) if error.permanent else None)
         except UserError as error:
             return Judged(error="stopped", stop=str(error))
         return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)
@@ -120,7 +122,8 @@ def all_verdicts(
         What became of each response, on every rank of the replica, and how many further rounds of asking it took.
 
     Raises:
-        UserError: no further verdict may be asked for; on every rank.
+        UserError: no further verdict may be asked for, or more than ``guard.max_failed_fraction`` failed in a way that
+            asking again cannot mend (a refused parameter, a reply cut at the token limit); on every rank.
         JudgeOutageError: more than ``guard.max_failed_fraction`` still failed after ``guard.step_retries`` rounds, or
             failed and the run was asked to stop, or some were no longer waited for; on every rank.
     """
@@ -135,6 +138,12 @@ def all_verdicts(
         given_up = GIVEN_UP in failed
         if not given_up and not too_many_failed(len(failed), len(asked), guard):
             return mine, rounds
+        hopeless = [judged.hopeless for judged in asked if judged.hopeless is not None]
+        if not given_up and too_many_failed(len(hopeless), len(asked), guard):
+            raise UserError(
+                f"judge: {len(hopeless)} of {len(asked)} verdicts could not be had, and asking again would end the same: "
+                f"{max(hopeless, key=hopeless.count)}"
+            )
         missing = f"{len(failed)} of {len(asked)} verdicts could not be had, "
         kind = max(failed, key=failed.count)
         if not given_up and rounds == guard.step_retries:
@@ -145,7 +154,7 @@ def all_verdicts(
         if given_up or _stopped_during(guard.retry_pause_s, ranks, stop):
             raise JudgeOutageError(f"{missing}and the run was asked to stop (mostly: {kind})")
         for verdict, judged in zip(pending, mine, strict=True):
-            if judged.error is not None:
+            if judged.error is not None and judged.hopeless is None:
                 verdict.ask()
     raise AssertionError("unreachable: the loop ends by return or raise")
 

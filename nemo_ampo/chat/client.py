@@ -13,8 +13,9 @@ import hashlib
 import json
 import logging
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -35,7 +36,7 @@ from nemo_ampo.chat.limits import Limits
 from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import Transport
-from nemo_ampo.errors import ChatError, ConfigError, UserError
+from nemo_ampo.errors import BudgetError, ChatError, ConfigError, DiskError, UserError
 from nemo_ampo.text import one_line
 
 _log = logging.getLogger(__name__)
@@ -204,7 +205,26 @@ class ChatClient:
             BudgetError: the job has no call or no money left.
             UserError: a replay holds no outcome of this question.
         """
-        question = Question(
+        question = self.question(
+            messages, temperature=temperature, seed=seed, max_tokens=max_tokens, schema=schema, stop=stop, attempt=attempt,
+            extra_body=extra_body,
+        )  # fmt: skip
+        return await self._patiently(question) if self._cache is None else await self._remembered(question, self._cache)
+
+    def question(
+        self,
+        messages: Sequence[Message],
+        *,
+        temperature: float,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        schema: Mapping[str, Any] | None = None,
+        stop: Sequence[str] | None = None,
+        attempt: int = 0,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> Question:
+        """What :meth:`complete` asks, for :meth:`check`."""
+        return Question(
             model=self.config.model,
             messages=tuple(messages),
             temperature=temperature,
@@ -215,7 +235,6 @@ class ChatClient:
             extra_body={**self.config.extra_body, **(extra_body or {})},
             attempt=attempt,
         )
-        return await self._patiently(question) if self._cache is None else await self._remembered(question, self._cache)
 
     async def ask(
         self,
@@ -258,17 +277,21 @@ class ChatClient:
         self._stats.solved()
         return asked
 
-    async def check(self) -> None:
-        """Ask every address once whether it is there, lets us in and serves the model; for the start of a run.
+    async def check(self, questions: Sequence[Question] = ()) -> None:
+        """Ask every address whether it is there, lets us in and serves the model; for the start of a run.
 
         A replay asks nobody.
 
+        Args:
+            questions: what the run will ask, so that a parameter which an address refuses is known now; calls that count and
+                cost as any other, whose replies are not kept. Without any, an address that lists the model is not asked.
+
         Raises:
-            ConfigError: one line that names the address and what is wrong.
+            ConfigError: one line that names the address and what is wrong. An address that knows the model and is only busy
+                or broken is no error: patience with that is the run's business.
         """
-        if self.config.replay:
-            return
-        await asyncio.gather(*map(self._check_endpoint, self._pool.endpoints))
+        if self.config.replay is None:
+            await asyncio.gather(*[self._check_endpoint(endpoint, questions) for endpoint in self._pool.endpoints])
 
     async def _try_each(
         self,
@@ -295,6 +318,9 @@ class ChatClient:
             except unusable as error:
                 failure = ChatError(getattr(error, "kind", "parse"), one_line(str(error)))
             self._stats.unreadable()
+            if completion.cut:  # as the next one would be
+                cut = f"{failure}: it was cut at {self._limit(how.get('max_tokens'), how.get('extra_body'))}"
+                raise ChatError(failure.kind, cut, permanent=True)
             if number == last_try:
                 raise ChatError(failure.kind, f"{failure} (try {number} of {last_try})")
             complaint = _complaint(completion.text, str(failure)) if explain and number == 1 else []
@@ -304,7 +330,13 @@ class ChatClient:
     async def _remembered(self, question: Question, cache: Cache) -> Completion:
         """The cached reply; or a new one, for which everybody who asks the same in the meantime waits too."""
         key = question.key
-        found = await cache.get(key, failures=self.config.replay is not None)
+        try:
+            found = await cache.get(key, failures=self.config.replay is not None)
+        except DiskError as error:
+            if self.config.replay is not None:
+                raise
+            self._cache_failed(error)
+            found = None
         if found is not None:
             self._stats.hit()
             return found
@@ -326,9 +358,22 @@ class ChatClient:
         try:
             completion = await self._patiently(question)
         except ChatError as failure:
-            await cache.put(key, failure)
+            await self._keep(cache, key, failure)
             raise
-        return await cache.put(key, completion) or completion
+        return await self._keep(cache, key, completion) or completion
+
+    async def _keep(self, cache: Cache, key: str, outcome: Completion | ChatError) -> Completion | None:
+        try:
+            return await cache.put(key, outcome)
+        except DiskError as error:  # an alarm: what was answered and paid for counts, kept or not
+            self._cache_failed(error)
+            return None
+
+    def _cache_failed(self, error: DiskError) -> None:
+        self._stats.cache_failed()
+        if "cache" not in self._told:
+            self._told.add("cache")
+            _log.warning("%s; the run goes on without it (further failures are only counted)", error)
 
     def _forget(self, key: str, task: asyncio.Task[Completion]) -> None:
         self._running.pop(key, None)
@@ -407,6 +452,9 @@ class ChatClient:
             used = reported = (0, 0)
             try:
                 completion = read_completion(body)
+                # Once more after decoding: text that came in parts is together only now.
+                text, reasoning = self._transport.redact(completion.text), self._transport.redact(completion.reasoning or "")
+                completion = replace(completion, text=text, reasoning=reasoning or None)
                 used = reported = (completion.prompt_tokens, completion.completion_tokens)
                 if used == (0, 0):  # not reported, but not free
                     said = len(completion.text) + len(completion.reasoning or "")
@@ -421,33 +469,75 @@ class ChatClient:
         finally:
             self._limiter.settle(lease, tokens, usd)
 
-    async def _check_endpoint(self, endpoint: Endpoint) -> None:
-        try:
-            if endpoint.model not in await self._listed_models(endpoint) or self.config.structured == "on":
-                # Not every endpoint lists its models, or all of their names. A real call decides.
-                await self._probe(endpoint)
-        except CallError as failure:
-            raise ConfigError(self._explain(endpoint, failure)) from None
-
-    async def _probe(self, endpoint: Endpoint) -> None:
+    async def _check_endpoint(self, endpoint: Endpoint, questions: Sequence[Question]) -> None:
         must = self.config.structured == "on"
-        question = Question(
-            endpoint.model,
-            tuple(_PROBE),
-            0.0,
-            self.config.max_tokens,
-            schema=_PROBE_SCHEMA,
-            extra_body=self.config.extra_body,
-        )
-        lacks = f"{self.config.section}.structured=on: {endpoint.base_url} does not hold {endpoint.model} to a JSON schema"
+        asked: Question | None = None
+        listed = False
         try:
-            completion = await self._send(endpoint, question, structured=must)
+            listed = endpoint.model in await self._listed_models(endpoint)
+            if not listed or must:
+                # Not every endpoint lists its models, or all of their names. A real call decides.
+                questions = questions or [self.question(_PROBE, temperature=0.0, schema=_PROBE_SCHEMA if must else None)]
+            for asked in questions:
+                completion = await self._first(endpoint, asked)
+                if completion.cut and "}" not in completion.text:
+                    limit = self._limit(asked.max_tokens, asked.extra_body)
+                    raise ConfigError(f"{self._at(endpoint)}: the first reply was cut at {limit}; allow it more")
+                required = asked.schema.get("required", []) if asked.schema is not None else []
+                if must and not _is_object_with(completion.text, required):
+                    raise self._lacks_schema(endpoint, f"it said: {one_line(completion.text, 60)}")
+        except BudgetError:
+            return  # whether the run needs a further call, and what it keeps without, is for the run to say
         except CallError as failure:
-            if must and failure.status in _SCHEMA_REFUSED:
-                raise ConfigError(f"{lacks} ({failure}); set it to auto") from None
-            raise
-        if must and not _is_object_with(completion.text, "answer"):
-            raise ConfigError(f"{lacks} (it said: {one_line(completion.text, 60)}); set it to auto")
+            if not (listed and failure.transient) or failure.kind == "parse":
+                raise ConfigError(self._explain(endpoint, failure, asked)) from None
+            _log.warning("%s: no first answer: %s", self._at(endpoint), failure)
+
+    async def _first(self, endpoint: Endpoint, question: Question) -> Completion:
+        """A reply to a first question; as patient as with any other.
+
+        Finds out, too, whether the endpoint fails because of the schema, whatever it says to it.
+        """
+        must = self.config.structured == "on"
+        for retry in range(1 + self.config.connection_retries):
+            try:
+                return await self._call(endpoint, question)
+            except CallError as error:
+                failure = error
+            if question.schema is not None and endpoint.structured is None and failure.transient and not must:
+                try:
+                    completion = await self._send(endpoint, question, structured=False)
+                except CallError:
+                    pass
+                else:
+                    try:  # once more, so that one bad moment does not decide for the whole run
+                        return await self._call(endpoint, question)
+                    except CallError:
+                        self._repeat("structured", str(failure))
+                        endpoint.structured = False
+                        return completion
+            if not failure.transient:
+                break
+            if retry < self.config.connection_retries:
+                self._repeat(failure.cause, str(failure))
+                bound_s = min(self.config.backoff_initial_s * 2.0 ** min(retry, 30), self.config.backoff_max_s)
+                asked_for_s = min(failure.retry_after_s, self.config.retry_after_max_s)
+                await asyncio.sleep(max(random.uniform(0, bound_s), asked_for_s))
+        if must and failure.status in _SCHEMA_REFUSED:
+            raise self._lacks_schema(endpoint, f"{failure}; {_sent(endpoint, question)}")
+        raise failure
+
+    def _lacks_schema(self, endpoint: Endpoint, why: str) -> ConfigError:
+        lacks = f"{endpoint.base_url} does not hold {endpoint.model} to a JSON schema"
+        return ConfigError(f"{self.config.section}.structured=on: {lacks} ({why}); set it to auto")
+
+    def _limit(self, max_tokens: int | None, extra_body: Mapping[str, Any] | None) -> str:
+        """The setting that limits a reply."""
+        extra = {**self.config.extra_body, **(extra_body or {})}
+        named = next((name for name in ("max_completion_tokens", "max_tokens") if extra.get(name) is not None), None)
+        if named is not None:
+            return f"{self.config.section}.extra_body.{named}={extra[named]}"
+        return f"{self.config.section}.max_tokens={max_tokens if max_tokens is not None else self.config.max_tokens}"
 
     async def _listed_models(self, endpoint: Endpoint) -> list[str]:
         """Ids under ``/models``; empty if the endpoint does not say."""
@@ -484,15 +574,20 @@ class ChatClient:
             section = self.config.section
             _log.warning("%s: no answer: %s (others of kind %s are only counted)", section, failure, failure.kind)
 
-    def _explain(self, endpoint: Endpoint, failure: CallError) -> str:
+    def _at(self, endpoint: Endpoint) -> str:
+        return f"{self.config.section}.base_url {endpoint.base_url}"
+
+    def _explain(self, endpoint: Endpoint, failure: CallError, asked: Question | None) -> str:
         section = self.config.section
         if failure.status in (401, 403):
             cure = f"check the key in {endpoint.key_env}" if endpoint.key_env else f"set {section}.api_key_env"
+        elif failure.status in (400, 422) and asked is not None:
+            cure = f"{_sent(endpoint, asked)}; change these ({section}.extra_body={{FIELD: null}} leaves one out)"
         elif failure.status is not None:
             cure = f"check {section}.model ({endpoint.model}) and the address, which often ends in /v1"
         else:
             cure = f"start the {section} or correct the address"
-        return f"{section}.base_url {endpoint.base_url}: {failure}; {cure}"
+        return f"{self._at(endpoint)}: {failure}; {cure}"
 
 
 def open_cache(config: EndpointConfig, recording: Mapping[str, Any]) -> ReplyFile | None:
@@ -512,6 +607,12 @@ def open_cache(config: EndpointConfig, recording: Mapping[str, Any]) -> ReplyFil
     return None
 
 
+def _sent(endpoint: Endpoint, question: Question) -> str:
+    """What a question was sent with, beside its words."""
+    fields = question.payload(endpoint.model, structured=False)
+    return "it was sent " + ", ".join(f"{name}={one_line(str(fields[name]), 60)}" for name in fields if name != "messages")
+
+
 def _complaint(reply: str, reason: str) -> list[Message]:
     """What the second try adds to the conversation."""
     shown = reply[:_SHOWN_REPLY_CHARS].strip() or "(nothing)"
@@ -519,12 +620,12 @@ def _complaint(reply: str, reason: str) -> list[Message]:
     return [{"role": "assistant", "content": shown}, {"role": "user", "content": request}]
 
 
-def _is_object_with(text: str, key: str) -> bool:
+def _is_object_with(text: str, keys: Iterable[str]) -> bool:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and key in record
+    return isinstance(record, dict) and all(key in record for key in keys)
 
 
 def _failure(state: RetryCallState) -> CallError:

@@ -18,6 +18,10 @@ from nemo_ampo.text import one_line, utf8_safe
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _ABSURD_TOKENS = 10**9
+_SAID = ("text", "output_text")
+_THOUGHT = ("thinking", "reasoning")
+_THOUGHT_FIELDS = ("thinking", "reasoning", "summary", "text")
+_CUT = ("length", "max_tokens", "max_output_tokens")
 _CLOSE_LINE = re.compile(r"^[ \t]*</think>", re.MULTILINE)
 
 
@@ -43,7 +47,7 @@ class CallError(ChatError):
         retry_after_s: float = 0.0,
         usage: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(kind, message)
+        super().__init__(kind, message, permanent=status is not None and not transient)
         self.cause = cause
         self.transient = transient
         self.status = status
@@ -70,6 +74,11 @@ class Completion:
     finish_reason: str | None = None
     cached: bool = False
 
+    @property
+    def cut(self) -> bool:
+        """It ended at the limit of its tokens, not where the model would have ended it."""
+        return self.finish_reason is not None and self.finish_reason.lower() in _CUT
+
 
 def read_completion(body: str) -> Completion:
     """Read the body of a ``/chat/completions`` answer.
@@ -85,16 +94,12 @@ def read_completion(body: str) -> Completion:
     try:
         choice = record["choices"][0]
         message = choice["message"]
-        content = message.get("content")
+        content, parted = _content(message.get("content"))
     except (LookupError, TypeError, AttributeError):
         raise _no_completion(body, usage) from None
-    if content is None:
-        content = ""
-    if not isinstance(content, str):
-        raise _no_completion(body, usage)
     text, thoughts = split_thoughts(utf8_safe(content))
-    # Servers that separate the thoughts themselves use one of these names.
-    candidates = (message.get("reasoning_content"), message.get("reasoning"), thoughts)
+    # Servers that separate the thoughts themselves use one of these names, or parts of the content.
+    candidates = (message.get("reasoning_content"), message.get("reasoning"), parted, thoughts)
     finish = choice.get("finish_reason")
     return Completion(
         text=text,
@@ -103,6 +108,42 @@ def read_completion(body: str) -> Completion:
         completion_tokens=usage[1],
         finish_reason=utf8_safe(finish) if isinstance(finish, str) else None,
     )
+
+
+def _content(content: Any) -> tuple[str, str]:
+    """What was said and what was thought, of a message's content: a text, nothing, or a list of typed parts.
+
+    Raises:
+        TypeError, LookupError: it is none of these.
+    """
+    if content is None:
+        return "", ""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise TypeError("content")
+    said, thought = list[str](), list[str]()
+    for part in content:
+        kind = "text" if isinstance(part, str) else part["type"]
+        if kind in _SAID:
+            said.append(part if isinstance(part, str) else _text(part["text"]))
+        elif kind in _THOUGHT:
+            thought += [_plain(part[name]) for name in _THOUGHT_FIELDS if part.get(name)]
+        # A part of another type, such as a picture or a citation, is nothing that was said.
+    return "".join(said), "\n".join(thought)
+
+
+def _text(text: Any) -> str:
+    if not isinstance(text, str):
+        raise TypeError("text")
+    return text
+
+
+def _plain(thought: Any) -> str:
+    """A thought's text, given as such or as parts; of thoughts only what can be read is kept."""
+    parts = thought if isinstance(thought, list) else [thought]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _json(body: str) -> Any:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 LATENCY_WINDOW = 4096
 """Latency figures describe the last this many answered calls."""
@@ -26,6 +26,7 @@ class ChatStats:
             ``structured`` (without the schema the endpoint refused), ``empty``, ``parse``.
         parse_failures: replies that could not be read, those asked for again included.
         cache_hits: replies taken from the cache instead of a call.
+        cache_failures: how often the cache could not be written or read; the replies counted all the same.
         prompt_tokens, completion_tokens: as reported by the endpoint, also for replies that could not be read.
         cost_usd: their price, dollars; 0 without a price table.
         latencies_s: of the last answered calls, seconds, ascending.
@@ -38,6 +39,7 @@ class ChatStats:
     retries: Mapping[str, int] = field(default_factory=dict)
     parse_failures: int = 0
     cache_hits: int = 0
+    cache_failures: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
@@ -95,6 +97,10 @@ class StatsRecorder:
         """A reply came from the cache."""
         self._add("cache_hits")
 
+    def cache_failed(self) -> None:
+        """The cache's file could not be used."""
+        self._add("cache_failures")
+
     def repeated(self, cause: str) -> None:
         """A call will be repeated because of ``cause``."""
         with self._lock:
@@ -132,7 +138,7 @@ def total(parts: Iterable[ChatStats]) -> ChatStats:
     for part in parts:
         failures.update(part.failures)
         retries.update(part.retries)
-    names = ("requests", "answers", "calls", "parse_failures", "cache_hits", "prompt_tokens", "completion_tokens")
+    names = [f.name for f in fields(ChatStats) if f.type == "int"]
     return ChatStats(
         **{name: sum(getattr(part, name) for part in parts) for name in names},
         failures=dict(failures),

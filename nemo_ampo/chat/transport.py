@@ -9,19 +9,19 @@ directly, which talks in a thread of its own, beside Python's. Only this file kn
 from __future__ import annotations
 
 import email.utils
-import functools
 import json
+import re
 import time
-import urllib.request
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import orjson
 
 from nemo_ampo.chat.completion import CallError
+from nemo_ampo.chat.secrets import Secrets
 from nemo_ampo.compat.pyreqwest import rest_before_exit
+from nemo_ampo.proxies import passwords, proxy_for, through
 from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ TRANSIENT_STATUSES = (408, 409, 425, 429)
 """Statuses below 500 after which the same call may succeed."""
 
 
+_DECIMAL = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?", re.ASCII)
+
+
 class Transport:
     """A pool of connections. Belongs to the event loop that first awaits it; close it there.
 
@@ -53,7 +56,9 @@ class Transport:
 
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
         self._timeout_s = timeout_s
-        self._secrets = tuple(secret for secret in secrets if secret)
+        self._texts = list(secrets)
+        self._secrets = Secrets(self._texts)
+        self._proxies: dict[str, str | None] = {}
         self._clients: dict[tuple[str, str | None], Client] = {}
 
     async def post(self, url: str, key: str, payload: Mapping[str, Any]) -> str:
@@ -74,31 +79,34 @@ class Transport:
             await client.close()
 
     def redact(self, text: str) -> str:
-        """``text`` without secrets."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[API key]")
-        return text
+        """``text`` without secrets, see :mod:`nemo_ampo.chat.secrets`."""
+        return self._secrets.redact(text)
 
     async def _exchange(self, method: str, url: str, key: str, content: bytes | None = None) -> str:
         from pyreqwest.exceptions import PyreqwestError  # Only needed to talk.
 
+        proxy = self._proxy(url)
         try:
-            request = self._client(key, _proxy_for(url)).request(method, url)
+            request = self._client(key, proxy).request(method, url)
             if content is not None:
                 request.body_bytes(content)
             async with request.build_streamed() as response:
-                status, retry_after = response.status, response.get_header("Retry-After")
+                status = response.status
+                retry_after = response.get_header("Retry-After"), response.get_header("Retry-After-Ms")
                 body = self.redact(await _read(response))
         except TimeoutError:
-            failure = CallError("timeout", f"no answer within {self._timeout_s:g} s", cause="timeout", transient=True)
+            said = f"no answer within {self._timeout_s:g} s{through(url)}"
+            failure = CallError("timeout", said, cause="timeout", transient=True)
         except _UnusableBodyError as error:
-            failure = CallError("parse", f"the answer is {error}", cause="body", transient=True)
+            said = f"the answer is {self.redact(str(error))}{through(url)}"
+            failure = CallError("parse", said, cause="body", transient=True)
         except (PyreqwestError, ValueError) as error:  # the latter for an address that is none
-            failure = CallError("connection", self._no_connection(error), cause="connection", transient=True)
+            said = f"{self._no_connection(error)}{through(url)}"
+            failure = CallError("connection", said, cause="connection", transient=True)
         else:
             if 200 <= status < 300:
                 return body
-            failure = self._failure(status, body, retry_after or "")
+            failure = _failure(status, body, read_retry_after(*[header or "" for header in retry_after]), through(url))
         # Raised outside the handlers, so that the library's error, whose frames carry the key, is not its context.
         raise failure
 
@@ -107,22 +115,34 @@ class Transport:
         causes = (getattr(error, "details", None) or {}).get("causes") or [{"message": str(error)}]
         return f"no connection: {one_line(self.redact(causes[-1]['message']))}"
 
-    def _failure(self, status: int, body: str, retry_after: str) -> CallError:
-        # A spent quota is told with the status of a full queue, but no wait will heal it.
-        spent = status == 429 and "insufficient_quota" in body
-        return CallError(
-            "status",
-            f"status {status}: {one_line(body) or 'no explanation'}",
-            cause="rate_limit" if status == 429 else "server_error" if status >= 500 else "refused",
-            transient=(status in TRANSIENT_STATUSES or status >= 500) and not spent,
-            status=status,
-            retry_after_s=read_retry_after(retry_after),
-        )
+    def _proxy(self, url: str) -> str | None:
+        if url not in self._proxies:
+            proxy = self._proxies[url] = proxy_for(url)
+            if proxy is not None:
+                self._texts += passwords(proxy)
+                self._secrets = Secrets(self._texts)
+        return self._proxies[url]
 
     def _client(self, key: str, proxy: str | None) -> Client:
         if (key, proxy) not in self._clients:
             self._clients[key, proxy] = _open_client(key, proxy, self._timeout_s)
         return self._clients[key, proxy]
+
+
+def _failure(status: int, body: str, retry_after_s: float, via: str) -> CallError:
+    """What an answer without success means."""
+    # A spent quota is told with the status of a full queue, but no wait will heal it; and a reply that broke off the schema
+    # is told with the status of a bad request, but the next one may hold to it.
+    spent = status == 429 and "insufficient_quota" in body
+    unlucky = status == 400 and "json_validate_failed" in body
+    return CallError(
+        "status",
+        f"status {status}{via}: {one_line(body) or 'no explanation'}",
+        cause="rate_limit" if status == 429 else "server_error" if status >= 500 else "body" if unlucky else "refused",
+        transient=(status in TRANSIENT_STATUSES or status >= 500 or unlucky) and not spent,
+        status=status,
+        retry_after_s=retry_after_s,
+    )
 
 
 def _open_client(key: str, proxy: str | None, timeout_s: float) -> Client:
@@ -176,21 +196,12 @@ async def _read(response: Response) -> str:
     return body.decode("utf-8", "replace")
 
 
-@functools.cache
-def _proxy_for(url: str) -> str | None:
-    """The environment's proxy for ``url``, by Python's rules, which every other part of a run follows."""
-    address = urlsplit(url)
-    if urllib.request.proxy_bypass(address.hostname or ""):
-        return None
-    proxy = urllib.request.getproxies().get(address.scheme)
-    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
-
-
-def read_retry_after(header: str) -> float:
-    """Seconds to wait by a ``Retry-After`` header, given as seconds or as a date; 0 if there is none."""
-    if header.isascii() and header.isdigit():
-        return float(header)
+def read_retry_after(header: str, milliseconds: str = "") -> float:
+    """Seconds to wait by the headers ``Retry-After``, seconds or a date, and ``Retry-After-Ms``; 0 if they say none."""
+    for text, unit_s in ((milliseconds.strip(), 1e-3), (header.strip(), 1.0)):
+        if _DECIMAL.fullmatch(text):
+            return float(text) * unit_s
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         return 0.0

@@ -155,7 +155,7 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
     async with _clients(config) as (chat, judge):
         await chat.check()
         if judge is not None:
-            await judge.check()
+            await judge.check(first_call=False)  # nothing waits beside it: the first dialogue's call is as good
         teacher = Teacher(chat, config.temperatures, config.seed)
         slots, done_so_far = asyncio.Semaphore(config.max_concurrency), Counter[str]()
 

@@ -22,10 +22,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.proxies import opener_for, through
 from nemo_ampo.terminal import printable_output
+from nemo_ampo.text import one_line
 
 NOT_FIT = 3
 """Exit status of a rank that found something wrong; torch and Slurm use others."""
@@ -71,7 +74,7 @@ def problems(args: argparse.Namespace, node: str) -> Iterator[str]:
     if args.judge_url:
         yield from _answers("judge", args.judge_url, "/models")
     if args.rollout_url:
-        yield from _answers("rollout server", args.rollout_url, "/state")
+        yield from _answers("rollout server", args.rollout_url, "/state", inside=True)
 
 
 def _shared_folder(shared: Path, token: str, node: str) -> Iterator[str]:
@@ -118,15 +121,16 @@ def _port(port: int) -> Iterator[str]:
             yield f"MASTER_PORT {port} cannot be used ({error.strerror}); set AMPO_PORT"
 
 
-def _answers(name: str, base_url: str, path: str) -> Iterator[str]:
-    # A proxy of the environment must not stand between the nodes of a cluster.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _answers(name: str, base_url: str, path: str, *, inside: bool = False) -> Iterator[str]:
+    """Whether a server is there; one of the job itself (``inside``) is never asked through a proxy."""
+    url = f"{base_url.rstrip('/')}{path}"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if inside else opener_for(url)
     try:
-        direct.open(f"{base_url.rstrip('/')}{path}", timeout=20).close()
+        opener.open(url, timeout=20).close()
     except urllib.error.HTTPError:
         return  # It answers; whether it lets us in is checked with the key, by the stage itself.
-    except (OSError, ValueError) as error:
-        yield f"{name} {base_url} cannot be reached ({error})"
+    except (OSError, ValueError, HTTPException) as error:
+        yield f"{name} {base_url} cannot be reached{'' if inside else through(url)} ({one_line(str(error))})"
 
 
 def fingerprint() -> dict[str, Any]:

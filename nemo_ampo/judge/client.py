@@ -32,6 +32,9 @@ QUESTIONS_PER_SLOT = 4
 """Of a batch, so many questions for each call that may be in flight are written and asked at a time. Writing them all in one
 go would hold up the calls under way; the surplus keeps the slots busy while some questions wait for their repetition."""
 
+_FIRST_REQUEST = JudgeRequest('Turn 0: Ada said: "Good morning, Ben."', "Ada", "Ben", "greet Ben", "be left in peace")
+"""What the judge is asked at the start of a run, to learn whether it answers at all."""
+
 
 class Judge:
     """Scores dialogues. Belongs to the event loop that first awaits it; close it there.
@@ -95,18 +98,36 @@ class Judge:
                     explain=self.config.explain_parse_error,
                 )
             except ChatError as error:
-                failure = JudgeError(error.kind, str(error))
+                failure = JudgeError(error.kind, str(error), permanent=error.permanent)
             else:
                 return asked.value
         raise failure
 
-    async def check(self) -> None:
-        """Ask the endpoint once whether it is there, lets us in and serves the model; for the start of a run.
+    async def check(self, *, first_call: bool = True) -> None:
+        """Ask the endpoint whether it is there, lets us in and serves the model, and then for a first verdict at each
+        temperature of the schedule, with everything else the run will send too; for the start of a run.
+
+        Args:
+            first_call: ask for these verdicts; otherwise only where the model is not listed.
 
         Raises:
             UserError: one line that names ``base_url`` and what is wrong.
         """
-        await self._chat.check()
+        if not first_call:
+            await self._chat.check()
+            return
+        prompt = render_judge_prompt(self._template, _FIRST_REQUEST)
+        await self._chat.check(
+            [
+                self._chat.question(
+                    [{"role": "user", "content": prompt}],
+                    temperature=temperature,
+                    seed=self.config.seed,
+                    schema=VERDICT_SCHEMA,
+                )
+                for temperature in dict.fromkeys(self.config.temperatures)
+            ]
+        )
 
 
 def recording_of(config: JudgeConfig, template: PromptTemplate) -> dict[str, Any]:

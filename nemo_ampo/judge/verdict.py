@@ -3,7 +3,8 @@
 The text from its first ``{`` to its last ``}`` must be one JSON object that holds, for ``agent1`` and
 ``agent2``, an object with ``reasoning`` (anything) and ``score`` (a number, or a string that is one, in
 0..10). That is the reference behaviour, narrowed where Python's ``float()`` is more generous than a judge
-should be: no booleans, no underscores, no digits outside ASCII, no negative zero.
+should be: no booleans, no underscores, no digits outside ASCII, no negative zero. A key given twice, NaN and Infinity
+make a reply unreadable, wherever they stand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import re
 
 from nemo_ampo.errors import JudgeError
+from nemo_ampo.strict_json import object_in
 from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import Verdict
 
@@ -44,23 +46,11 @@ def parse_verdict(text: str) -> Verdict:
         whatever the text.
     """
     try:
-        record = _json_object(text)
-        (score1, reasoning1), (score2, reasoning2) = _agent(record, "agent1"), _agent(record, "agent2")
-    except RecursionError:
-        raise _unreadable("it is nested too deeply") from None
+        record = object_in(text)
+    except ValueError as error:
+        raise _unreadable(str(error)) from None
+    (score1, reasoning1), (score2, reasoning2) = _agent(record, "agent1"), _agent(record, "agent2")
     return Verdict(agent1=score1, agent2=score2, agent1_reasoning=reasoning1, agent2_reasoning=reasoning2)
-
-
-def _json_object(text: str) -> dict[str, object]:
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        raise _unreadable("it has no JSON object")
-    try:
-        record = json.loads(text[start : end + 1])
-    except ValueError as error:  # broken JSON, or an integer of more digits than Python converts
-        raise _unreadable(f"it is not one JSON object ({error})") from None
-    assert isinstance(record, dict), "JSON that starts with a brace is an object"
-    return record
 
 
 def _agent(record: dict[str, object], agent: str) -> tuple[float, str]:

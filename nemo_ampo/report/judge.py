@@ -73,6 +73,9 @@ def alarms(log: MetricsLog) -> list[str]:
     if masked:
         also = f", and {count(groups)} groups were left out because too little of them remained" if groups else ""
         found.append(f"{count(masked)} samples have no verdict and were left out of the training{also}.")
+    unkept = _last(log, "judge/cache_failures")
+    if unkept:
+        found.append(f"{count(unkept)} replies of the judge could not be kept in judge.cache; a repetition asks again.")
     rounds = sum(log.counts("guard/judge_rounds").values)
     if rounds:
         found.append(f"The judge was out so often that {count(rounds)} further rounds of asking were needed.")

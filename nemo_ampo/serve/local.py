@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from typing import Any
 import uvicorn
 
 from nemo_ampo.errors import Stopped, UserError
+from nemo_ampo.proxies import opener_for
 
 _PARENT_POLL_S = 0.5
 SHUTDOWN_S = 2
@@ -220,14 +220,13 @@ def _announced(ready_file: Path | None) -> Iterator[Callable[[str], None]]:
 def _wait_until_healthy(
     process: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float, what: str, base_url: str | None
 ) -> str:
-    # A proxy of the environment must not be asked for a server on this machine.
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         url = base_url or (ready_file.read_text(encoding="utf-8").strip() if ready_file.exists() else None)
         if url is not None:
             with contextlib.suppress(OSError):
-                direct.open(url.removesuffix("/v1") + "/health", timeout=5).close()
+                health = url.removesuffix("/v1") + "/health"
+                opener_for(health).open(health, timeout=5).close()
                 return url
         time.sleep(0.02)
     state = "is not ready" if process.poll() is None else f"exited with status {process.returncode}"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.prompts import PromptTemplate, load_prompt
+from nemo_ampo.strict_json import object_in
 from nemo_ampo.text import utf8_safe
 
 if TYPE_CHECKING:
@@ -123,15 +124,12 @@ def parse_scores(text: str, judge: str = "") -> Scores:
     """
     from nemo_ampo.sotopia.records import Scores
 
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        raise ScoresFormatError("the answer has no JSON object" if text.strip() else "the answer is empty")
+    if not text.strip():
+        raise ScoresFormatError("the answer is empty")
     try:
-        record = json.loads(text[start : end + 1], object_pairs_hook=_unique)
-    except RecursionError:
-        raise ScoresFormatError("the answer is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ScoresFormatError(f"the answer is not one JSON object ({error})") from None
+        record = object_in(text)
+    except ValueError as error:
+        raise ScoresFormatError(f"the answer cannot be read: {error}") from None
     graded = {agent: _graded(record, agent) for agent in AGENTS}
     return Scores(
         judge=judge,
@@ -140,13 +138,6 @@ def parse_scores(text: str, judge: str = "") -> Scores:
         agent1_reasoning={name: why for name, (_, why) in graded["agent1"].items()},
         agent2_reasoning={name: why for name, (_, why) in graded["agent2"].items()},
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        raise ScoresFormatError("the answer gives a key twice in one object")
-    return record
 
 
 def _graded(record: dict[str, Any], agent: str) -> dict[str, tuple[int, str]]:

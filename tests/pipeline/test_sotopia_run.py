@@ -161,7 +161,7 @@ def test_saved_episodes_are_scored_again_by_another_judge(server: Server, tmp_pa
     status, out, err = finish(start(*command(tmp_path, "api", *words, "judge.model=prose-judge")))
     assert status == 75 and "PARTIAL: 12 of 12 episodes played, 0 scored" in out
     assert err.splitlines()[-1].startswith("not complete; the same command plays and scores what is missing")
-    assert "no scores, parse: the answer has no JSON object (try 3 of 3)" in err
+    assert "no scores, parse: the answer cannot be read: it has no JSON object (try 3 of 3)" in err
     played = server.counts()["models"]["rule-speaker"]
     again = command(tmp_path, "api", *words, "run.judge_only=true", "judge.name=second")
     status, out, _ = finish(start(*again))

@@ -261,7 +261,11 @@ def test_a_pause_the_endpoint_asks_for_holds_for_all_calls_also_above_the_backof
 def test_a_date_is_a_time_to_wait_too() -> None:
     assert read_retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
     assert read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert [read_retry_after(text) for text in ("7", "", "soon", "-1")] == [7.0, 0.0, 0.0, 0.0]
+    odd = ("", "soon", "-1", "-0.5", "nan", "inf", "1e9", "0x10", "1_0", "\u0663", "9" * 400, "3,5")
+    assert [read_retry_after(text) for text in ("7", "3.5", " 2. ")] == [7.0, 3.5, 2.0]
+    assert [read_retry_after(text) for text in odd] == [0.0] * len(odd)
+    assert [read_retry_after(text, "3500") for text in ("", "9", "soon")] == [3.5, 3.5, 3.5]
+    assert [read_retry_after("9", text) for text in odd] == [9.0] * len(odd)
 
 
 def test_a_redirect_is_an_error_that_shows_nothing_to_the_other_side(server: ScriptedChat, config: Any) -> None:

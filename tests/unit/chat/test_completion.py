@@ -52,7 +52,8 @@ def test_a_model_that_says_nothing_has_an_empty_text() -> None:
         "", "<html>502</html>", "null", "[]", "3", "{}", '{"choices": null}', '{"choices": []}',
         '{"choices": [1]}', '{"choices": {"0": 1}}', '{"choices": [{"message": "hi"}]}',
         '{"choices": [{"message": {"content": 5}}]}',
-        '{"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}]}', "[" * 1_000_000,
+        '{"choices": [{"message": {"content": [{"type": "text", "text": 5}]}}]}', "[" * 1_000_000,
+        '{"choices": [{"message": {"content": [{"text": "x"}]}}]}', '{"choices": [{"message": {"content": [["x"]]}}]}',
         '{"error": {"message": "overloaded"}}',
     ],
 )  # fmt: skip
@@ -61,6 +62,31 @@ def test_anything_else_is_a_failed_call_that_may_pass(garbage: str) -> None:
         read_completion(garbage)
     assert (caught.value.kind, caught.value.cause, caught.value.transient) == ("parse", "body", True)
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "reasoning"),
+    [
+        ([{"type": "text", "text": "7"}], "7", None),
+        ([{"type": "text", "text": "a"}, "b", {"type": "output_text", "text": "c"}], "abc", None),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "7"}], "7", "hm"),
+        ([{"type": "thinking", "thinking": "hm", "signature": "x"}, {"type": "text", "text": "7"}], "7", "hm"),
+        ([{"type": "reasoning", "summary": [{"text": "1 "}, {"text": "2"}]}, {"type": "text", "text": "7"}], "7", "1 2"),
+        ([{"type": "reasoning", "text": "a"}, {"type": "thinking", "thinking": "b"}], "", "a\nb"),
+        ([{"type": "image_url", "image_url": {}}, {"type": "text", "text": "7"}], "7", None),
+        ([{"type": "text", "text": "<think>hm"}, {"type": "text", "text": "</think>7"}], "7", "hm"),
+        ([{"type": "thinking", "thinking": [3, {"text": 4}, None]}, {"type": "text", "text": "7"}], "7", None),
+        ([], "", None),
+    ],
+)  # fmt: skip
+def test_content_in_parts_is_joined_without_its_thoughts(content: object, text: str, reasoning: str | None) -> None:
+    read = read_completion(body(choices=[{"message": {"content": content}}]))
+    assert (read.text, read.reasoning) == (text, reasoning)
+
+
+@pytest.mark.parametrize(("reason", "cut"), [("length", True), ("MAX_TOKENS", True), ("stop", False), (None, False)])
+def test_a_reply_says_that_it_was_cut(reason: str | None, cut: bool) -> None:
+    assert read_completion(body(choices=[{"message": {"content": "x"}, "finish_reason": reason}])).cut is cut
 
 
 def test_model_ids() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import http.server
 import ipaddress
+import socket
 import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,9 +75,9 @@ def authority(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.shutdown()
 
 
-def get(url: str) -> str:
+def get(url: str, timeout_s: float = 10.0) -> str:
     async def run() -> str:
-        transport = Transport(timeout_s=10, secrets=())
+        transport = Transport(timeout_s=timeout_s, secrets=())
         try:
             return await transport.get(url, "")
         finally:
@@ -111,7 +114,51 @@ def test_a_proxy_that_is_down_is_no_connection(proxy: str, monkeypatch: pytest.M
     monkeypatch.setenv("http_proxy", proxy)
     with pytest.raises(CallError, match="Connection refused") as error:
         get(f"http://judge.invalid/v{len(proxy)}")
-    assert error.value.kind == "connection" and "p%40ss" not in str(error.value)
+    assert error.value.kind == "connection" and "through the proxy http://127.0.0.1:9" in str(error.value)
+    assert "p%40ss" not in str(error.value) and "p@ss" not in str(error.value)
+
+
+def test_what_a_proxy_refuses_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Denies(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+            self.wfile.write(b"denied by policy; you came as user:p@ss, dXNlcjpwQHNz")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Denies) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{proxy.server_address[1]}"
+        monkeypatch.setenv("http_proxy", f"http://user:p%40ss@{address}")
+        with pytest.raises(CallError) as error:
+            get("http://judge.invalid/v1")
+        proxy.shutdown()
+    assert str(error.value).startswith(f"status 403 through the proxy http://{address}: denied by policy")
+    assert "p@ss" not in str(error.value) and "dXNlcjpwQHNz" not in str(error.value)
+
+
+def test_a_head_without_end_is_a_failed_call_of_bounded_size_and_time() -> None:
+    def drip(connection: socket.socket, piece: bytes, pause_s: float) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                connection.sendall(piece)
+                time.sleep(pause_s)
+
+    for piece, pause_s in ((b"X-A: b\r\n", 0.05), (b"X-A: " + b"b" * 60_000 + b"\r\n", 0.0), (b"b" * 60_000, 0.0)):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def serve(listener: socket.socket = listener, how: tuple[bytes, float] = (piece, pause_s)) -> None:
+                with contextlib.suppress(OSError):
+                    drip(listener.accept()[0], *how)
+
+            threading.Thread(target=serve, daemon=True).start()
+            with pytest.raises(CallError) as error:
+                get(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout_s=1.0)
+        assert error.value.kind in ("timeout", "connection")
 
 
 def test_an_address_that_is_none_is_no_connection() -> None:

@@ -6,9 +6,11 @@ import asyncio
 import dataclasses
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -392,17 +394,21 @@ def test_a_prompt_file_of_ones_own_is_used(tools: Any, tmp_path: Path) -> None:
     assert server.calls[0].prompt == "Hi|Ada|borrow the car|Ben|keep the car"
 
 
-def test_check_passes_where_the_model_is_listed_without_spending_a_token(tools: Any) -> None:
-    server = tools.serve(tools.Answer(status=500))
-    check(tools.config(server.base_url))
-    assert server.calls == []
+def test_check_asks_a_first_time_with_everything_the_run_will_send(tools: Any) -> None:
+    server = tools.serve(tools.verdict())
+    check(tools.config(server.base_url, seed=3, max_tokens=77, extra_body={"top_k": 1}, temperatures=[0.0, 0.0, 0.7]))
+    assert server.temperatures == [0.0, 0.7], "each temperature once"
+    for call in server.calls:
+        sent = {name: call.payload[name] for name in ("model", "max_tokens", "seed", "top_k")}
+        assert sent == {"model": "referee", "max_tokens": 77, "seed": 3, "top_k": 1}
+        assert call.payload["response_format"]["type"] == "json_schema"
+        assert read_judge_prompt(call.prompt).agent1_name
 
 
 @pytest.mark.parametrize("listing", ['{"data": []}', "not json", '{"data": [{"id": "other"}]}'])
 def test_check_lets_a_call_decide_where_the_model_is_not_listed(tools: Any, listing: str) -> None:
-    server = tools.serve(tools.says("yes"), models=tools.Answer(listing))
+    server = tools.serve(tools.verdict(), models=tools.Answer(listing))
     check(tools.config(server.base_url))
-    assert len(server.calls) == 1
     missing = tools.Answer('{"error": {"message": "no such model"}}', status=404)
     server = tools.serve(missing, models=tools.Answer(listing))
     with pytest.raises(UserError, match=rf"judge\.base_url {server.base_url}: status 404.*no such model.*referee"):
@@ -411,9 +417,108 @@ def test_check_lets_a_call_decide_where_the_model_is_not_listed(tools: Any, list
 
 
 def test_check_works_where_models_are_not_listed_at_all(tools: Any) -> None:
-    server = tools.serve(tools.says("yes"), models=tools.Answer(status=404))
-    check(tools.config(server.base_url))
+    check(tools.config(tools.serve(tools.verdict(), models=tools.Answer(status=404)).base_url))
+
+
+REFUSALS: dict[str, tuple[Any, str]] = {
+    "temperature": (lambda sent: sent["temperature"] == 0, "temperature=0.0"),
+    "later temperature": (lambda sent: sent["temperature"] == 1, "temperature=1.0"),
+    "seed": (lambda sent: "seed" in sent, "seed=5"),
+    "max_tokens": (lambda sent: "max_tokens" in sent, "max_tokens=2048"),
+    "extra_body": (lambda sent: "top_k" in sent, "top_k=1"),
+}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_parameter_that_the_endpoint_refuses_is_named_before_the_run(tools: Any, name: str, status: int) -> None:
+    refuses, shown = REFUSALS[name]
+    no = tools.Answer('{"error": {"message": "Unsupported value"}}', status=status)
+    server = tools.serve(lambda number, call: no if refuses(call.payload) else tools.verdict())
+    with pytest.raises(UserError) as caught:
+        check(tools.config(server.base_url, seed=5, extra_body={"top_k": 1}))
+    message = str(caught.value)
+    assert f"status {status}" in message and "Unsupported value" in message and shown in message and "\n" not in message
+
+
+@pytest.mark.parametrize("kind", ["400", "422", "500", "hang up", "web page", "silence"])
+def test_an_endpoint_that_fails_because_of_the_schema_is_found_out_at_the_start(tools: Any, kind: str) -> None:
+    failures = {
+        "hang up": tools.Answer(drop=True), "web page": tools.Answer("<html>"),
+        "silence": tools.Answer(hold=threading.Event()),
+    }  # fmt: skip
+    failure = failures[kind] if kind in failures else tools.Answer('{"message": "KeyError: schema"}', status=int(kind))
+    server = tools.serve(lambda number, call: failure if "response_format" in call.payload else tools.verdict())
+    config = tools.config(server.base_url, connection_retries=1, timeout_s=0.5 if kind == "silence" else 20.0)
+
+    async def run() -> tuple[Verdict, int]:
+        async with Judge(config) as judge:
+            await judge.check()
+            asked = len(server.calls)
+            return await judge.score(tools.request()), len(server.calls) - asked
+
+    assert asyncio.run(run()) == (Verdict(7.0, 3.0, "one", "two"), 1)
+
+
+def test_one_bad_moment_at_the_start_does_not_cost_the_schema(tools: Any) -> None:
+    server = tools.serve(lambda number, call: tools.Answer(status=503) if number == 0 else tools.verdict())
+    check(tools.config(server.base_url, temperatures=[0.0, 1.0]))
+    assert ["response_format" in call.payload for call in server.calls] == [True, False, True, True]
+
+
+def test_an_endpoint_that_stays_out_of_order_is_told_and_left_to_the_patience_of_the_run(
+    tools: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = tools.serve(tools.Answer("out of order", status=500))
+    check(tools.config(server.base_url, connection_retries=1))
+    assert "no first answer: status 500: out of order" in caplog.text
+    server = tools.serve(tools.Answer("out of order", status=500), models=tools.Answer('{"data": []}'))
+    with pytest.raises(UserError, match="status 500: out of order"):
+        check(tools.config(server.base_url, connection_retries=1))
+
+
+def test_the_first_calls_are_of_the_budget_and_a_spent_one_is_left_to_the_run(tools: Any) -> None:
+    server = tools.serve(tools.verdict())
+    config = tools.config(server.base_url, max_calls=1)
+    check(config)
     assert len(server.calls) == 1
+
+
+THOUGHTS_ONLY = {"message": {"content": None, "reasoning_content": "Let me think"}, "finish_reason": "length"}
+HALF_SAID = {"message": {"content": '{"agent1": {"reas'}, "finish_reason": "length"}
+
+
+@pytest.mark.parametrize(("choice", "kind"), [(THOUGHTS_ONLY, "empty"), (HALF_SAID, "parse")])
+@pytest.mark.parametrize(
+    ("extra", "limit"),
+    [({}, r"judge\.max_tokens=99"), ({"max_completion_tokens": 7}, r"judge\.extra_body\.max_completion_tokens=7")],
+)
+def test_a_reply_that_was_cut_says_so_and_is_not_asked_for_again(
+    tools: Any, choice: dict[str, Any], kind: str, extra: dict[str, Any], limit: str
+) -> None:
+    server = tools.serve(tools.Answer(json.dumps({"choices": [choice]})))
+    config = tools.config(server.base_url, max_tokens=99, extra_body=extra)
+    (error,), stats = ask(config, tools.request())
+    assert isinstance(error, JudgeError) and (error.kind, error.permanent) == (kind, True)
+    assert re.search(f"cut at {limit}", str(error)) and len(server.calls) == 1
+    assert stats.failures == {kind: 1}
+    with pytest.raises(UserError, match=f"the first reply was cut at {limit}"):
+        check(config)
+
+
+def test_a_verdict_that_is_whole_counts_although_what_followed_was_cut(tools: Any) -> None:
+    choice = {"message": {"content": tools.verdict_text(4, 5) + " And I would like to ad"}, "finish_reason": "length"}
+    outcomes, _ = ask(tools.config(tools.serve(tools.Answer(json.dumps({"choices": [choice]}))).base_url), tools.request())
+    assert outcomes == [Verdict(4.0, 5.0, "one", "two")]
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "0.4"}, {"retry-after-ms": "400"}])
+def test_a_wait_in_parts_of_a_second_is_obeyed(tools: Any, header: dict[str, str]) -> None:
+    busy = tools.Answer(status=429, headers=header)
+    server = tools.serve(lambda number, call: busy if number == 0 else tools.verdict())
+    begin = time.monotonic()
+    ask(tools.config(server.base_url), tools.request())
+    assert len(server.calls) == 2 and time.monotonic() - begin >= 0.4
 
 
 def test_check_says_in_one_line_that_nobody_listens(tools: Any) -> None:

@@ -87,7 +87,7 @@ def test_scores_that_are_none(score: str) -> None:
 @pytest.mark.parametrize(
     ("reasoning", "text"),
     [('"said \\"no\\""', 'said "no"'), ("null", "null"), ("3", "3"), ('["a", {"b": 1}]', '["a", {"b": 1}]'),
-     ('"\\ud83d"', "?"), ('"\\ud83d\\ude00"', "\U0001f600"), ('["\\ud83d", NaN]', '["?", NaN]')],
+     ('"\\ud83d"', "?"), ('"\\ud83d\\ude00"', "\U0001f600"), ('["\\ud83d", 1.5]', '["?", 1.5]')],
 )  # fmt: skip
 def test_reasoning_may_be_anything_and_becomes_text_that_can_be_logged(reasoning: str, text: str) -> None:
     verdict = parse_verdict(reply("5", reasoning=reasoning))
@@ -112,10 +112,28 @@ def test_shapes_that_are_no_verdict(text: str) -> None:
     assert kind_of(text) == "parse"
 
 
-def test_a_list_around_one_verdict_and_a_repeated_key_are_read_as_the_reference_reads_them() -> None:
+def test_a_list_around_one_verdict_is_read_as_the_reference_reads_it() -> None:
     assert parse_verdict(f"[{reply('5')}]").agent1 == 5.0
-    twice = '{"agent1": {"reasoning": "", "score": 1, "score": 9}, "agent2": {"reasoning": "", "score": 2}}'
-    assert parse_verdict(twice).agent1 == 9.0
+
+
+AGENT1, AGENT2 = '"agent1": {"reasoning": "", "score": 1}', '"agent2": {"reasoning": "", "score": 2}'
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"agent1": {"reasoning": "", "score": 1, "score": 9}, ' + AGENT2 + "}", 'the key "score" twice'),
+        ("{" + f"{AGENT1}, {AGENT2}, {AGENT1.replace('1}', '9}')}" + "}", 'the key "agent1" twice'),
+        ("{" + f'{AGENT1}, {AGENT2}, "agent\\u0031": 3' + "}", 'the key "agent1" twice'),
+        ("{" + f'{AGENT1}, {AGENT2}, "note": {{"a": 1, "a": 1}}' + "}", 'the key "a" twice'),
+        ("{" + f'{AGENT1}, {AGENT2}, "note": -Infinity' + "}", "holds -Infinity, which is no JSON"),
+        (reply("5", reasoning='["", NaN]'), "holds NaN, which is no JSON"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_unreadable(text: str, why: str) -> None:
+    with pytest.raises(JudgeError, match=why) as caught:
+        parse_verdict(text)
+    assert caught.value.kind == "parse"
 
 
 @pytest.mark.parametrize(
