@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
+from nemo_ampo.chat.broker import BrokerLostError
 from nemo_ampo.errors import JudgeError, JudgeOutageError, UserError
 from nemo_ampo.guard import GuardConfig, too_many_failed
 from nemo_ampo.judge.stats import JudgeStats
@@ -105,6 +106,8 @@ class PendingVerdict:
             verdict = self._future.result()
         except JudgeError as error:
             return Judged(error=error.kind, hopeless=str(error) if error.permanent else None)
+        except BrokerLostError:
+            raise  # by this process alone: the others may be gone
         except UserError as error:
             return Judged(error="stopped", stop=str(error))
         return Judged(verdict, latency_s=(self._end or time.monotonic()) - self._begin)

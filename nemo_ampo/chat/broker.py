@@ -1,8 +1,9 @@
 """One limiter, and one cache, for all processes of a job, on any number of machines.
 
 The main rank runs a :class:`Broker` in a thread; the others hold a :class:`BrokerClient` and ask it for leave over TCP,
-one line of JSON each way. A connection that breaks gives its leases back, so that a rank that died holds no slot; its
-calls in flight are counted at the most they may have cost. Only who knows the token is served.
+a length and so many bytes of JSON each way. A connection that breaks gives its leases back, so that a rank that died holds
+no slot; its calls in flight are counted at the most they may have cost. Only who knows the token is served; whoever does
+not may send a few bytes, for a moment. What goes wrong with one client is that client's, and every error reaches who asked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
+import math
+import socket
 import threading
 import time
 from dataclasses import asdict
@@ -19,13 +23,22 @@ from nemo_ampo.chat.cache import Cache
 from nemo_ampo.chat.completion import Completion
 from nemo_ampo.chat.limiter import LocalLimiter
 from nemo_ampo.chat.limits import Lease
-from nemo_ampo.errors import BudgetError, ChatError
+from nemo_ampo.errors import BudgetError, ChatError, DiskError, UserError
+from nemo_ampo.text import one_line
 
-_MAX_LINE_BYTES = 64 * 2**20
+_log = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 64 * 2**20
 _MESSAGES_AT_ONCE = 16
+_GREETING_BYTES = 1024
+_GREETING_S = 2.0
+_MAX_STRANGERS = 128
+"""Connections at a time that have not shown the token yet."""
+_CONNECT_TRIES, _CONNECT_PAUSE_S = 5, 0.2
+_CONNECT_S = 10.0
 
 
-class BrokerLostError(RuntimeError):
+class BrokerLostError(UserError):
     """The main rank, which holds the job's limits, is gone: the job cannot go on."""
 
 
@@ -47,8 +60,9 @@ class Broker:
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers = 0
         self._server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, host, 0, limit=_MAX_LINE_BYTES, backlog=1024)
+            asyncio.start_server(self._serve, host, 0, limit=_GREETING_BYTES, backlog=1024)
         )
         self.port: int = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._run, name="chat-broker", daemon=True)
@@ -80,16 +94,32 @@ class Broker:
         self._tasks.add(task)
         connection = _Connection(self._limiter, self._cache, _Outbox(writer))
         try:
-            greeting = _read_line(await reader.readline())
-            if not hmac.compare_digest(str(greeting.get("token", "")), self._token):
+            if not await self._knows_the_token(reader):
                 return
-            while line := await reader.readline():
-                connection.handle(_read_line(line))
-        except (ConnectionError, ValueError, asyncio.CancelledError):
+            connection.welcome()
+            while True:
+                connection.handle(await _receive(reader, _MAX_MESSAGE_BYTES))
+        except (ConnectionError, EOFError, asyncio.CancelledError):
             pass  # whatever ended it, what it held is given back below
+        except Exception as error:
+            _log.warning("a process of the job sent its limiter what cannot be read; hung up on it: %r", error)
         finally:
             self._tasks.discard(task)
             await connection.close()
+
+    async def _knows_the_token(self, reader: asyncio.StreamReader) -> bool:
+        """Whether the first message says the token; it has to be short, soon, and one of not too many."""
+        if self._strangers >= _MAX_STRANGERS:
+            return False
+        self._strangers += 1
+        try:
+            async with asyncio.timeout(_GREETING_S):
+                token = (await _receive(reader, _GREETING_BYTES)).get("token")
+        except (TimeoutError, ValueError, RecursionError):
+            return False
+        finally:
+            self._strangers -= 1
+        return isinstance(token, str) and hmac.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
 
 
 class _Connection:
@@ -100,18 +130,22 @@ class _Connection:
         self._leases: dict[int, Lease] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
+    def welcome(self) -> None:
+        """Say that the token was right: who waits for this knows that the main rank of the job is there."""
+        self._outbox.put({"welcome": True})
+
     def handle(self, message: dict[str, Any]) -> None:
         """One request. ``settle`` and ``cancel`` need no answer; the others are answered when they can be."""
         number, do = int(message["id"]), message["do"]
         if do == "settle":
-            self._settle(number, int(message["tokens"]), float(message["usd"]))
+            self._settle(number, *_amounts(message))
         elif do == "cancel":
             if number in self._tasks:
                 self._tasks[number].cancel()
             self._settle(number, 0, 0.0)
         else:
             work = {"acquire": self._acquire, "get": self._get, "put": self._put}[do]
-            task = asyncio.create_task(self._answer(number, work(number, message)))
+            task = asyncio.create_task(self._answer(number, work, message))
             self._tasks[number] = task
             task.add_done_callback(lambda _: self._tasks.pop(number, None))
 
@@ -129,17 +163,21 @@ class _Connection:
         if lease is not None:
             self._limiter.settle(lease, tokens, usd)
 
-    async def _answer(self, number: int, work: Any) -> None:
+    async def _answer(self, number: int, work: Any, message: dict[str, Any]) -> None:
         try:
-            answer = await work
-        except BudgetError as error:
-            answer = {"spent": str(error)}
+            answer = await work(number, message)
         except ChatError as error:
-            answer = {"failure": [error.kind, str(error)]}
+            answer = {"error": "chat", "why": [error.kind, str(error)]}
+        except DiskError as error:
+            answer = {"error": "disk", "why": [error.errno or 0, str(error)]}
+        except BudgetError as error:
+            answer = {"error": "budget", "why": [str(error)]}
+        except Exception as error:  # whatever it is, nobody waits for ever
+            answer = {"error": "other", "why": [one_line(f"{type(error).__name__}: {error}")]}
         self._outbox.put({"id": number, **answer})
 
     async def _acquire(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
-        self._leases[number] = await self._limiter.acquire(int(message["tokens"]), float(message["usd"]))
+        self._leases[number] = await self._limiter.acquire(*_amounts(message))
         return {}
 
     async def _get(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +190,18 @@ class _Connection:
         reply, failure = message["reply"], message["failure"]
         kept = await self._cache.put(message["key"], Completion(**reply) if reply else ChatError(*failure))
         return {"reply": asdict(kept) if kept else None}
+
+
+def _amounts(message: dict[str, Any]) -> tuple[int, float]:
+    """Tokens and dollars.
+
+    Raises:
+        ValueError: no budget could count them.
+    """
+    tokens, usd = int(message["tokens"]), float(message["usd"])
+    if tokens < 0 or not 0 <= usd < math.inf:
+        raise ValueError(f"{tokens} tokens, {usd} dollars")
+    return tokens, usd
 
 
 class _Outbox:
@@ -169,7 +219,7 @@ class _Outbox:
         """Write a message, in the next turn of the loop at the latest."""
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._lines.append(json.dumps(message).encode("ascii") + b"\n")
+        self._lines.append(_packed(message))
         if len(self._lines) >= _MESSAGES_AT_ONCE:
             self._flush()
 
@@ -254,42 +304,81 @@ class BrokerClient:
             raise
         finally:
             self._waiting.pop(number, None)
-        if "spent" in found:
-            raise BudgetError(found["spent"])
-        if "failure" in found:
-            raise ChatError(*found["failure"])
+        if "error" in found:
+            raise self._error(found["error"], found["why"])
         return number, found
 
+    def _error(self, name: str, why: list[Any]) -> Exception:
+        known = {"chat": ChatError, "disk": DiskError, "budget": BudgetError}
+        return known[name](*why) if name in known else BrokerLostError(f"{self._where()} failed: {why[0]}")
+
     async def _connect(self) -> None:
-        try:
-            reader, writer = await asyncio.open_connection(*self._address, limit=_MAX_LINE_BYTES)
-        except OSError:
-            raise self._lost() from None
-        self._outbox = _Outbox(writer)
-        self._outbox.put({"token": self._token})
+        for left in range(_CONNECT_TRIES - 1, -1, -1):
+            try:
+                async with asyncio.timeout(_CONNECT_S):
+                    reader, writer = await asyncio.open_connection(*self._address, limit=2**20)
+                    self._outbox = _Outbox(writer)
+                    self._outbox.put({"token": self._token})
+                    await _receive(reader, _GREETING_BYTES)
+                break
+            except (OSError, EOFError, ValueError):
+                if not left:
+                    raise self._lost() from None
+                await asyncio.sleep(_CONNECT_PAUSE_S)  # too many at once, perhaps
         self._reader_task = asyncio.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
-            while line := await reader.readline():
-                answer = _read_line(line)
+            while True:
+                answer = await _receive(reader, _MAX_MESSAGE_BYTES)
                 waiting = self._waiting.get(answer["id"])
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
-        except ConnectionError:
+        except Exception:
             pass  # told to those who wait below, like an orderly end
         finally:
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_exception(self._lost())
 
-    def _lost(self) -> BrokerLostError:
+    def _where(self) -> str:
         host, port = self._address
-        return BrokerLostError(f"the main rank's limiter at {host}:{port} is gone")
+        return f"the main rank's limiter at {host}:{port}"
+
+    def _lost(self) -> BrokerLostError:
+        return BrokerLostError(f"{self._where()} is gone")
 
 
-def _read_line(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
+def is_there(host: str, port: int, token: str, timeout_s: float = _GREETING_S) -> bool:
+    """Whether a broker with this token serves at an address."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s) as connection:
+            connection.sendall(_packed({"token": token}))
+            expected = _packed({"welcome": True})
+            received = b""
+            while len(received) < len(expected) and (piece := connection.recv(len(expected) - len(received))):
+                received += piece
+            return received == expected
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
+def _packed(message: dict[str, Any]) -> bytes:
+    content = json.dumps(message).encode("ascii")
+    return len(content).to_bytes(4, "big") + content
+
+
+async def _receive(reader: asyncio.StreamReader, limit: int) -> dict[str, Any]:
+    """The next message.
+
+    Raises:
+        EOFError: there is none.
+        ValueError: it is longer than ``limit`` or not an object.
+    """
+    length = int.from_bytes(await reader.readexactly(4), "big")
+    if length > limit:
+        raise ValueError(f"a message of {length} bytes")
+    record = json.loads(await reader.readexactly(length))
     if not isinstance(record, dict):
         raise ValueError("not an object")
     return record

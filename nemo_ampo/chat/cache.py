@@ -7,21 +7,28 @@ too, so that a recorded run and its replay see equal verdicts. A question that f
 a replay fails there again, a later run asks again.
 
 SQLite's write-ahead log needs memory shared by all writers, so the processes must run on one machine. Over several
-machines only the main rank opens the file and the others reach it through :mod:`nemo_ampo.chat.broker`.
+machines only the main rank opens the file and the others reach it through :mod:`nemo_ampo.chat.broker`. A replay writes
+nothing, neither into the file nor beside it. A full or broken disk is a :class:`~nemo_ampo.errors.DiskError`; whoever
+asked has the reply all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import shutil
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from nemo_ampo.chat.completion import Completion
-from nemo_ampo.errors import ChatError, ConfigError
+from nemo_ampo.errors import ChatError, ConfigError, DiskError
+from nemo_ampo.files import disk_errors
 from nemo_ampo.lock import hold_output
 
 SCHEMA_VERSION = 1
@@ -47,11 +54,18 @@ class Cache(Protocol):
         Args:
             key: of the question.
             failures: raise what the question failed with, if it did.
+
+        Raises:
+            DiskError: the file cannot be read.
         """
         ...
 
     async def put(self, key: str, outcome: Completion | ChatError) -> Completion | None:
-        """Keep an outcome unless there is a reply already; returns the reply that is kept now."""
+        """Keep an outcome unless there is a reply already; returns the reply that is kept now.
+
+        Raises:
+            DiskError: the file cannot be written; what it holds is still there.
+        """
         ...
 
     async def aclose(self) -> None:
@@ -69,27 +83,62 @@ class ReplyFile:
 
     Raises:
         ConfigError: no such file, not a cache, or one of another schema version.
+        DiskError: its folder cannot be written.
     """
 
     def __init__(self, path: str | Path, key: str, *, replay: bool = False) -> None:
         self.path, self.config_key, self.replay = Path(path), key, replay
-        if replay and not self.path.is_file():
-            raise ConfigError(f"{key}: no such file: {path}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes that create the file at one moment all get it: changing the journal waits for nobody.
-        turn = contextlib.nullcontext() if replay else hold_output(self.path, key, _BUSY_TIMEOUT_S)
+        self._copy: TemporaryDirectory[str] | None = None
         try:
-            with turn:
-                self._db = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-                self._db.execute("PRAGMA query_only = 1" if replay else "PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                self._prepare()
+            if replay:
+                if not self.path.is_file():
+                    raise ConfigError(f"{key}: no such file: {path}")
+                self._db = self._open_replay()
+            else:
+                with disk_errors(f"{key}: cannot create {path}"):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    # Several processes that create the file at one moment all get it: changing the journal waits for nobody.
+                    with hold_output(self.path, key, _BUSY_TIMEOUT_S):
+                        # What endpoints said is for the owner only; the files beside it take their mode from this one.
+                        os.close(os.open(self.path, os.O_CREAT | os.O_RDONLY, 0o600))
+                        self._db = _connect(str(self.path))
+                        self._db.execute("PRAGMA journal_mode = WAL")
+                        self._db.execute("PRAGMA synchronous = NORMAL")
+                        self._prepare()
         except sqlite3.Error as error:
             raise ConfigError(f"{key}: {path} cannot be used as a cache: {error}") from None
 
+    def _open_replay(self) -> sqlite3.Connection:
+        """Reading leaves nothing behind and needs no right to write, not even where a killed run left its journal."""
+        address, journal = self.path.resolve().as_uri(), Path(f"{self.path}-wal")
+        try:
+            # Without a journal nobody writes here, and nothing need be locked.
+            self._db = _connect(f"{address}?mode=ro" + ("" if journal.exists() else "&immutable=1"), uri=True)
+            self._prepare()
+        except sqlite3.OperationalError:
+            if not journal.exists():
+                raise
+            with disk_errors(f"{self.config_key}: cannot copy {self.path}"):
+                self._copy = TemporaryDirectory(prefix="nemo-ampo-replay-")
+                copy = Path(self._copy.name) / "replies"
+                shutil.copyfile(self.path, copy)
+                shutil.copyfile(journal, f"{copy}-wal")
+            self._db = _connect(str(copy))
+            self._prepare()
+        self._db.execute("PRAGMA query_only = 1")
+        return self._db
+
+    @contextlib.contextmanager
+    def _as_disk_errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DiskError(errno.EIO, f"{self.config_key}: cannot {doing} {self.path}: {error}") from None
+
     async def get(self, key: str, *, failures: bool = False) -> Completion | None:
         """See :class:`Cache`."""
-        row = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM replies WHERE key = ?", (key,)).fetchone()
+        with self._as_disk_errors("read"):
+            row = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM replies WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
         text, reasoning, prompt_tokens, completion_tokens, finish_reason, kind, failure = row
@@ -108,26 +157,32 @@ class ReplyFile:
             row = (o.text, o.reasoning, o.prompt_tokens, o.completion_tokens, o.finish_reason, None, None)
         values = ", ".join("?" * (1 + len(_COLUMNS)))
         updates = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)
-        self._db.execute(
-            f"INSERT INTO replies VALUES ({values}) ON CONFLICT (key) DO UPDATE SET {updates} "
-            "WHERE failure_kind IS NOT NULL AND excluded.failure_kind IS NULL",
-            (key, *row),
-        )
+        with self._as_disk_errors("write"):
+            self._db.execute(
+                f"INSERT INTO replies VALUES ({values}) ON CONFLICT (key) DO UPDATE SET {updates} "
+                "WHERE failure_kind IS NOT NULL AND excluded.failure_kind IS NULL",
+                (key, *row),
+            )
         kept = await self.get(key)
         # What this very call brought is not a hit.
         return replace(kept, cached=False) if kept is not None and kept == _as_cached(outcome) else kept
 
     def forget(self, keys: Iterable[str]) -> None:
         """Remove what is kept of these questions."""
-        self._db.executemany("DELETE FROM replies WHERE key = ?", [(key,) for key in keys])
+        with self._as_disk_errors("write"):
+            self._db.executemany("DELETE FROM replies WHERE key = ?", [(key,) for key in keys])
 
     async def aclose(self) -> None:
         """See :class:`Cache`."""
-        self._db.close()
+        with contextlib.suppress(sqlite3.Error):  # a full disk: everything that could be kept is kept
+            self._db.close()
+        if self._copy is not None:
+            self._copy.cleanup()
 
     def record(self, settings: Mapping[str, Any]) -> None:
         """Note the settings of a run that writes here."""
-        self._db.execute("INSERT OR IGNORE INTO recordings VALUES (?)", (_canonical(settings),))
+        with self._as_disk_errors("write"):
+            self._db.execute("INSERT OR IGNORE INTO recordings VALUES (?)", (_canonical(settings),))
 
     def require(self, settings: Mapping[str, Any]) -> None:
         """Check that a run with these settings was recorded here.
@@ -135,7 +190,8 @@ class ReplyFile:
         Raises:
             ConfigError: naming the settings that differ.
         """
-        recorded = [json.loads(row[0]) for row in self._db.execute("SELECT settings FROM recordings")]
+        with self._as_disk_errors("read"):
+            recorded = [json.loads(row[0]) for row in self._db.execute("SELECT settings FROM recordings")]
         wanted = json.loads(_canonical(settings))
         if wanted in recorded:
             return
@@ -153,8 +209,10 @@ class ReplyFile:
             if empty and not self.replay:
                 for statement in filter(str.strip, _TABLES.split(";")):
                     self._db.execute(statement)
-        finally:
             self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
         if empty and not self.replay:
             return
         if application != _APPLICATION_ID:
@@ -164,6 +222,10 @@ class ReplyFile:
                 f"{self.config_key}: {self.path} has cache schema version {version}, this program reads "
                 f"{SCHEMA_VERSION}; name another file"
             )
+
+
+def _connect(address: str, *, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=uri, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def _as_cached(outcome: Completion | ChatError) -> Completion | None:

@@ -1,11 +1,13 @@
 """The limiter and cache of a job: its own for a single process, the main rank's for many.
 
-The main rank writes where its broker listens to ``judge_broker.json`` in the run folder, together with what identifies
-this start of the job, and removes it at the end; the others wait for a file of the same start.
+The main rank writes where its broker listens to ``judge_broker.json`` in the run folder, and removes it at the end. The
+others believe the file only when a broker that knows the token in it answers there: a killed start leaves its file behind,
+and what identifies a start (address, port, run id) is often the same for the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.chat.broker import Broker, BrokerClient
+from nemo_ampo.chat.broker import Broker, BrokerClient, is_there
 from nemo_ampo.chat.cache import Cache
 from nemo_ampo.chat.client import open_cache
 from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import disk_errors, write_once
 
 RENDEZVOUS_TIMEOUT_S = 120.0
 _POLL_S = 0.1
@@ -73,6 +76,8 @@ def shared(
     if rank > 0:
         yield _both(_wait_for(notice, start, timeout_s), config)
         return
+    with disk_errors(f"cannot remove {notice}"):
+        notice.unlink(missing_ok=True)  # of a start that was killed
     limiter = LocalLimiter(Limits.of(config), SpentFile(folder / f"{name}_spent.json"))
     cache = open_cache(config, recording)
     if world == 1:
@@ -82,11 +87,14 @@ def shared(
     token = secrets.token_hex(16)
     broker = Broker(limiter, cache, token, "127.0.0.1" if one_machine else "0.0.0.0")
     host = "127.0.0.1" if one_machine else env["MASTER_ADDR"]
-    _publish(notice, {"host": host, "port": broker.port, "token": token, "start": start})
+    content = json.dumps({"host": host, "port": broker.port, "token": token, "start": start})
     try:
+        write_once(notice, content, private=True)
         yield _both(BrokerClient("127.0.0.1", broker.port, token), config)
     finally:
-        notice.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if notice.read_text(encoding="utf-8") == content:
+                notice.unlink()
         broker.close()
 
 
@@ -94,27 +102,20 @@ def _both(client: BrokerClient, config: EndpointConfig) -> Shared:
     return Shared(client, client if config.cache is not None or config.replay is not None else None)
 
 
-def _publish(notice: Path, content: dict[str, Any]) -> None:
-    notice.parent.mkdir(parents=True, exist_ok=True)
-    partial = notice.with_name(f"{notice.name}.{os.getpid()}.tmp")
-    # The token is for this job's user only.
-    partial.touch(mode=0o600)
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(notice)
-
-
 def _wait_for(notice: Path, start: dict[str, str], timeout_s: float) -> BrokerClient:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if notice.is_file():
             try:
-                found = json.loads(notice.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                found = {}  # being replaced on a file system without atomic rename
-            # A file that an earlier, killed start left behind is not ours.
-            if found.get("start") == start:
-                return BrokerClient(found["host"], found["port"], found["token"])
+                found = json.loads(notice.read_bytes())
+                place = str(found["host"]), int(found["port"]), str(found["token"])
+                ours = found["start"] == start and is_there(*place)
+            except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+                ours = False  # being replaced on a file system without atomic rename
+            if ours:
+                return BrokerClient(*place)
         time.sleep(_POLL_S)
     raise UserError(
-        f"{notice}: the main rank did not write it within {timeout_s:g} s; is the run folder shared by all nodes?"
+        f"{notice}: the main rank did not write it within {timeout_s:g} s, or does not answer at the address in it; is the "
+        "run folder shared by all nodes?"
     )

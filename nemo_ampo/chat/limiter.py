@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import logging
+import math
 import time
 from collections import deque
 from pathlib import Path
 from typing import Protocol
 
 from nemo_ampo.chat.limits import Lease, Ledger, Limits, Spent
-from nemo_ampo.errors import DataError
+from nemo_ampo.errors import DataError, DiskError
+from nemo_ampo.files import disk_errors, write_once
+
+_log = logging.getLogger(__name__)
 
 
 class Limiter(Protocol):
@@ -39,24 +43,35 @@ SAVE_INTERVAL_S = 1.0
 
 
 class SpentFile:
-    """What a job has spent, kept over its runs. Written complete or not at all."""
+    """What a job has spent, kept over its runs. Written complete or not at all.
+
+    A disk that cannot be written is an alarm, said once: this process goes on counting, but a later one counts from the last
+    figures that could be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._saved_at = 0.0
+        self._told = False
 
     def load(self) -> Spent:
         """The last saved figures; zeros before the first.
 
         Raises:
             DataError: the file is damaged.
+            DiskError: it cannot be read.
         """
         if not self.path.is_file():
             return Spent()
+        with disk_errors(f"cannot read {self.path}"):
+            text = self.path.read_bytes()
         try:
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-            return Spent(int(record["calls"]), float(record["usd"]))
-        except (ValueError, LookupError, TypeError):
+            record = json.loads(text)
+            spent = Spent(int(record["calls"]), float(record["usd"]))
+            if spent.calls < 0 or not 0 <= spent.usd < math.inf:
+                raise ValueError
+            return spent
+        except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             raise DataError(f"{self.path}: not a record of calls and usd; correct it or start in a new run folder") from None
 
     def save(self, spent: Spent, *, now: bool = False) -> None:
@@ -64,10 +79,12 @@ class SpentFile:
         if not now and time.monotonic() < self._saved_at + SAVE_INTERVAL_S:
             return
         self._saved_at = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        partial.write_text(json.dumps({"calls": spent.calls, "usd": spent.usd}) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        try:
+            write_once(self.path, json.dumps({"calls": spent.calls, "usd": spent.usd}) + "\n")
+        except DiskError as error:
+            if not self._told:
+                self._told = True
+                _log.warning("%s; spending is counted on, but a run that is started again would not know of it", error)
 
 
 class LocalLimiter:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +21,12 @@ import pytest
 from scripted_chat import Act, ScriptedChat, says
 
 from nemo_ampo.chat import BudgetError, ChatClient, ChatError, Completion
-from nemo_ampo.chat.broker import Broker, BrokerClient, BrokerLostError
+from nemo_ampo.chat.broker import Broker, BrokerClient, BrokerLostError, is_there
 from nemo_ampo.chat.cache import ReplyFile
 from nemo_ampo.chat.job import shared
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits, Spent
-from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.errors import DataError, DiskError, UserError
 
 WAIT_S = 60.0
 
@@ -116,6 +120,147 @@ def test_who_does_not_know_the_token_is_hung_up_on(broker: Broker) -> None:
         writer.close()
 
     asyncio.run(work())
+
+
+def frame(content: bytes, length: int | None = None) -> bytes:
+    return (len(content) if length is None else length).to_bytes(4, "big") + content
+
+
+def greet(token: object) -> bytes:
+    return frame(json.dumps({"token": token}).encode())
+
+
+def end_of(connection: socket.socket) -> bytes:
+    """What the broker says until it hangs up."""
+    connection.settimeout(WAIT_S)
+    said = b""
+    try:
+        while piece := connection.recv(4096):
+            said += piece
+    except ConnectionError:
+        pass
+    return said
+
+
+GREETINGS = {
+    "a web browser": b"GET / HTTP/1.1\r\n\r\n",
+    "too long": frame(b"", 62 * 2**20) + b"a" * 4096,
+    "just too long": frame(b"a" * 1025),
+    "no json": frame(b"secret"),
+    "deep json": frame(b"[" * 1000),
+    "no object": frame(b'"secret"'),
+    "no token": frame(b"{}"),
+    "odd token": greet(["secret"]),
+    "not ascii": greet("\u00e9\ud800"),
+    "raw utf-8": frame('{"token": "\u00e9"}'.encode()),
+    "no utf-8": frame(b"\xff\xfe\x00"),
+    "nothing": b"",
+    "half a length": b"\x00\x00",
+    "half a greeting": greet("secret")[:-3],
+}
+
+
+def test_strangers_may_say_little_for_a_moment_and_disturb_nobody(
+    broker: Broker, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    strangers = [socket.create_connection(("127.0.0.1", broker.port)) for _ in GREETINGS]
+    for stranger, greeting in zip(strangers, GREETINGS.values(), strict=True):
+        stranger.sendall(greeting)
+    assert is_there("127.0.0.1", broker.port, "secret")
+
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        client.settle(await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S), 1, 0.0)
+        await client.aclose()
+
+    asyncio.run(work())
+    assert [end_of(stranger) for stranger in strangers] == [b""] * len(strangers), "hung up on without a word"
+    for stranger in strangers:
+        stranger.close()
+    assert not caplog.records and capfd.readouterr().err == ""
+
+
+def test_more_strangers_than_there_is_room_for_are_turned_away_and_the_ranks_come_in_later(broker: Broker) -> None:
+    strangers = [socket.create_connection(("127.0.0.1", broker.port)) for _ in range(200)]
+    said = [end_of(stranger) for stranger in strangers[-20:]]
+    assert said == [b""] * 20
+    for stranger in strangers:
+        stranger.close()
+
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+def odd_messages(count: int) -> list[bytes]:
+    """What a broken rank may send: seeded, so that each run sends the same."""
+    draw = random.Random(4)
+    values: list[Any] = [None, True, -1, 2**70, 1.5, float("nan"), "", "\ud800", "acquire", [], [[]], {}, {"a": 1}]
+    verbs = ["acquire", "settle", "cancel", "get", "put", "close", "", None, [], {"a": 1}]
+
+    def message() -> bytes:
+        kind = draw.randrange(4)
+        if kind == 0:
+            return frame(draw.randbytes(draw.randrange(60)))
+        if kind == 1:
+            return frame(draw.choice([b"[" * 5000, b"{}", b"[]", b"null", b"{" * 50, b'{"id": 1}']))
+        fields: dict[str, Any] = {"id": draw.randrange(5), "do": draw.choice(verbs)}
+        for name in ("id", "tokens", "usd", "key", "failures", "reply", "failure"):
+            if draw.random() < 0.6:
+                fields[name] = draw.choice(values)
+        return frame(json.dumps(fields).encode())
+
+    return [message() for _ in range(count)]
+
+
+def test_whatever_a_broken_rank_sends_is_its_own_trouble(broker: Broker) -> None:
+    messages = odd_messages(600)
+    for start in range(0, len(messages), 12):
+        with socket.create_connection(("127.0.0.1", broker.port)) as rank:
+            with contextlib.suppress(ConnectionError):
+                for message in (greet("secret"), *messages[start : start + 12]):
+                    rank.sendall(message)
+                rank.shutdown(socket.SHUT_WR)
+            end_of(rank)
+
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        await asyncio.wait_for(client.put("fine", Completion("7")), WAIT_S)
+        assert await asyncio.wait_for(client.get("fine"), WAIT_S) == Completion("7", cached=True)
+        await client.aclose()
+
+    asyncio.run(work())
+
+
+class BrokenCache:
+    """Raises what nobody expects."""
+
+    async def get(self, key: str, *, failures: bool = False) -> Completion | None:
+        raise LookupError("in pieces\nand more")
+
+    async def put(self, key: str, outcome: Completion | ChatError) -> Completion | None:
+        raise DiskError(28, "judge.cache: cannot write FILE: full")
+
+    async def aclose(self) -> None: ...
+
+
+def test_an_error_of_the_main_rank_reaches_who_waits_for_it() -> None:
+    broken = Broker(LocalLimiter(Limits(1)), BrokenCache(), "secret")
+
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broken.port, "secret")
+        with pytest.raises(BrokerLostError, match=r"limiter at 127\.0\.0\.1:\d+ failed: LookupError: in pieces and more"):
+            await asyncio.wait_for(client.get("k"), WAIT_S)
+        with pytest.raises(DiskError, match="cannot write FILE: full"):
+            await asyncio.wait_for(client.put("k", Completion("7")), WAIT_S)
+        await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
+        await client.aclose()
+
+    asyncio.run(work())
+    broken.close()
 
 
 def test_a_lost_broker_is_told_to_those_who_wait(broker: Broker) -> None:
@@ -223,6 +368,60 @@ def test_the_ranks_of_a_job_find_each_other_and_share_everything(server: Scripte
     assert server.max_in_flight <= 3, "max_concurrency is the whole job's"
     assert not stale.exists(), "the main rank has cleaned up"
     assert SpentFile(tmp_path / "endpoint_spent.json").load().calls == len(server.calls)
+
+
+STAYS = """
+import sys, time
+from nemo_ampo.chat import EndpointConfig
+from nemo_ampo.chat.job import shared
+with shared(EndpointConfig("http://127.0.0.1:9/v1", "referee"), sys.argv[1], {}):
+    print("there", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_file_of_a_killed_start_is_not_believed_although_all_else_is_the_same(config: Any, tmp_path: Path) -> None:
+    """Plain torchrun: address, port, run id and restart count are those of every start."""
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    job |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    notice, settings = tmp_path / "endpoint_broker.json", config("http://127.0.0.1:9/v1")
+    command = [sys.executable, "-c", STAYS, str(tmp_path)]
+    with subprocess.Popen(command, env={**os.environ, **job, "RANK": "0"}, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None and killed.stdout.readline() == "there\n"
+        killed.kill()
+    stale = json.loads(notice.read_text())
+
+    async def ask(rank: Any) -> None:
+        rank.limiter.settle(await asyncio.wait_for(rank.limiter.acquire(1, 0.0), WAIT_S), 1, 0.0)
+
+    def second_rank() -> None:
+        with shared(settings, tmp_path, {}, {**job, "RANK": "1"}) as rank:
+            asyncio.run(ask(rank))
+
+    with socket.create_server(("127.0.0.1", 0)) as other, concurrent.futures.ThreadPoolExecutor() as threads:
+        # The port may have gone to another program since, which takes connections and says nothing.
+        for port in (stale["port"], other.getsockname()[1]):
+            notice.write_text(json.dumps({**stale, "port": port}))
+            waiting = threads.submit(second_rank)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.5)
+            with shared(settings, tmp_path, {}, {**job, "RANK": "0"}) as rank:
+                waiting.result(WAIT_S)
+                asyncio.run(ask(rank))
+            assert not notice.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 5000, '{"start": 1}', '{"host": "x", "port": "y", "token": 1}', '{"host": 1, "port": 1e999}']
+)
+def test_a_file_that_cannot_be_read_is_waited_out(config: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "endpoint_broker.json").write_text(content)
+    settings, rank = config("http://127.0.0.1:9/v1"), {"WORLD_SIZE": "2", "RANK": "1"}
+    with (
+        pytest.raises(UserError, match=r"endpoint_broker\.json: the main rank did not write it"),
+        shared(settings, tmp_path, {}, rank, timeout_s=0.2),
+    ):
+        pass
 
 
 def test_a_main_rank_that_does_not_come_is_one_clear_error(config: Any, tmp_path: Path) -> None:
