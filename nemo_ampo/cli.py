@@ -17,6 +17,7 @@ import typer
 
 from nemo_ampo.errors import ConfigError, FormatError, UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.outcome import EXIT_USER_ERROR
 from nemo_ampo.terminal import printable_output, show
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from nemo_ampo.types import Reply
 
 EXIT_NOT_OK = 1
-EXIT_USER_ERROR = 2
 
 
 def doctor(

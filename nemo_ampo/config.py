@@ -20,6 +20,7 @@ from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, JudgeFailure, check_algo
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import file_name_problem
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.modes import bias_problem
@@ -348,6 +349,7 @@ def _section(name: str, section: Any, given: Any) -> Any:
         # YAML reads a bare `off` as false.
         given |= {key: "off" for key in ("kl", "mismatch") if given.get(key) is False}
     typed = OmegaConf.create({name: OmegaConf.structured(section)})
+    _refuse_numbers_as_text(name, section if isinstance(section, type) else type(section), given)
     # Frozen classes come out read-only; they are frozen again once they are objects.
     OmegaConf.set_readonly(typed[name], False)
     merged = OmegaConf.merge(typed, {name: given})
@@ -355,6 +357,15 @@ def _section(name: str, section: Any, given: Any) -> Any:
     if missing:
         raise ConfigError(f"{sorted(missing)[0]}: a value is required")
     return OmegaConf.to_object(merged)[name]  # type: ignore[index, call-overload]
+
+
+def _refuse_numbers_as_text(name: str, section: Any, given: Any) -> None:
+    """YAML reads ``1e3`` as 1000.0, which as text is another word than the one that was written."""
+    hints = get_type_hints(section)
+    plain: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    for key, value in plain.items():
+        if isinstance(value, float) and hints.get(str(key)) in (str, str | None):
+            raise ConfigError(f"{name}.{key}: YAML reads a number, {value!r}, where text is expected; put quotes around it")
 
 
 def _resolved(schema: type[Any]) -> type[Any]:
@@ -497,7 +508,14 @@ def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
     """
     check_ranges(raw, ranges.EVALUATE)
     _device(config.run.device)
+    problem = file_name_problem(raw.run.name)
+    if raw.run.name == "provenance":
+        problem = "stands for another file of a run folder; choose another name"
+    if problem is not None:
+        raise ConfigError(f"run.name: {problem}")
     _file("data.turns", config.data.turns)
+    if config.data.system_prompt is not None:
+        _file("data.system_prompt", config.data.system_prompt)
     if not (Path(config.run.checkpoint) / "config.json").is_file():
         raise ConfigError(f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}")
     problem = bias_problem(config.generate.mode_bias or {})

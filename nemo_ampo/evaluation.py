@@ -6,20 +6,26 @@ an ordinary Hugging Face folder. Legend: B rows, T positions.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ampo.answer_file import AnswerFile, StoredReply
 from nemo_ampo.config import EvaluateConfig
-from nemo_ampo.errors import DataError, JudgeError
-from nemo_ampo.files import write_once
+from nemo_ampo.errors import BudgetError, DataError, JudgeError, UserError
+from nemo_ampo.files import sha256_of, write_once
 from nemo_ampo.grammar import answer_of
+from nemo_ampo.lock import hold_output
 from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES
+from nemo_ampo.outcome import PARTIAL_FOLDER, Outcome
+from nemo_ampo.protocol import digest, keep_protocol
 from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
@@ -70,48 +76,137 @@ class Answered:
         }
 
 
-def evaluate(config: EvaluateConfig, device: str) -> dict[str, Any]:
-    """Answer, judge and summarise; writes ``<run.dir>/<run.name>.json`` and returns its content.
+@dataclass(frozen=True)
+class Question:
+    """One planned answer.
+
+    Attributes:
+        turn: what is asked.
+        prompt: its tokens.
+    """
+
+    turn: DialogueTurn
+    prompt: list[int]
+
+
+def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
+    """Answer, judge and summarise; what an earlier start of the same evaluation drew and paid for is taken over.
+
+    Returns:
+        The result file, ``<run.dir>/<run.name>.json`` when everything is judged and ``<run.dir>/partial/<run.name>.json``
+        otherwise; and how far it got.
 
     Raises:
-        DataError: no rows.
-        ConfigError: the judge cannot be reached.
+        DataError: no rows, or a prompt too long for the model.
+        ConfigError: the judge cannot be reached, or the evaluation was begun with other settings.
+        UserError: another job makes the same evaluation.
+        DiskError: something cannot be written.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from nemo_ampo.checkpoint.policy_files import stop_token_ids, system_prompt
     from nemo_ampo.data.chat import check_tokenizer, encode_prompt
     from nemo_ampo.data.episodes import chat_messages, read_turns
-    from nemo_ampo.judge import open_judge
+    from nemo_ampo.judge.client import verdict_protocol
 
+    judged_by = verdict_protocol(config.judge)
     turns = read_turns(config.data.turns)
     if config.data.limit >= 0:
         turns = turns[: config.data.limit]
     if not turns:
         raise DataError(f"{config.data.turns}: no rows to evaluate (data.limit={config.data.limit})")
-    turns = [turn for turn in turns for _ in range(config.data.samples)]
-    folder = Path(config.run.checkpoint)
+    folder, run_dir = Path(config.run.checkpoint), Path(config.run.dir)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     check_tokenizer(tokenizer)
     system = system_prompt(folder, config.data.system_prompt)
-    prompts = [encode_prompt(chat_messages(turn, system), tokenizer) for turn in turns]
+    asked = [Question(turn, encode_prompt(chat_messages(turn, system), tokenizer)) for turn in turns]
+    check_positions(asked, folder, config)
+    asked = [question for question in asked for _ in range(config.data.samples)]
+    whole, partial = run_dir / f"{config.run.name}.json", run_dir / PARTIAL_FOLDER / f"{config.run.name}.json"
     # A folder of its own: several checkpoints are evaluated into one run folder, each with a budget.
-    spending = Path(config.run.dir) / "judge" / config.run.name
-    spending.mkdir(parents=True, exist_ok=True)
-    with open_judge(config.judge, spending) as judge:
-        judge.check()
-        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
-        answers = _answers(model, tokenizer, prompts, turns, config, stop_token_ids(folder, tokenizer), judge, device)
-    result = {
-        "name": config.run.name,
-        "checkpoint": config.run.checkpoint,
+    own = run_dir / "judge" / config.run.name
+    with hold_output(whole, "run.name"):
+        settings = protocol(config, system, stop_token_ids(folder, tokenizer)) | {"judge": judged_by}
+        cure = f"give another run.name, or remove {own} to evaluate anew"
+        keep_protocol(own / "protocol.json", settings, "run.name", parts=("generate", "reward", "judge"), cure=cure)
+        answers = AnswerFile(own / "answers.jsonl", [question.turn.row_id for question in asked])
+        unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device)
+        scored = [
+            _score(
+                question.turn,
+                answers.replies[i],
+                answers.verdicts.get(i),
+                unjudged.failures.get(i),
+                tokenizer,
+                config.reward,
+            )
+            for i, question in enumerate(asked)
+            if i in answers.replies
+        ]
+        outcome = _outcome(len(asked), scored, unjudged.by)
+        result = {
+            "name": config.run.name,
+            "checkpoint": config.run.checkpoint,
+            "seed": config.run.seed,
+            "mode_bias": config.generate.mode_bias,
+            "planned": outcome.planned,
+            "complete": outcome.complete,
+            "summary": summarise(scored),
+            "samples": [answer.row() for answer in scored],
+        }
+        path = whole if outcome.complete else partial
+        write_once(path, json.dumps(result, ensure_ascii=False, indent=1))
+        if outcome.complete:
+            partial.unlink(missing_ok=True)
+    return path, outcome
+
+
+def protocol(config: EvaluateConfig, system: str, stops: tuple[int, ...]) -> dict[str, Any]:
+    """Everything the numbers depend on but the judge; an evaluation that goes on is held to it."""
+    from nemo_ampo.checkpoint.policy_files import policy_hash
+
+    return {
+        "checkpoint": policy_hash(Path(config.run.checkpoint)),
+        "turns": sha256_of(config.data.turns),
+        "limit": config.data.limit,
+        "samples": config.data.samples,
+        "system_prompt": digest(system),
+        "stop_tokens": list(stops),
         "seed": config.run.seed,
-        "mode_bias": config.generate.mode_bias,
-        "summary": summarise(answers),
-        "samples": [answer.row() for answer in answers],
+        "generate": {name: value for name, value in vars(config.generate).items() if value is not None},
+        "reward": asdict(config.reward),
     }
-    write_once(Path(config.run.dir) / f"{config.run.name}.json", json.dumps(result, ensure_ascii=False, indent=1))
-    return result
+
+
+def check_positions(asked: Sequence[Question], folder: Path, config: EvaluateConfig) -> None:
+    """A model says nothing sensible beyond the positions it was made for.
+
+    Raises:
+        DataError: a prompt leaves no room for the longest reply, naming the row.
+    """
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    if positions is None:
+        return
+    for question in asked:
+        tokens = len(question.prompt) + config.generate.max_new_tokens
+        if tokens > positions:
+            raise DataError(
+                f"{config.data.turns}: row {question.turn.row_id}: prompt of {len(question.prompt)} tokens plus "
+                f"generate.max_new_tokens={config.generate.max_new_tokens} exceeds the {positions} positions of "
+                f"{folder} (max_position_embeddings); lower it or leave the row out"
+            )
+
+
+def _outcome(planned: int, answers: Sequence[Answered], stopped: str | None) -> Outcome:
+    outcome = Outcome(planned, begun=len(answers), words=("answers drawn", "judged or needing no judge"), stopped=stopped)
+    for answer in answers:
+        if answer.judge_error is None:
+            outcome.done += 1
+        else:
+            outcome.miss(f"verdict ({answer.judge_error})", f"row {answer.turn.row_id}: no verdict ({answer.judge_error})")
+    return outcome
 
 
 def summarise(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
@@ -136,32 +231,135 @@ def _summary(answers: Sequence[Answered]) -> dict[str, Any]:
     }
 
 
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    turns: list[DialogueTurn],
-    config: EvaluateConfig,
-    stops: tuple[int, ...],
-    judge: JudgeThread,
-    device: str,
-) -> list[Answered]:
-    """Replies batch by batch; a batch is judged while the next one is drawn."""
-    import torch
+@dataclass
+class Unjudged:
+    """What is not judged, and why.
 
-    model = model.to("cuda" if device == "gpu" else "cpu").eval()
-    torch.manual_seed(config.run.seed)
-    drawn: list[tuple[DialogueTurn, str, int, Future[Verdict] | None]] = []
-    size = config.generate.batch_size
-    dial = ModeDial(tokenizer) if config.generate.mode_bias else None
-    for begin in range(0, len(prompts), size):
-        replies = generate(model, prompts[begin : begin + size], stops, config, dial)
-        for turn, ids in zip(turns[begin : begin + size], replies, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answer = answer_of(text, strict=config.reward.strict_format)
-            future = None if answer is None else judge.submit(JudgeRequest.about(turn, answer))
-            drawn.append((turn, text, len(ids), future))
-    return [_score(turn, text, tokens, future, tokenizer, config.reward) for turn, text, tokens, future in drawn]
+    Attributes:
+        failures: place of an answer to the kind of the judge's failure.
+        by: the budget that was spent, in one line.
+    """
+
+    failures: dict[int, str] = field(default_factory=dict)
+    by: str | None = None
+
+
+def _answer_and_judge(
+    asked: list[Question], answers: AnswerFile, tokenizer: Any, config: EvaluateConfig, own: Path, device: str
+) -> Unjudged:
+    """Draw and judge what is missing, batch by batch; a batch is judged while the next one is drawn."""
+    from nemo_ampo.judge import open_judge
+
+    spoken = [i for i in answers.replies if _answer(answers.replies[i], config) is not None]
+    if len(answers.replies) == len(asked) and len(answers.verdicts) == len(spoken):
+        return Unjudged()
+    with open_judge(config.judge, own) as judge:
+        try:
+            judge.check()
+        except BudgetError as error:
+            return Unjudged(dict.fromkeys(set(spoken) - set(answers.verdicts), "budget"), str(error))
+        work = _Judging(asked, answers, judge, config)
+        for index in sorted(answers.replies):
+            work.submit(index)
+        policy: _Policy | None = None
+        for number, places in enumerate(_batches(len(asked), config.generate.batch_size)):
+            if all(index in answers.replies for index in places):
+                continue
+            if work.spent:
+                break
+            policy = policy or _Policy(tokenizer, config, device)
+            drawn = policy.draw([asked[index] for index in places], number)
+            answers.add_replies({i: reply for i, reply in zip(places, drawn, strict=True) if i not in answers.replies})
+            for index in places:
+                work.submit(index)
+        return work.finish()
+
+
+class _Judging:
+    """Verdicts under way; each is kept as soon as it is there."""
+
+    def __init__(self, asked: list[Question], answers: AnswerFile, judge: JudgeThread, config: EvaluateConfig) -> None:
+        self._asked, self._answers, self._judge, self._config = asked, answers, judge, config
+        self._futures: dict[int, Future[Verdict]] = {}
+
+    def submit(self, index: int) -> None:
+        """Have an answer judged, unless it was, or says nothing."""
+        answer = _answer(self._answers.replies[index], self._config)
+        if answer is None or index in self._answers.verdicts:
+            return
+        future = self._futures[index] = self._judge.submit(JudgeRequest.about(self._asked[index].turn, answer))
+        future.add_done_callback(functools.partial(self._keep, index))
+
+    def _keep(self, index: int, done: Future[Verdict]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._answers.add_verdict(index, done.result())
+
+    @property
+    def spent(self) -> bool:
+        """The job may not ask any more."""
+        done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
+        return any(isinstance(future.exception(), UserError) for future in done)
+
+    def finish(self) -> Unjudged:
+        """Wait for all: those under way are paid for.
+
+        Raises:
+            UserError: what ended the asking, other than a budget.
+            DiskError: a verdict could not be written.
+        """
+        wait(self._futures.values())
+        self._answers.require_written()
+        unjudged = Unjudged()
+        for index, future in self._futures.items():
+            error = future.exception()
+            if isinstance(error, BudgetError):
+                unjudged.failures[index], unjudged.by = "budget", str(error)
+            elif isinstance(error, JudgeError):
+                unjudged.failures[index] = error.kind
+            elif error is not None:
+                raise error
+        return unjudged
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+class _Policy:
+    """The evaluated checkpoint."""
+
+    def __init__(self, tokenizer: Any, config: EvaluateConfig, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from nemo_ampo.checkpoint.policy_files import stop_token_ids
+
+        folder = Path(config.run.checkpoint)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+        self._model = model.to("cuda" if device == "gpu" else "cpu").eval()
+        self._tokenizer, self._config = tokenizer, config
+        self._stops = stop_token_ids(folder, tokenizer)
+        self._dial = ModeDial(tokenizer) if config.generate.mode_bias else None
+
+    def draw(self, asked: list[Question], number: int) -> list[StoredReply]:
+        """Replies of a batch.
+
+        Args:
+            asked: the batch.
+            number: of the batch, which has a seed of its own: an evaluation that goes on draws what one that never
+                stopped does.
+        """
+        import torch
+
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._config.run.seed} {number}".encode()).digest()[:4]))
+        replies = generate(self._model, [question.prompt for question in asked], self._stops, self._config, self._dial)
+        return [
+            StoredReply(question.turn.row_id, self._tokenizer.decode(ids, skip_special_tokens=True), len(ids))
+            for question, ids in zip(asked, replies, strict=True)
+        ]
+
+
+def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
+    return answer_of(reply.text, strict=config.reward.strict_format)
 
 
 def generate(
@@ -202,15 +400,14 @@ def _until_stop(ids: list[int], stops: tuple[int, ...]) -> list[int]:
 
 
 def _score(
-    turn: DialogueTurn, text: str, tokens: int, future: Future[Verdict] | None, tokenizer: Any, reward: RewardConfig
+    turn: DialogueTurn,
+    reply: StoredReply,
+    verdict: Verdict | None,
+    failure: str | None,
+    tokenizer: Any,
+    reward: RewardConfig,
 ) -> Answered:
-    verdict, failure = None, None
-    if future is not None:
-        try:
-            verdict = future.result()
-        except JudgeError as error:
-            failure = error.kind
-    answer = answer_of(text, strict=reward.strict_format)
+    answer = answer_of(reply.text, strict=reward.strict_format)
     answer_tokens = len(tokenizer.tokenize(answer)) if answer is not None else 0
-    parts = score_reply(turn, text, verdict, answer_tokens, reward)
-    return Answered(turn, text, tokens, answer, parts, verdict, failure)
+    parts = score_reply(turn, reply.text, verdict, answer_tokens, reward)
+    return Answered(turn, reply.text, reply.num_tokens, answer, parts, verdict, failure)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import DataError, DiskError
-from nemo_ampo.text import one_line
+from nemo_ampo.text import one_line, printable
+
+MAX_NAME_BYTES = 120
+"""Of a name somebody chose: file systems take 255, and endings and temporary names come on top."""
 
 
 def shipped(folder: str) -> Path:
@@ -212,6 +215,28 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{path}: expected a JSON object; the file was damaged or edited")
     return record
+
+
+def file_name_problem(name: object) -> str | None:
+    """Why ``name`` cannot be part of a file's name; None when it can.
+
+    Args:
+        name: as the configuration gives it. YAML makes numbers and truth values of some words, which would come back
+            spelt differently.
+    """
+    if not isinstance(name, str):
+        return f"expected a name, got {name!r}, which YAML does not read as text; put quotes around it"
+    if not name.strip():
+        return "must not be empty"
+    if "/" in name or "\\" in name:
+        return f"must be a file name without a path, got {one_line(name)!r}"
+    if name.startswith("."):
+        return f"must not begin with a dot, got {one_line(name)!r}"
+    if name != name.strip() or not printable(name).isprintable() or printable(name) != name:
+        return f"must not hold control characters or begin or end with a blank, got {printable(name)[:60]!r}"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        return f"must not be longer than {MAX_NAME_BYTES} bytes, got {len(name.encode())}"
+    return None
 
 
 def sha256_of(path: str | Path) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from nemo_ampo.config import EvaluateConfig, check_evaluate, read_config
+from nemo_ampo.errors import BudgetError
 from nemo_ampo.terminal import show
 from recipes.launch import main
+
+PARTIAL = "not complete; the same command draws and asks for what is missing"
 
 
 def run(cfg: DictConfig) -> bool:
@@ -21,11 +23,15 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.evaluation import evaluate
     from nemo_ampo.report import evaluation_table, read_evaluation
 
-    evaluate(config, resolve_device(config.run.device))
-    result = read_evaluation(Path(config.run.dir) / f"{config.run.name}.json")
-    show(evaluation_table([result]), columns=80)
-    return True
+    written, outcome = evaluate(config, resolve_device(config.run.device))
+    for failure in outcome.failures:
+        print(failure, file=sys.stderr)
+    show(evaluation_table([read_evaluation(written)]), columns=80)
+    print(outcome.line(), flush=True)
+    if outcome.stopped is not None:
+        raise BudgetError(outcome.stopped)
+    return outcome.complete
 
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", run))
+    sys.exit(main("evaluate", run, unfinished=PARTIAL))

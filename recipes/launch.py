@@ -15,12 +15,10 @@ from nemo_ampo.compose import compose
 from nemo_ampo.errors import EngineError, Stopped, UserError
 from nemo_ampo.files import full_or_read_only
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
+from nemo_ampo.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output
 
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75
-"""A stage that was asked to stop and can be continued by the same command (EX_TEMPFAIL)."""
 AT_A_CHECKPOINT = "stopped at a checkpoint; the same command continues"
 
 
@@ -85,7 +83,7 @@ def main(
         finished, unfinished = False, "asked to stop while there was nothing to save; the same command continues"
     if not finished:
         print(unfinished, file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_UNFINISHED
     return 0
 
 

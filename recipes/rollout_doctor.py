@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.compose import compose
 from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.outcome import EXIT_USER_ERROR
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output, show
-from recipes.launch import EXIT_USER_ERROR, is_main_process, world_size
+from recipes.launch import is_main_process, world_size
 
 QUESTIONS = (
     "Good morning.",

@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> bool:
     outcome = evaluate(plan)
     for failure in outcome.failures:
         print(failure, file=sys.stderr)
-    if not outcome.played:
+    if not outcome.begun:
         print(outcome.line(), flush=True)
         return False
     table, lines, partial = report([Path(config.run.dir)], judge=config.judge.name)

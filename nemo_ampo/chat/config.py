@@ -146,6 +146,11 @@ class EndpointConfig:
             for m in (first, *self.endpoints)
         ]
 
+    @property
+    def models(self) -> list[str]:
+        """The models that may answer, by name; several when the pool's differ."""
+        return sorted({str(member.model) for member in self.members})
+
     def _key_variables(self) -> list[tuple[str, str]]:
         pool = [(f"endpoints[{i}].api_key_env", member.api_key_env or "") for i, member in enumerate(self.endpoints)]
         return [("api_key_env", self.api_key_env), *pool]

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from nemo_ampo.errors import DataError
 from nemo_ampo.files import disk_errors, strict_json
-from nemo_ampo.text import utf8_safe
+from nemo_ampo.text import one_line, utf8_safe
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
@@ -38,7 +38,7 @@ class Record:
 
     def error(self, key: str, problem: str) -> DataError:
         """The error to raise about one field."""
-        return DataError(f"{self.where}, field '{self.prefix}{key}': {problem}")
+        return DataError(f"{self.where}, field '{one_line(self.prefix + key)}': {problem}")
 
     def only(self, known: Iterable[str]) -> None:
         """Refuse fields nobody will read: a misspelt optional one would be lost without a word."""

@@ -23,7 +23,7 @@ FIRST_TEMPERATURES, LATER_TEMPERATURE = (0.7, 0.7), 1.0
 
 @printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write training rows from scenarios. Exit status 1 when situations were cut short."""
+    """Write training rows from scenarios. Exit status 75 when situations ended early, 2 when a limit cut them short."""
     args = _parser().parse_args(argv)
     try:
         situations = _situations(args)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in summary.lines():
         _say(line)
     _say(f"wrote {config.out} and {config.beside('meta.json')}")
-    return 0 if summary.complete else 1
+    return summary.outcome.status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,8 +26,12 @@ from nemo_ampo.generate.rows import Played, play_bc, play_rl
 from nemo_ampo.generate.situations import Situation, Situations
 from nemo_ampo.generate.teacher import Teacher
 from nemo_ampo.judge import Judge, JudgeConfig
+from nemo_ampo.judge.client import verdict_protocol
+from nemo_ampo.lock import hold_output
 from nemo_ampo.modes import MODES
+from nemo_ampo.outcome import Outcome
 from nemo_ampo.progress import Progress
+from nemo_ampo.protocol import digest, keep_protocol
 
 Kind = Literal["bc", "rl"]
 SUFFIXES = (".jsonl", ".json")
@@ -126,11 +130,20 @@ class Summary:
                 lines.append(f"{name}: " + ", ".join(f"{key} {number}" for key, number in counts.items()))
         if self.excluded:
             lines.append(f"{len(self.excluded)} evaluation situations left out")
-        if self.stopped:
-            lines.append(f"PARTIAL: the limit was reached in {self.stopped} situations; raise it and run again to go on")
-        elif not self.complete:
-            lines.append("PARTIAL: run again to ask for what failed")
-        return lines
+        return [*lines, self.outcome.line()]
+
+    @property
+    def outcome(self) -> Outcome:
+        """How far it got."""
+        limit = f"the limit was reached in {self.stopped} situations; raise it and run again to go on"
+        ended_early = sum(self.failed.values()) + self.stopped
+        return Outcome(
+            self.situations,
+            begun=self.situations,
+            done=self.situations - ended_early,
+            missing=Counter(self.failed),
+            stopped=limit if self.stopped else None,
+        )
 
 
 def most_calls(config: JobConfig, situations: Sequence[Situation]) -> int:
@@ -144,11 +157,31 @@ def run(config: JobConfig, situations: Situations) -> Summary:
 
     Raises:
         ConfigError: teacher or judge cannot be reached.
+        UserError: another start writes the same rows, or these were begun with other settings.
         DataError: the rows hold evaluation situations, which must not happen.
     """
     import uvloop
 
-    return uvloop.run(_run(config, situations))
+    with hold_output(config.out.with_suffix(""), "--out"):
+        _hold_to_protocol(config, write=False)
+        return uvloop.run(_run(config, situations))
+
+
+def _hold_to_protocol(config: JobConfig, *, write: bool) -> None:
+    """What decides the replies of a row file; how many are asked for, and at what cost, may change from start to start."""
+    teacher, judge = config.teacher, config.judge
+    protocol = {
+        "kind": config.kind,
+        "teacher": {"models": teacher.models, "max_tokens": teacher.max_tokens, "extra_body": teacher.extra_body},
+        "judge": None if judge is None else verdict_protocol(judge),
+        "system_prompt": None if config.system is None else digest(config.system),
+        "seed": config.seed,
+        "temperatures": list(config.temperatures),
+        "modes_per_turn": config.modes_per_turn,
+    }
+    path = config.beside("protocol.json")
+    cure = f"give another --out, or remove {path} to replace these rows"
+    keep_protocol(path, protocol, "--out", parts=("teacher", "judge"), cure=cure, write=write)
 
 
 async def _run(config: JobConfig, situations: Situations) -> Summary:
@@ -156,6 +189,7 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
         await chat.check()
         if judge is not None:
             await judge.check(first_call=False)  # nothing waits beside it: the first dialogue's call is as good
+        _hold_to_protocol(config, write=True)
         teacher = Teacher(chat, config.temperatures, config.seed)
         slots, done_so_far = asyncio.Semaphore(config.max_concurrency), Counter[str]()
 

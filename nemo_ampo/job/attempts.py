@@ -19,10 +19,10 @@ import yaml
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import DataError, DiskError, UserError
 from nemo_ampo.files import append_whole, disk_errors, stream_jsonl, strict_json, write_once
+from nemo_ampo.outcome import EXIT_USER_ERROR
 
 FOLDER = "slurm"
 PLAN, ATTEMPTS = "plan.json", "attempts.jsonl"
-USER_ERROR = 2
 FRUITLESS = 2
 """Attempts in a row that may bring nothing before no more are made."""
 
@@ -176,7 +176,7 @@ class AttemptLog:
         begin = next(row for row in reversed(rows) if row["event"] == "begin")
         if end["status"] == 0:
             return "stop: finished"
-        if end["status"] == USER_ERROR:
+        if end["status"] == EXIT_USER_ERROR:
             return "stop: an error that a restart repeats"
         if begin["restart"] >= max_restarts:
             return f"stop: restarted {begin['restart']} times already (AMPO_MAX_RESTARTS)"

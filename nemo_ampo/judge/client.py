@@ -137,3 +137,13 @@ def recording_of(config: JudgeConfig, template: PromptTemplate) -> dict[str, Any
     settings["judge.structured"] = "off" if config.structured == "off" else "auto or on"
     settings["judge.prompt"] = hashlib.sha256(template.text.encode("utf-8")).hexdigest()
     return settings
+
+
+def verdict_protocol(config: JudgeConfig) -> dict[str, Any]:
+    """Everything a verdict depends on but the dialogue: what is asked, and which models may answer.
+
+    Raises:
+        ConfigError: no such prompt.
+    """
+    asked = recording_of(config, load_prompt(config.prompt))
+    return {name.removeprefix("judge."): value for name, value in asked.items()} | {"models": config.models}

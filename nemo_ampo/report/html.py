@@ -205,7 +205,7 @@ def _evaluated(evaluation: Evaluation) -> Headline:
     summary = evaluation.summary[ALL_TAGS]
     return Headline(
         title=CHECKPOINT_TITLES.get(evaluation.name, evaluation.name),
-        note=f"{summary.samples} held-out answers",
+        note=evaluation.partial or f"{summary.samples} held-out answers",
         goal=tables.number(summary.goal),
         reward=tables.number(summary.reward),
         valid=tables.percent(summary.valid_format),

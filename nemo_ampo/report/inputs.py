@@ -20,6 +20,7 @@ from nemo_ampo.errors import DataError
 from nemo_ampo.files import disk_errors, is_torn, read_record, stream_jsonl
 from nemo_ampo.job.attempts import resolved_config
 from nemo_ampo.modes import MODES, NO_MODE
+from nemo_ampo.outcome import PARTIAL_FOLDER
 from nemo_ampo.runlog import log_hashes
 from nemo_ampo.text import one_line
 
@@ -323,6 +324,7 @@ class Evaluation:
         seed: of the sampling.
         summary: ``all`` and each label.
         samples: every answer.
+        planned: number of answers there should be.
     """
 
     name: str
@@ -330,6 +332,13 @@ class Evaluation:
     seed: int | None
     summary: Mapping[str, Summary]
     samples: tuple[ShownSample, ...]
+    planned: int
+
+    @property
+    def partial(self) -> str | None:
+        """What is missing, marked PARTIAL; None when nothing is."""
+        judged = self.summary[ALL_TAGS].samples - self.summary[ALL_TAGS].judge_failed
+        return None if judged == self.planned else f"PARTIAL: {judged} of {self.planned} answers judged"
 
 
 def parse_evaluation(data: Any, where: str) -> Evaluation:
@@ -352,12 +361,17 @@ def parse_evaluation(data: Any, where: str) -> Evaluation:
     checkpoint, seed = data.get("checkpoint"), data.get("seed")
     if not isinstance(checkpoint, str | None) or not (seed is None or is_whole(seed)):
         raise DataError(f"{where}: expected a text as 'checkpoint' and a number as 'seed'{DAMAGED}")
+    summary = {tag: _summary(row, f"{where}, summary {tag!r}") for tag, row in data["summary"].items()}
+    planned = data.get("planned", summary[ALL_TAGS].samples)
+    if not is_whole(planned):
+        raise DataError(f"{where}, field 'planned': expected a whole number, got {planned!r}{DAMAGED}")
     return Evaluation(
         name=data["name"],
         checkpoint=checkpoint or "",
         seed=seed,
-        summary={tag: _summary(row, f"{where}, summary {tag!r}") for tag, row in data["summary"].items()},
+        summary=summary,
         samples=tuple(shown_sample(row, f"{where}, sample {i}") for i, row in enumerate(data["samples"])),
+        planned=planned,
     )
 
 
@@ -463,7 +477,8 @@ def read_run(folder: Path) -> Run:
             bc = here
         else:
             ampo = here
-    files = sorted((folder / EVALUATIONS_FOLDER).glob("*.json"))
+    results = folder / EVALUATIONS_FOLDER
+    files = [*sorted(results.glob("*.json")), *sorted((results / PARTIAL_FOLDER).glob("*.json"))]
     evaluations = in_checkpoint_order([read_evaluation(f) for f in files if f.name != PROVENANCE_FILE])
     if bc is None and ampo is None and not evaluations:
         raise DataError(

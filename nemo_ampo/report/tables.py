@@ -48,12 +48,15 @@ def percent(value: float | None) -> str:
 
 
 def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
-    """Rows under :data:`EVALUATION_COLUMNS`: all prompts of every checkpoint first, then label by label."""
+    """Rows under :data:`EVALUATION_COLUMNS`: all prompts of every checkpoint first, then label by label.
+
+    The name of an evaluation that is not complete has an asterisk.
+    """
     tags = list(dict.fromkeys(tag for evaluation in evaluations for tag in evaluation.summary))
     tags.sort(key=lambda tag: (tag != ALL_TAGS, tag))
     return [
         [
-            evaluation.name,
+            evaluation.name if evaluation.partial is None else f"{evaluation.name} *",
             tag,
             str(summary.samples),
             number(summary.goal),
@@ -75,7 +78,8 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     Args:
         evaluations: in the order of the rows.
     """
-    table = _table("Evaluation on held-out prompts")
+    partial = [f"* {e.name} is {e.partial}" for e in evaluations if e.partial is not None]
+    table = _table("Evaluation on held-out prompts", caption=_plain("\n".join(partial)) or None)
     for name in EVALUATION_COLUMNS:
         left = name in ("checkpoint", "prompts")
         table.add_column(_SHORT.get(name, name), justify="left" if left else "right", no_wrap=not left)

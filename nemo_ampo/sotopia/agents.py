@@ -8,7 +8,6 @@ recorded and never spoken.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import re
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from nemo_ampo.chat import Completion, EndpointConfig
-from nemo_ampo.checkpoint.policy_files import system_prompt
+from nemo_ampo.checkpoint.policy_files import policy_hash, system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.files import sha256_of
 from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 
@@ -32,8 +30,6 @@ CHARACTERS_PER_TOKEN = 4
 
 _LEVEL_LINE = "Thinking Level"
 _TRACE_OF_GRAMMAR = re.compile(rf"<\|(?:begin|end)(?:_|$)|{_LEVEL_LINE}")
-_DECIDING_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*/*.jinja")
-"""Weights, configuration, vocabulary, chat templates, system prompt: what a checkpoint's replies depend on."""
 
 
 @dataclass(frozen=True)
@@ -128,21 +124,7 @@ def model_hash(config: AgentConfig) -> str:
     """12 hex digits that tell models apart: of a checkpoint's files, or of an endpoint's model name."""
     if not config.checkpoint:
         return hashlib.sha256(config.model.encode()).hexdigest()[:12]
-    folder = Path(config.checkpoint).resolve()
-    files = sorted({path for pattern in _DECIDING_FILES for path in folder.glob(pattern) if path.is_file()})
-    digests = "".join(f"{path.relative_to(folder).as_posix()} {_file_digest(path)}\n" for path in files)
-    return hashlib.sha256(digests.encode()).hexdigest()[:12]
-
-
-def _file_digest(path: Path) -> str:
-    """SHA-256 of a file, read once per process unless it changes."""
-    status = path.stat()
-    return _digest_of_version(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-
-
-@functools.cache
-def _digest_of_version(path: Path, version: tuple[int, ...]) -> str:
-    return sha256_of(path)
+    return policy_hash(Path(config.checkpoint))
 
 
 class Chat(Protocol):

@@ -58,6 +58,12 @@ class Plan:
         """How the folder differs from the set it is meant to be, one phrase; None when it does not."""
         return unlike_published(self.counts) if self.config.data.set is ScenarioSet.published else None
 
+    @property
+    def not_whole(self) -> list[str]:
+        """Why even a finished run of this plan is no benchmark result, a phrase each."""
+        limited = [] if self.whole else ["a limited run is no benchmark result"]
+        return limited if self.unlike_published is None else [*limited, self.unlike_published]
+
     def speakers(self, seat: Seat) -> dict[Seat, AgentConfig]:
         """Who speaks for which seat when the policy sits on ``seat``."""
         policy, other = self.agents

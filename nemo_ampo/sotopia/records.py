@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import ConfigError, DataError, UserError
-from nemo_ampo.files import disk_errors, write_once
+from nemo_ampo.files import disk_errors
 from nemo_ampo.lock import hold_run
+from nemo_ampo.protocol import keep_protocol, read_protocol
 from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.types import Seat
 
@@ -40,6 +41,8 @@ PROTOCOL_FILE = "protocol.json"
 EPISODES_FOLDER = "episodes"
 GROWING = ("subsets", "episodes")
 """Keys of the protocol that say how much was asked for so far: a folder may get more seeds, or all after the hard ones."""
+AGENTS = ("policy", "partner")
+"""Keys of the protocol that hold an agent's settings."""
 LEAVING_WORDS = "left the conversation"
 _LATER = ("turns", "terminated_by", "error")
 
@@ -330,16 +333,7 @@ class EpisodeStore:
         Raises:
             DataError: unreadable.
         """
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: {error}") from None
-        if not isinstance(content, dict):
-            raise DataError(f"{path}: expected an object")
-        return content
+        return read_protocol(self.folder / name)
 
     def keep_protocol(self, protocol: Mapping[str, Any], name: str = PROTOCOL_FILE, *, write: bool = True) -> None:
         """Write down what new records are made with; hold old ones to it.
@@ -352,17 +346,10 @@ class EpisodeStore:
         Raises:
             ConfigError: the folder's records were made with another protocol; names each key that differs.
         """
-        old = self.protocol(name)
-        new = json.loads(json.dumps(protocol))
-        if old is None and name == PROTOCOL_FILE and (self.folder / EPISODES_FOLDER).exists():
+        path = self.folder / name
+        if name == PROTOCOL_FILE and not path.exists() and (self.folder / EPISODES_FOLDER).exists():
             raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
-        known = new if old is None else old
-        differing = [key for key in sorted({*known, *new} - set(GROWING)) if known.get(key) != new.get(key)]
-        if differing:
-            shown = "; ".join(f"{key} was {known.get(key)!r}, is now {new.get(key)!r}" for key in differing)
-            raise ConfigError(f"run.dir: {self.folder / name} records another protocol: {shown}")
-        if write and old != new:
-            write_once(self.folder / name, json.dumps(new, ensure_ascii=False, indent=1) + "\n")
+        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=AGENTS, write=write)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -455,7 +442,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_torn_line(file: FileIO) -> int:
-    """Remove what follows the last line feed. Returns the bytes that remain."""
+    """Remove what follows the last line feed: its writer died. Returns the bytes that remain."""
     file.seek(0)
     content = file.readall()
     whole = content.rfind(b"\n") + 1

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nemo_ampo.chat import ChatClient, ChatError
@@ -24,6 +24,7 @@ from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import write_once
+from nemo_ampo.outcome import Outcome
 from nemo_ampo.runlog import write_provenance
 from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
@@ -40,49 +41,10 @@ from nemo_ampo.sotopia.summary import SCENARIOS_FILE
 from nemo_ampo.types import Seat
 
 SPENT_FOLDER, REPLIES_FOLDER = "spent", "replies"
-_SHOWN_FAILURES = 5
 _PROGRESS_S = 20.0
 
 Team = Mapping[Seat, Agent]
 """Who speaks for each seat."""
-
-
-@dataclass
-class Outcome:
-    """How far an evaluation got.
-
-    Attributes:
-        planned, played, scored: episodes; the first number is the plan's, whether they were begun or not.
-        whole: the whole subset was planned.
-        unlike: how the scenarios differ from the set they are meant to be; None when they do not.
-        failures: the first few, one line each.
-    """
-
-    planned: int = 0
-    played: int = 0
-    scored: int = 0
-    whole: bool = True
-    unlike: str | None = None
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Every episode of the whole subset, of the set that was asked for, is played and scored."""
-        return self.whole and self.unlike is None and self.planned > 0 and self.scored == self.planned
-
-    def line(self) -> str:
-        """For the terminal."""
-        counts = f"{self.played} of {self.planned} episodes played, {self.scored} scored"
-        if self.complete:
-            return f"complete: {counts}"
-        reasons = [] if self.whole else ["a limited run is no benchmark result"]
-        reasons += [] if self.unlike is None else [self.unlike]
-        return "; ".join([f"PARTIAL: {counts}", *reasons])
-
-    def note(self, failure: str) -> None:
-        """Keep one of the first failures."""
-        if len(self.failures) < _SHOWN_FAILURES:
-            self.failures.append(failure)
 
 
 def estimate(plan: Plan) -> list[Estimate]:
@@ -296,7 +258,7 @@ class _Work:
         self._teams = teams
         self._prompt = load_score_prompt(plan.config.judge.prompt)
         self._stopping = False
-        self.outcome = Outcome(planned=plan.episodes, whole=plan.whole, unlike=plan.unlike_published)
+        self.outcome = Outcome(plan.episodes, words=("episodes played", "scored"), reasons=plan.not_whole)
 
     def stop(self) -> None:
         """Record the answers under way and ask for no more."""
@@ -344,7 +306,7 @@ class _Work:
         while True:
             await asyncio.sleep(_PROGRESS_S)
             done = self.outcome
-            print(f"sotopia: {done.played} episodes played, {done.scored} scored", file=sys.stderr, flush=True)
+            print(f"sotopia: {done.begun} episodes played, {done.done} scored", file=sys.stderr, flush=True)
 
     async def _episode(self, key: EpisodeKey) -> None:
         scenario, config = self._plan.scenarios[key.env_id], self._plan.config
@@ -352,24 +314,24 @@ class _Work:
         episode = found.episode if found else new_episode(key, scenario, config.episode.pairing.value, self._plan.rules.view)
         scored = found is not None and found.scores is not None
         if not episode.played and self._teams is None:
-            self.outcome.note(f"{_named(key)}: not played; run without judge_only first")
+            self.outcome.miss("not played", f"{_named(key)}: not played; run without judge_only first")
             return
         if not (episode.played and scored):
             self._store.begin(episode)
         if not episode.played and self._teams is not None:
             episode = await play(episode, scenario, self._teams[key.seat], self._plan.rules, self)
         if not episode.played:
-            self.outcome.note(f"{_named(key)}: {episode.error}")
+            self.outcome.miss("failed", f"{_named(key)}: {episode.error}")
             return
-        self.outcome.played += 1
+        self.outcome.begun += 1
         if not scored:
             with self._replies.question() if self._replies is not None else contextlib.nullcontext():
                 scores = await self._score(episode, scenario, config.judge)
                 self._store.add_scores(key, scores)
             if isinstance(scores, ScoreError):
-                self.outcome.note(f"{_named(key)}: no scores, {scores.kind}: {scores.message}")
+                self.outcome.miss(scores.kind, f"{_named(key)}: no scores, {scores.kind}: {scores.message}")
                 return
-        self.outcome.scored += 1
+        self.outcome.done += 1
 
     async def _score(self, episode: Episode, scenario: Scenario, config: ScoreJudgeConfig) -> Scores | ScoreError:
         try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import stat
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.errors import DataError, DiskError, UserError
-from nemo_ampo.files import disk_errors, read_jsonl, write_once
+from nemo_ampo.files import disk_errors, file_name_problem, read_jsonl, write_once
 
 
 def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -57,3 +58,54 @@ def test_an_error_of_the_disk_is_the_users_and_the_systems(tmp_path: Path) -> No
     ):
         (tmp_path / "absent" / "file").open("w")
     assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "step 100", "1e3", "ünïcode", "日本", "a" * 120, "x.y-z_1", "v1.0", "(a)=#,~$'\"", "-x", "é"]
+)
+def test_a_name_that_files_may_have_is_taken(name: str, tmp_path: Path) -> None:
+    assert file_name_problem(name) is None
+    write_once(tmp_path / f"{name}.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.json"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            " ",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "/",
+            "a\\b",
+            ".hidden",
+            " a",
+            "a ",
+            "a\n",
+            "a\tb",
+            "a\x00",
+            "a\x1b[2J",
+            "\u202ea",
+        ),
+        *("a\x7f", "\ud800", "a" * 121, "ü" * 61, 1000.0, 7, True, None, ["a"], "a\u2028b", "\u00a0"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_in_one_line(name: object) -> None:
+    problem = file_name_problem(name)
+    assert problem and problem.isprintable()
+
+
+def test_whatever_passes_as_a_name_is_one_file_in_its_folder(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    alphabet = "ab./\\ ~\x00\n\t\x1b\x85\u2028\u202e\ud800é\U0001f600%$'\""
+    taken = {
+        name
+        for name in ("".join(rng.choices(alphabet, k=rng.randrange(6))) for _ in range(3000))
+        if not file_name_problem(name)
+    }
+    for name in taken:
+        write_once(tmp_path / f"{name}.json", name)
+    assert len(taken) > 100 and {path.name for path in tmp_path.rglob("*")} == {f"{name}.json" for name in taken}

@@ -102,7 +102,7 @@ def test_a_teacher_that_never_keeps_the_grammar_ends_the_dialogue_and_is_counted
 
     with serving(Stubborn(broken=0)) as teacher:
         out = tmp_path / "bc.jsonl"
-        assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, "--tries", 3)) == 1
+        assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, "--tries", 3)) == 75
     described = meta(out)
     assert described["failed"] == {"parse": 5}
     assert described["rejected"] == {"level": 15}  # three tries in each of five dialogues
@@ -130,7 +130,7 @@ def test_an_answer_that_would_forge_a_dialogue_line_is_refused_and_counted(tmp_p
 def test_no_state_is_made_up_when_the_judge_fails(tmp_path, folder):
     with serving(RuleTeacher(judge_fails=True)) as teacher:
         out = tmp_path / "rl.jsonl"
-        assert main(arguments("rl", out, teacher, "--sotopia-dir", folder)) == 1
+        assert main(arguments("rl", out, teacher, "--sotopia-dir", folder)) == 75
     assert {turn.turn for turn in read_turns(out)} == {0}
     assert meta(out)["failed"] == {"parse": 5}
 
@@ -141,11 +141,11 @@ def test_the_cap_stops_the_calls_and_the_same_command_goes_on(tmp_path, folder, 
     needed = sum(teacher.asked.values())
     teacher.asked.clear()
     command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-calls", 10)
-    assert main(command) == 1
+    assert main(command) == 2
     assert sum(teacher.asked.values()) == 10
     assert not meta(out)["complete"]
     assert "raise it and run again" in capsys.readouterr().out
-    assert main(command) == 1  # nothing left of the ten
+    assert main(command) == 2  # nothing left of the ten
     assert sum(teacher.asked.values()) == 10
     assert main([*command[:-1], "1000"]) == 0
     assert sum(teacher.asked.values()) == needed
@@ -157,7 +157,7 @@ def test_money_is_a_cap_too(tmp_path, folder, teacher):
     """150 tokens a call at 1000 dollars a million: 0.15 dollars."""
     out = tmp_path / "bc.jsonl"
     prices = ("--teacher-price", 1000, 1000, "--max-usd", 2.0, "--max-tokens", 50, "--max-concurrency", 1)
-    assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, *prices)) == 1
+    assert main(arguments("bc", out, teacher, "--sotopia-dir", folder, *prices)) == 2
     assert 0 < 0.15 * sum(teacher.asked.values()) <= 2.0
     assert meta(out)["usd"] == pytest.approx(0.15 * sum(teacher.asked.values()))
 
@@ -224,3 +224,41 @@ def test_an_estimate_asks_nobody(tmp_path, folder, teacher, capsys):
     assert main(arguments("rl", tmp_path / "rl.jsonl", teacher, "--sotopia-dir", folder, "--estimate")) == 0
     assert "5 situations, at most 60 answers" in capsys.readouterr().out
     assert not teacher.asked
+
+
+def test_starts_at_the_same_moment_stay_within_the_limit_together(tmp_path, folder, teacher):
+    out = tmp_path / "rl.jsonl"
+    command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-calls", 10)
+    program = [sys.executable, "-m", "nemo_ampo.cli", "generate", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    starts = [subprocess.Popen(program, **pipes) for _ in range(3)]
+    said = [start.communicate(timeout=120)[1] for start in starts]
+    assert [start.returncode for start in starts] == [2, 2, 2]
+    assert any("is in use by another job" in err for err in said) or len(teacher.asked) == 10
+    assert not any("Traceback" in err for err in said)
+    assert sum(teacher.asked.values()) == 10
+    assert json.loads((tmp_path / "rl.spent.json").read_text())["calls"] == 10
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--seed", 2), "seed was 0, is now 2"),
+        (("--teacher-model", "other"), "teacher.models was ['rules'], is now ['other']"),
+        (("--max-tokens", 7), "teacher.max_tokens was 1024, is now 7"),
+        (("--tries", 2), "temperatures was "),
+        (("--judge-model", "other"), "judge.models was "),
+    ],
+)
+def test_an_output_continues_only_the_job_it_was_begun_by(tmp_path, folder, teacher, capsys, more, said):
+    out = tmp_path / "rl.jsonl"
+    command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-calls", 10)
+    assert main(command) == 2
+    before, asked = out.read_bytes(), sum(teacher.asked.values())
+    capsys.readouterr()
+    assert main([*command, *map(str, more)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "give another --out" in err and len(err.splitlines()) == 1
+    assert out.read_bytes() == before and sum(teacher.asked.values()) == asked
+    assert main([*command, "--max-calls", "1000", "--max-concurrency", "3", "--timeout-s", "9"]) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from sample_run import evaluation
 
-from nemo_ampo.report import evaluation_table, parse_evaluation, read_run, training_table
+from nemo_ampo.report import evaluation_table, parse_evaluation, read_run, training_table, write_report
 from nemo_ampo.report.inputs import MetricsLog
 from nemo_ampo.report.tables import ABSENT, EVALUATION_COLUMNS, evaluation_rows, training_rows
 
@@ -20,15 +20,26 @@ def printed(table: object, width: int = 80) -> str:
 def test_rows_go_label_by_label_through_the_checkpoints(run_folder: Path) -> None:
     rows = evaluation_rows(read_run(run_folder).evaluations)
     assert [row[:3] for row in rows] == [
-        ["base", "all", "64"],
-        ["bc", "all", "64"],
-        ["ampo", "all", "64"],
-        ["base", "easy", "32"],
-        ["bc", "easy", "32"],
-        ["ampo", "easy", "32"],
+        ["base *", "all", "64"],
+        ["bc *", "all", "64"],
+        ["ampo *", "all", "64"],
+        ["base *", "easy", "32"],
+        ["bc *", "easy", "32"],
+        ["ampo *", "easy", "32"],
     ]
     assert rows[2][3:] == ["0.710", "0.710", "96%", "101.2", "25%", "25%", "25%", "20%", "3"]
     assert all(len(row) == len(EVALUATION_COLUMNS) for row in rows)
+
+
+def test_an_evaluation_that_is_not_complete_is_marked_in_the_table_and_in_the_page(run_folder: Path) -> None:
+    said = "* base is PARTIAL: 61 of 64 answers judged"
+    assert said in printed(evaluation_table(read_run(run_folder).evaluations))
+    assert said in write_report(run_folder).read_text(encoding="utf-8")
+    whole = evaluation("base", 0.5)
+    for summary in whole["summary"].values():
+        summary["judge_failed"] = 0
+    assert evaluation_rows([parse_evaluation(whole, "x")])[0][0] == "base"
+    assert evaluation_rows([parse_evaluation(whole | {"planned": 65}, "x")])[0][0] == "base *", "not all were drawn"
 
 
 def test_a_missing_number_is_marked_and_not_zero() -> None:

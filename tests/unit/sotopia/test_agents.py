@@ -120,10 +120,10 @@ def test_a_models_hash_follows_every_file_that_decides_a_reply(name: str, tmp_pa
 
 
 def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch) -> None:
-    from nemo_ampo.sotopia import agents
+    from nemo_ampo.checkpoint import policy_files
 
     read: list[str] = []
-    monkeypatch.setattr(agents, "sha256_of", lambda path: read.append(path.name) or "digest")
+    monkeypatch.setattr(policy_files, "sha256_of", lambda path: read.append(path.name) or "digest")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert len({model_hash(PolicyConfig(checkpoint=str(tmp_path))) for _ in range(3)}) == 1

@@ -19,11 +19,12 @@ import pytest
 from nemo_ampo.compose import compose
 from nemo_ampo.config import read_config
 from nemo_ampo.errors import BudgetError, ConfigError
+from nemo_ampo.outcome import Outcome
 from nemo_ampo.serve.local import server_process
 from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
 from nemo_ampo.sotopia.config import SotopiaConfig
 from nemo_ampo.sotopia.plan import Plan, make_plan
-from nemo_ampo.sotopia.run import Outcome, evaluate, shared_limits
+from nemo_ampo.sotopia.run import evaluate, shared_limits
 from nemo_ampo.sotopia.summary import read_summary
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +73,7 @@ def wait_until(holds, process: subprocess.Popen[str]) -> None:
 def test_a_cut_down_folder_is_not_the_published_set(url: str, tmp_path: Path, folder: Path) -> None:
     given = words(url, tmp_path / "run", folder)
     outcome = evaluate(plan(*given, "data.set=published"))
-    assert (outcome.planned, outcome.scored, outcome.complete) == (6, 6, False)
+    assert (outcome.planned, outcome.done, outcome.complete) == (6, 6, False)
     assert "PARTIAL: " in outcome.line() and "not the published set: 6 of 450 pairings" in outcome.line()
     summary = read_summary(tmp_path / "run", resamples=50)
     assert summary.partial
@@ -120,7 +121,7 @@ def test_what_was_planned_is_counted_however_little_was_begun(url: str, tmp_path
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert re.search(r"^PARTIAL: [234] of 6 episodes played, [234] scored$", out, re.MULTILINE), out
-    assert not Outcome(planned=6, played=2, scored=2).complete
+    assert not Outcome(planned=6, begun=2, done=2).complete
 
 
 def test_a_budget_counts_resumed_runs_too(url: str, tmp_path: Path, folder: Path) -> None:
@@ -174,7 +175,7 @@ def test_an_episode_without_scores_is_asked_about_afresh(url: str, tmp_path: Pat
     given = words(url, tmp_path / "run", folder, "run.subset=hard", "judge.model=prose-judge")
     for start_number in (1, 2):
         before = counts(url)["models"].get("prose-judge", 0)
-        assert evaluate(plan(*given)).scored == 0, start_number
+        assert evaluate(plan(*given)).done == 0, start_number
         assert counts(url)["models"]["prose-judge"] - before == 2 * 3
 
 
