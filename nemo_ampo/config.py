@@ -47,6 +47,9 @@ class RunConfig:
             ``[algorithm.kl_coef]``; see docs/checkpoints.md.
         wandb: copy the metrics to Weights & Biases; see :mod:`nemo_ampo.trackers`.
         mlflow: copy the metrics to MLflow.
+        rank_timeout_s: seconds after which a rank that gives no sign of life, because its process is stopped or gone, is
+            named and ends the job; computing and writing however long is no silence. 0 leaves it to torch's limits; see
+            :mod:`nemo_ampo.watchdog`.
     """
 
     dir: str = MISSING
@@ -58,6 +61,7 @@ class RunConfig:
     allow_changed: list[str] = field(default_factory=list)
     wandb: bool = False
     mlflow: bool = False
+    rank_timeout_s: float = 300.0
 
 
 class OnTooLong(StrEnum):

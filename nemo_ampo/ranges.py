@@ -41,6 +41,7 @@ class Range:
 
 _TRAINING = (
     Range("run.log_rollouts", -1),
+    Range("run.rank_timeout_s", 0, whole=False),
     Range("model.tensor_model_parallel_size", 1),
     Range("model.pipeline_model_parallel_size", 1),
     Range("model.micro_batch_size", 1),

@@ -17,6 +17,7 @@ from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.step import Parts, Prompt
 from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.types import DialogueTurn
+from nemo_ampo.watchdog import watch_ranks
 from recipes.launch import is_main_process, main, world_size
 
 
@@ -107,6 +108,7 @@ def run(cfg: DictConfig) -> bool:
         from nemo_ampo import compat
 
         device = compat.setup(config.run.device, config.run.verbose)
+        watch_ranks(config.run.rank_timeout_s)
 
         from converters.live import publish_weights
         from nemo_ampo.checkpoint.nemo_file import save_nemo

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
 from nemo_ampo.trackers import check_trackers, open_trackers
+from nemo_ampo.watchdog import watch_ranks
 from recipes.launch import main, world_size
 
 
@@ -62,6 +63,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo import compat
 
     device = compat.setup(config.run.device, config.run.verbose)
+    watch_ranks(config.run.rank_timeout_s)
 
     from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 

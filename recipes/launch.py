@@ -18,6 +18,7 @@ from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
 from nemo_ampo.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output
+from nemo_ampo.watchdog import leave_ranks
 
 AT_A_CHECKPOINT = "stopped at a checkpoint; the same command continues"
 
@@ -50,6 +51,15 @@ def main(
     Raises:
         EngineError: one that is a bug of the caller.
     """
+    status = 1
+    try:
+        status = _run(stage, run, argv, unfinished)
+    finally:
+        leave_ranks(status)
+    return status
+
+
+def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None, unfinished: str) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{stage}", description=run.__doc__)
     parser.add_argument("--config-name", default="tiny", help=f"a file of configs/{stage} (default: tiny)")
     parser.add_argument("--config-dir", type=Path, help=f"read configs from here instead of configs/{stage}")
