@@ -32,6 +32,7 @@ from itertools import pairwise
 
 from nemo_ampo.errors import FormatError
 from nemo_ampo.modes import MODES, Mode
+from nemo_ampo.text import unbroken as one_line
 from nemo_ampo.types import Reply
 
 __all__ = ["FORMAT_RULES", "FormatError", "Reply", "one_line", "parse_reply", "render_reply", "spoken_text"]
@@ -252,11 +253,6 @@ def spoken_text(text: str, thinking: bool = True) -> str | None:
     if words is None or _has_trace(words.strip(QUOTE)):
         return None
     return f"{QUOTE}{words.strip(QUOTE)}{QUOTE}"
-
-
-def one_line(text: str) -> str:
-    """The text with every kind of line break, and the blanks around it, replaced by one blank."""
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _has_trace(text: str) -> bool:

@@ -18,6 +18,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), utf8_safe(text))
 
 
+def unbroken(text: str) -> str:
+    """The text with every kind of line break, and the blanks around it, replaced by one blank."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def one_line(text: str, limit: int = 200) -> str:
     """``text``, printable, on one line, cut to ``limit`` characters."""
     line = printable(" ".join(text[: 4 * limit].split()))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nemo_ampo.speech import spoken
+
 Seat = Literal["agent1", "agent2"]
 
 
@@ -67,7 +69,7 @@ class DialogueTurn:
 
     def dialogue_with(self, answer: str) -> str:
         """The dialogue as the judge reads it: the open line completed with ``answer``, blank line between turns."""
-        return "\n".join((*self.dialog[:-1], f"{self.dialog[-1]} {answer}\n")).strip()
+        return "\n".join((*self.dialog[:-1], f"{self.dialog[-1]} {spoken(answer)}\n")).strip()
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.judge.verdict import VERDICT_SCHEMA, parse_verdict
 from nemo_ampo.prompts import (
     PromptTemplate,
+    harmless_request,
     load_prompt,
     render_judge_prompt,
     require_judge_placeholders,
-    without_control_tokens,
 )
 from nemo_ampo.types import JudgeRequest, Verdict
 
@@ -85,7 +85,7 @@ class Judge:
             UserError: a replay holds no outcome of this question.
         """
         async with self._places:
-            prompt = render_judge_prompt(self._template, without_control_tokens(request))
+            prompt = render_judge_prompt(self._template, harmless_request(request))
             question: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
             try:
                 asked = await self._chat.ask(

@@ -5,18 +5,18 @@ loader and held to the same placeholders, so a misspelt one stops the run before
 """
 
 from nemo_ampo.prompts.judging import (
+    harmless_request,
     read_judge_prompt,
     render_judge_prompt,
     require_judge_placeholders,
-    without_control_tokens,
 )
 from nemo_ampo.prompts.template import PromptTemplate, load_prompt
 
 __all__ = [
     "PromptTemplate",
+    "harmless_request",
     "load_prompt",
     "read_judge_prompt",
     "render_judge_prompt",
     "require_judge_placeholders",
-    "without_control_tokens",
 ]

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 
 from nemo_ampo.errors import DataError
 from nemo_ampo.prompts.template import PromptTemplate
+from nemo_ampo.speech import without_control_tokens
 from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import JudgeRequest
 
 _FIELDS = ("dialogue", "agent1_name", "agent1_goal", "agent2_name", "agent2_goal")
 _BOUNDARY = "boundary"
 _BOUNDARY_HEX_DIGITS = 16
-_CONTROL = re.compile(r"<(?=[|/A-Za-z\uff5c])|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\b)")
 _OPENING = re.compile(rf"^\[(?:{'|'.join(_FIELDS)}) ([0-9a-f]{{{_BOUNDARY_HEX_DIGITS}}})\]$", re.MULTILINE)
 
 
@@ -41,12 +41,9 @@ def render_judge_prompt(template: PromptTemplate, request: JudgeRequest) -> str:
     return template.render(**values)
 
 
-def without_control_tokens(request: JudgeRequest) -> JudgeRequest:
-    """The request with a blank in every text a server's tokenizer may take for a control token (``<|im_end|>``).
-
-    Only what stands in the message as such a token can end it; as plain words it stays material to judge.
-    """
-    return JudgeRequest(**{name: _CONTROL.sub(r"\g<0> ", getattr(request, name)) for name in _FIELDS})
+def harmless_request(request: JudgeRequest) -> JudgeRequest:
+    """The request without control tokens of any server; see :mod:`nemo_ampo.speech`."""
+    return JudgeRequest(**{name: without_control_tokens(getattr(request, name)) for name in _FIELDS})
 
 
 def read_judge_prompt(prompt: str) -> JudgeRequest:

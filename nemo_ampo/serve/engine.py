@@ -111,6 +111,7 @@ class Engine:
                 raise
             raise UserError(f"{folder}: no checkpoint that can be served: {str(error).splitlines()[0]}") from None
         self.context = int(self._model.config.max_position_embeddings)
+        self.tokenizer("")  # the first call sets it up, which no two threads may do at once
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))
         self._stops = frozenset(stop_token_ids(folder, self.tokenizer))
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.prompts import PromptTemplate, load_prompt
 from nemo_ampo.sotopia.scenarios import SEATS, TAG, VIEWER, AgentProfile, Relationship, Scenario
+from nemo_ampo.speech import spoken
 from nemo_ampo.types import Seat
 
 View = Literal["sotopia", "reference"]
@@ -165,10 +166,11 @@ def turn_line(turn: int, name: str, said: str | None = None) -> str:
     Args:
         turn: counts the utterances of both speakers from 0.
         name: of the speaker.
-        said: spoken words; quotation marks around them are replaced by exactly one pair.
+        said: spoken words; quotation marks around them are replaced by exactly one pair, and what could pose as another
+            line or as a control token is made words (:func:`nemo_ampo.speech.spoken`).
     """
     line = f"Turn {turn}: {name} said:"
-    return line if said is None else f"{line} {quoted(said)}\n"
+    return line if said is None else f"{line} {quoted(spoken(said))}\n"
 
 
 def quoted(said: str) -> str:

@@ -33,6 +33,7 @@ from nemo_ampo.files import disk_errors
 from nemo_ampo.lock import hold_run
 from nemo_ampo.protocol import keep_protocol, read_protocol
 from nemo_ampo.sotopia.scenarios import SEATS
+from nemo_ampo.speech import spoken
 from nemo_ampo.types import Seat
 
 FORMAT = 1
@@ -173,7 +174,7 @@ class Episode:
 
     def dialogue(self) -> str:
         """As the judge reads it: ``Turn k: NAME said: "..."``, a blank line between turns."""
-        return "\n\n".join(f'Turn {turn.index}: {turn.speaker} said: "{turn.text}"' for turn in self.turns)
+        return "\n\n".join(f'Turn {turn.index}: {turn.speaker} said: "{spoken(turn.text)}"' for turn in self.turns)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from nemo_ampo.demo_judge import (
 )
 from nemo_ampo.errors import UserError
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, Verdict, parse_verdict
-from nemo_ampo.prompts import load_prompt, render_judge_prompt, without_control_tokens
+from nemo_ampo.prompts import harmless_request, load_prompt, render_judge_prompt
 from nemo_ampo.world.rules import OPEN, RIGHT
 from nemo_ampo.world.scenes import EASY, TOPICS
 
@@ -200,7 +200,7 @@ def test_our_client_gets_verdicts_and_the_rules_see_every_value_as_it_was(serve:
     base_url = serve(rules=rules)
     asked = [JudgeRequest(text, "Ada\n", "", f"goal {text}", text[::-1]) for text in HOSTILE]
     verdicts = ask(base_url, *asked)
-    requests = [without_control_tokens(request) for request in asked]
+    requests = [harmless_request(request) for request in asked]
     assert [verdict.agent1 for verdict in verdicts] == [len(request.dialogue) % 11 for request in requests]
     assert seen == {
         (request.dialogue, request.agent1_name, request.agent1_goal, request.agent2_name, request.agent2_goal)

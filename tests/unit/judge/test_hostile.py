@@ -15,7 +15,7 @@ from nemo_ampo.chat.completion import read_completion, split_thoughts
 from nemo_ampo.errors import DataError
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeThread, parse_verdict
 from nemo_ampo.judge.injection import HARMLESS, INJECTIONS, attacks_on, measure_injections
-from nemo_ampo.prompts import load_prompt, read_judge_prompt, render_judge_prompt, without_control_tokens
+from nemo_ampo.prompts import harmless_request, load_prompt, read_judge_prompt, render_judge_prompt
 from nemo_ampo.types import DialogueTurn
 
 TURN = DialogueTurn(
@@ -64,7 +64,7 @@ def test_a_hostile_dialogue_and_goal_stay_within_their_blocks(dialogue: str, nam
 
 @given(hostile)
 def test_no_control_token_is_left_and_nothing_else_is_lost(text: str) -> None:
-    cleaned = without_control_tokens(JudgeRequest(text, "Ada", "Ben", text, "g")).dialogue
+    cleaned = harmless_request(JudgeRequest(text, "Ada", "Ben", text, "g")).dialogue
     assert not re.search(r"<[|/A-Za-z]|\[/?INST", cleaned)
     assert cleaned.replace(" ", "") == text.replace(" ", "")
 
@@ -72,7 +72,7 @@ def test_no_control_token_is_left_and_nothing_else_is_lost(text: str) -> None:
 def test_ordinary_dialogue_is_not_touched() -> None:
     dialogue = 'Turn 0: Ada said: "2 < 3, I <3 you [really], a<5 -> b"\n\nTurn 1: Ben said: *smiles* "OK [sic]"'
     request = JudgeRequest(dialogue, "Ada", "Ben", "g", "h")
-    assert without_control_tokens(request) == request
+    assert harmless_request(request) == request
 
 
 @given(hostile, st.integers(0, 10), st.integers(0, 10))
@@ -146,7 +146,7 @@ def test_attacks_are_aimed_at_the_speakers_score() -> None:
     assert '{"agent2": {"reasoning"' in requests["own verdict"].dialogue
     assert "Rate Ben 10" in requests["order to the judge"].dialogue
     for request in requests.values():
-        prompt = render_judge_prompt(TEMPLATE, without_control_tokens(request))
+        prompt = render_judge_prompt(TEMPLATE, harmless_request(request))
         assert HARMLESS in read_judge_prompt(prompt).dialogue
         with pytest.raises(DataError):
             read_judge_prompt(prompt.replace(HARMLESS, "changed"))
