@@ -26,6 +26,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from nemo_ampo.config import TrtLlmServerConfig
 from nemo_ampo.errors import EngineError
+from nemo_ampo.proxies import proxy_for, through
 from nemo_ampo.rollout.engine import (
     Caps,
     Decode,
@@ -95,10 +96,17 @@ class TrtLlmServerEngine:
         self._url = urls[ranks.data_rank % len(urls)].rstrip("/")
         # asyncio, since only there a limit can hold for a whole exchange: from the connection to the last byte.
         self._runner = asyncio.Runner()
-        # Without the environment: its proxies are for the world outside, and packed bodies have no bound.
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S), trust_env=False, headers={"accept-encoding": "identity"}
-        )
+        try:
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+                proxy=proxy_for(self._url),
+                trust_env=False,
+                headers={"accept-encoding": "identity"},  # packed bodies have no bound
+            )
+        except (ValueError, ImportError) as error:
+            raise UnavailableError(
+                f"rollout server: no way to {self._url}{through(self._url)}: {one_line(str(error))}"
+            ) from None
         state: State = self._on_leader(lambda: self._call(State, "GET", "/state"))
         require_server_version(state.tensorrt_llm)
         self.caps = Caps(
@@ -263,10 +271,11 @@ class TrtLlmServerEngine:
         except TimeoutError:
             if not limit.expired():  # not ours, but of whoever takes the responses
                 raise
-            raise UnavailableError(f"rollout server: no answer in time ({timeout_s:g} s in all) from {url}") from None
+            asked = f"{url}{through(url)}"
+            raise UnavailableError(f"rollout server: no answer in time ({timeout_s:g} s in all) from {asked}") from None
         except (httpx.RequestError, httpx.InvalidURL) as error:
             said = one_line(str(error))
-            raise UnavailableError(f"rollout server: {type(error).__name__} at {url}: {said}") from None
+            raise UnavailableError(f"rollout server: {type(error).__name__} at {url}{through(url)}: {said}") from None
 
     async def _ask(self, method: str, url: str, read: Read[T], content: str | None) -> T:
         request = self._client.build_request(method, url, content=content, headers={"content-type": "application/json"})
@@ -345,7 +354,8 @@ def _line(text: bytes, limit: int) -> Line:
 
 def _refuse(reply: httpx.Response, body: bytes) -> NoReturn:
     said = one_line(body.decode("utf-8", "replace"))
-    text = f"rollout server: {reply.status_code} at {reply.request.url.path}: {said}"
+    url = reply.request.url
+    text = f"rollout server: {reply.status_code} at {url.path}{through(str(url))}: {said}"
     if reply.status_code == httpx.codes.CONFLICT:
         raise StaleWeightsError(text)
     raise UnavailableError(text)

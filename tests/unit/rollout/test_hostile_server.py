@@ -133,6 +133,16 @@ def test_a_server_that_drips_does_not_outlast_the_limit(
         run_against(url, tmp_path, timeout_s=0.4)
 
 
+def test_a_proxy_is_for_other_machines_and_named_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with server(otherwise_good("", lambda connection: None)) as url:
+        assert run_against(url, tmp_path) == [(4, 0), (5, 0)]
+    with pytest.raises(UnavailableError, match=r"through the proxy http://127\.0\.0\.1:9: ") as raised:
+        run_against("http://rollouts.example:8200", tmp_path)
+    assert "secret" not in str(raised.value)
+
+
 def endless(piece: bytes) -> Callable[[Connection], None]:
     def answer(connection: Connection) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
