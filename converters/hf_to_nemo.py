@@ -47,7 +47,7 @@ def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, 
         UserError: the folder is incomplete, unsupported, or its weights do not match the mapping table.
     """
     hf = open_hf_folder(hf_dir)
-    config = nemo_config(hf.config, hf.family, hf_dir)
+    config = nemo_config(hf.facts, hf_dir)
     check_tokenizer(hf_dir, hf.shape, allow_base_tokenizer)
     stored_type = dtype or hf.weights.dtype()
     if stored_type not in DTYPES.values():

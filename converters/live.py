@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from converters.hf_folder import read_config
+from converters.families import FAMILIES
 from converters.mapping import bind
 from converters.model_config import model_shape
 from converters.nemo_to_hf import save_shards
 from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
+from nemo_ampo.model_folder.facts import read_facts
+from nemo_ampo.model_folder.portable import make_portable
 
 
 def publish_weights(model: Any, assets: Path, folder: Path) -> None:
@@ -40,9 +42,10 @@ def publish_weights(model: Any, assets: Path, folder: Path) -> None:
         for file in assets.iterdir():
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-        config, family = read_config(folder)
-        shape = model_shape(config)
-        bindings = bind(family.rows, shape)
+        make_portable(folder)
+        facts = read_facts(folder)
+        shape = model_shape(facts)
+        bindings = bind(FAMILIES[facts.family].rows, shape)
         stored = NemoWeights(folder)
         stored.check(bindings, shape)
         kind = stored.dtype()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converters.mapping import Family, InterleaveQkv, JoinGateUp, PadVocab, Rename, Row
-from nemo_ampo.errors import UserError
 
 ROWS: tuple[Row, ...] = (
     PadVocab("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
@@ -45,15 +42,4 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def check(config: Any) -> None:
-    """Refuse Llama variants with biases, which NeMo can express only for all linear layers at once.
-
-    Raises:
-        UserError: naming the key of config.json.
-    """
-    for key in ("attention_bias", "mlp_bias"):
-        if getattr(config, key, False):
-            raise UserError(f"config.json: {key}=true is not supported; Llama 3.x has no biases")
-
-
-FAMILY = Family(name="llama", rows=ROWS, qkv_bias=False, check=check)
+FAMILY = Family(name="llama", rows=ROWS)

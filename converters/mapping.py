@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -240,14 +240,10 @@ class Family:
     Attributes:
         name: the ``model_type``.
         rows: its mapping table.
-        qkv_bias: the attention projections have biases.
-        check: refuses settings of the Hugging Face config that the table or NeMo cannot express.
     """
 
     name: str
     rows: tuple[Row, ...]
-    qkv_bias: bool
-    check: Callable[[Any], None]
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converters.mapping import VOCAB_MULTIPLE, Family, ModelShape
+from converters.mapping import VOCAB_MULTIPLE, ModelShape
 from nemo_ampo.checkpoint.nemo_file import tokenizer_config
-from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import ModelFacts
 
 ARCHITECTURE_KEYS: tuple[str, ...] = (
     "mcore_gpt",
@@ -38,77 +38,49 @@ ARCHITECTURE_KEYS: tuple[str, ...] = (
 """Keys that change what the weights compute: training must not touch them, and verification compares them."""
 
 
-def model_shape(config: Any) -> ModelShape:
-    """Sizes of a ``transformers`` config.
-
-    Raises:
-        UserError: if query heads cannot be shared evenly among key/value heads.
-    """
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups:
-        raise UserError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
+def model_shape(facts: ModelFacts) -> ModelShape:
+    """Sizes of a model."""
     return ModelShape(
-        num_layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        ffn=config.intermediate_size,
-        num_heads=heads,
-        num_groups=groups,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab=config.vocab_size,
-        tied=bool(config.tie_word_embeddings),
+        num_layers=facts.num_layers,
+        hidden=facts.hidden,
+        ffn=facts.ffn,
+        num_heads=facts.num_heads,
+        num_groups=facts.num_groups,
+        head_dim=facts.head_dim,
+        vocab=facts.vocab,
+        tied=facts.tied,
     )
 
 
-def rope_config(config: Any) -> dict[str, Any]:
-    """Rotary embedding keys. NeMo 2.2.1 scales by the Llama 3 formula with the four numbers given here.
-
-    Raises:
-        UserError: for a scaling type other than ``default`` and ``llama3``, an incomplete one, or partial
-            rotation.
-    """
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise UserError(f"config.json: partial_rotary_factor={config.partial_rotary_factor} is not supported")
-    theta = float(config.rope_theta)
+def rope_config(facts: ModelFacts) -> dict[str, Any]:
+    """Rotary embedding keys. NeMo 2.2.1 scales by the Llama 3 formula with the four numbers given here."""
+    base, scaling = facts.rope_base, facts.rope_scaling
     keys: dict[str, Any] = {
         "position_embedding_type": "rope",
         "rotary_percentage": 1.0,
-        "rotary_base": int(theta) if theta.is_integer() else theta,
+        "rotary_base": int(base) if base.is_integer() else base,
         "rotary_interleaved": False,
         "seq_len_interpolation_factor": None,
-        "scale_positional_embedding": False,
+        "scale_positional_embedding": scaling is not None,
     }
-    scaling = config.rope_scaling
-    kind = (scaling.get("rope_type") or scaling.get("type")) if scaling else "default"
-    if kind == "default":
+    if scaling is None:
         return keys
-    if kind != "llama3":
-        raise UserError(f"config.json: rope_scaling type {kind!r} is not supported; NeMo 2.2.1 knows only llama3")
-    names = {
-        "factor": "scale_factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "old_context_len",
+    return keys | {
+        "scale_factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "old_context_len": scaling.original_max_position_embeddings,
     }
-    missing = [name for name in names if scaling.get(name) is None]
-    if missing:
-        raise UserError(f"config.json: rope_scaling of type llama3 lacks {', '.join(missing)}")
-    return keys | {"scale_positional_embedding": True} | {nemo: scaling[hf] for hf, nemo in names.items()}
 
 
-def nemo_config(config: Any, family: Family, tokenizer_dir: Path) -> dict[str, Any]:
+def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
     """Everything MegatronGPTModel, GPTSFTModel and the REINFORCE actor read from ``model``.
 
     Transformer Engine layers are the stored choice, since that is what a GPU wants; loading on a CPU
     overrides it (:func:`nemo_ampo.checkpoint.nemo_file.load_overrides`). Fusions that need compiled extensions are off;
     a GPU recipe may turn them on, they do not change the checkpoint.
-
-    Raises:
-        UserError: for a setting that NeMo cannot express, naming its key in config.json.
     """
-    family.check(config)
-    if config.hidden_act != "silu":
-        raise UserError(f"config.json: hidden_act={config.hidden_act!r} is not supported; expected 'silu'")
-    shape = model_shape(config)
+    shape = model_shape(facts)
     return {
         "mcore_gpt": True,
         "name": "",
@@ -129,8 +101,8 @@ def nemo_config(config: Any, family: Family, tokenizer_dir: Path) -> dict[str, A
         "num_attention_heads": shape.num_heads,
         "num_query_groups": shape.num_groups,
         "kv_channels": shape.head_dim,
-        "encoder_seq_length": config.max_position_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
+        "encoder_seq_length": facts.max_positions,
+        "max_position_embeddings": facts.max_positions,
         # Rows of the embedding, fixed here and not derived from the tokenizer: Qwen's model has more rows
         # than its tokenizer has tokens, and a padding that depends on the tensor-parallel size would tie the
         # file to that size.
@@ -139,17 +111,17 @@ def nemo_config(config: Any, family: Family, tokenizer_dir: Path) -> dict[str, A
         "hf_vocab_size": shape.vocab,
         "share_embeddings_and_output_weights": shape.tied,
         "normalization": "rmsnorm",
-        "layernorm_epsilon": config.rms_norm_eps,
+        "layernorm_epsilon": facts.norm_eps,
         "activation": "fast-swiglu",
         "bias": False,
-        "qkv_bias": family.qkv_bias,
+        "qkv_bias": facts.qkv_bias,
         "transformer_block_type": "pre_ln",
-        "init_method_std": config.initializer_range,
+        "init_method_std": facts.init_std,
         "use_scaled_init_method": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
-        **rope_config(config),
+        **rope_config(facts),
         "apply_query_key_layer_scaling": False,
         "normalize_attention_scores": True,
         "attention_type": "multihead",

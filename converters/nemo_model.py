@@ -17,10 +17,10 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import Meg
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
 from omegaconf import OmegaConf, open_dict
 
-from converters.hf_folder import SafetensorsFolder
 from converters.mapping import Binding, ModelShape, check_dims, check_names
 from converters.nemo_weights import EXTRA_STATE, PREFIX
 from nemo_ampo.checkpoint.nemo_file import temporary_files_in
+from nemo_ampo.model_folder.weights import SafetensorsFolder
 
 PRECISION: dict[torch.dtype, int | str] = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

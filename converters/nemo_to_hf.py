@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from converters import cli
-from converters.hf_folder import read_config, read_json
+from converters.families import FAMILIES
 from converters.hf_to_nemo import DTYPES
 from converters.mapping import bind
 from converters.model_config import model_shape
@@ -24,6 +24,8 @@ from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import read_facts
+from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
 from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 MAX_SHARD_SIZE = "5GB"
@@ -35,7 +37,7 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
     Args:
         nemo_path: ``.nemo`` file with Hugging Face files in it.
         folder: written to.
-        dtype: type of the exported weights; None takes ``torch_dtype`` of the packed config.json, or the
+        dtype: type of the exported weights; None takes the one in the packed config.json, or the
             stored type where that is absent.
 
     Raises:
@@ -43,25 +45,20 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
             table.
     """
     unpack_assets(nemo_path, folder)
-    config, family = read_config(folder)
-    shape = model_shape(config)
-    bindings = bind(family.rows, shape)
+    facts = read_facts(folder)
+    shape = model_shape(facts)
+    bindings = bind(FAMILIES[facts.family].rows, shape)
     with scratch_folder(folder.absolute().parent, folder.name) as scratch:
         stored = NemoWeights(unpack_weights(nemo_path, scratch))
         stored.check(bindings, shape)
-        written_type = dtype or config.torch_dtype or stored.dtype()
+        written_type = dtype or getattr(torch, facts.dtype or "", stored.dtype())
         state = {
             name: tensor.to(written_type, copy=True).contiguous() for name, tensor in stored.hf_tensors(bindings, shape)
         }
-    if dtype is not None and config.torch_dtype != dtype:
-        _set_torch_dtype(folder / "config.json", dtype)
+    # A type asked for on the command line must be the one that ``torch_dtype='auto'`` loads.
+    word = str(dtype).removeprefix("torch.")
+    make_portable(folder, None if dtype is None or word == facts.dtype else word)
     save_shards(state, folder)
-
-
-def _set_torch_dtype(path: Path, dtype: torch.dtype) -> None:
-    """A type asked for on the command line must be the one that ``torch_dtype='auto'`` loads."""
-    content = read_json(path) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_shards(state: dict[str, Tensor], folder: Path) -> None:
@@ -99,6 +96,8 @@ def convert(
         if status == cli.OK:
             publish(built, output)
             print(f"wrote {output}")
+            if note := note_for_transformers_5(output):
+                print(f"note: {note}", file=sys.stderr)
         else:
             print(f"error: {output} was not written: the exported model differs", file=sys.stderr)
     return status

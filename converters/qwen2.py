@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from converters import llama
 from converters.mapping import Family, InterleaveQkv, Row
-from nemo_ampo.errors import UserError
 
 ROWS: tuple[Row, ...] = (
     *llama.ROWS,
@@ -20,14 +17,4 @@ ROWS: tuple[Row, ...] = (
 )
 
 
-def check(config: Any) -> None:
-    """Refuse sliding-window attention, which Megatron's GPT model does not have.
-
-    Raises:
-        UserError: naming the key of config.json.
-    """
-    if getattr(config, "use_sliding_window", False):
-        raise UserError("config.json: use_sliding_window=true is not supported; set it to false for prompts that fit")
-
-
-FAMILY = Family(name="qwen2", rows=ROWS, qkv_bias=True, check=check)
+FAMILY = Family(name="qwen2", rows=ROWS)

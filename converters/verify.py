@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from converters import cli
-from converters.hf_folder import HfFolder, asset_files, open_hf_folder, read_json
+from converters.hf_folder import HfFolder, asset_files, open_hf_folder
 from converters.model_config import ARCHITECTURE_KEYS, nemo_config
 from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
+from nemo_ampo.model_folder.loading import load_model
+from nemo_ampo.model_folder.portable import same_when_portable
 from nemo_ampo.staging import place_with_room, scratch_folder
 
 PROMPT_LENGTHS = (32, 1600)
@@ -101,7 +103,8 @@ def _word(dtype: torch.dtype) -> str:
 def check_assets(hf: HfFolder, assets: Path) -> Check:
     """Every file of the folder that is not a weight has travelled byte for byte. The ``.nemo`` may hold more.
 
-    One difference is allowed: an export into another type on request says so in config.json.
+    Allowed in the two configs is what an export changes in them: the type of the weights on request, and the spelling that
+    every reader understands.
     """
     files = list(asset_files(hf.path))
     name = f"files ({len(files)} by sha256)"
@@ -110,9 +113,9 @@ def check_assets(hf: HfFolder, assets: Path) -> Check:
         if not (assets / relative).is_file():
             return Check(name, False, relative.as_posix(), "not in the .nemo file")
         if _sha256(assets / relative) != _sha256(hf.path / relative):
-            if relative.as_posix() != "config.json" or _without_type(assets) != _without_type(hf.path):
+            if len(relative.parts) > 1 or not same_when_portable(assets / relative, hf.path / relative):
                 return Check(name, False, relative.as_posix(), "other bytes")
-            outcome = "bitwise equal, but for torch_dtype in config.json"
+            outcome = "bitwise equal, but for weight type and spelling in the configs"
     return Check(name, True, difference=outcome)
 
 
@@ -121,13 +124,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _without_type(folder: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_json(folder / "config.json").items() if key != "torch_dtype"}
-
-
 def check_config(hf: HfFolder, stored: dict[str, Any]) -> Check:
     """The architecture keys of ``model_config.yaml`` are those that config.json asks for."""
-    expected = nemo_config(hf.config, hf.family, hf.path)
+    expected = nemo_config(hf.facts, hf.path)
     name = f"config ({len(ARCHITECTURE_KEYS)} keys)"
     for key in ARCHITECTURE_KEYS:
         if stored.get(key) != expected.get(key):
@@ -148,12 +147,12 @@ def check_logits(
     tolerance: float = TOLERANCE,
 ) -> list[Check]:
     """Logits of NeMo and of transformers in fp32; a failure names the first layer whose output differs."""
-    longest = hf.config.max_position_embeddings
+    longest = hf.facts.max_positions
     prompts = [_prompt(min(length, longest), hf.shape.vocab) for length in prompt_lengths]
     shared = shared_type(NemoWeights(unpacked).dtype(), hf.weights.dtype())
     expected = _hf_traces(hf, prompts, shared)
     gc.collect()
-    config = nemo_config(hf.config, hf.family, assets)
+    config = nemo_config(hf.facts, assets)
     config |= {key: stored[key] for key in ARCHITECTURE_KEYS if key in stored}
     found = _nemo_traces(unpacked, config, hf.shape.vocab, prompts, shared)
     return [
@@ -204,9 +203,7 @@ def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 @torch.inference_mode()
 def _hf_traces(hf: HfFolder, prompts: Sequence[Tensor], rounded_to: torch.dtype) -> list[Trace]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(hf.path, torch_dtype=torch.float32).eval()
+    model: Any = load_model(hf.path, torch.float32)
     _round(model, rounded_to)
     traces = []
     for tokens in prompts:

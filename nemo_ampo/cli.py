@@ -171,12 +171,9 @@ def _show_reward(before: float, after: float, answer_tokens: int | None) -> None
 
 
 def _count_tokens(folder: Path, answer: str) -> int:
-    from transformers import AutoTokenizer
+    from nemo_ampo.model_folder.loading import load_tokenizer
 
-    try:
-        return len(AutoTokenizer.from_pretrained(folder).tokenize(answer))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
+    return len(load_tokenizer(folder).tokenize(answer))
 
 
 def report(

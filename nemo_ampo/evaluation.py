@@ -102,12 +102,11 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
         UserError: another job makes the same evaluation.
         DiskError: something cannot be written.
     """
-    from transformers import AutoTokenizer
-
     from nemo_ampo.checkpoint.policy_files import stop_token_ids, system_prompt
     from nemo_ampo.data.chat import check_tokenizer, encode_prompt
     from nemo_ampo.data.episodes import chat_messages, read_turns
     from nemo_ampo.judge.client import verdict_protocol
+    from nemo_ampo.model_folder.loading import load_tokenizer
 
     judged_by = verdict_protocol(config.judge)
     turns = read_turns(config.data.turns)
@@ -116,7 +115,7 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
     if not turns:
         raise DataError(f"{config.data.turns}: no rows to evaluate (data.limit={config.data.limit})")
     folder, run_dir = Path(config.run.checkpoint), Path(config.run.dir)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer)
     system = system_prompt(folder, config.data.system_prompt)
     asked = [Question(turn, encode_prompt(chat_messages(turn, system), tokenizer)) for turn in turns]
@@ -184,11 +183,9 @@ def check_positions(asked: Sequence[Question], folder: Path, config: EvaluateCon
     Raises:
         DataError: a prompt leaves no room for the longest reply, naming the row.
     """
-    from transformers import AutoConfig
+    from nemo_ampo.model_folder.facts import read_facts
 
-    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
-    if positions is None:
-        return
+    positions = read_facts(folder).max_positions
     for question in asked:
         tokens = len(question.prompt) + config.generate.max_new_tokens
         if tokens > positions:
@@ -329,12 +326,11 @@ class _Policy:
     """The evaluated checkpoint."""
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, device: str) -> None:
-        from transformers import AutoModelForCausalLM
-
         from nemo_ampo.checkpoint.policy_files import stop_token_ids
+        from nemo_ampo.model_folder.loading import load_model
 
         folder = Path(config.run.checkpoint)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+        model: Any = load_model(folder)
         self._model = model.to("cuda" if device == "gpu" else "cpu").eval()
         self._tokenizer, self._config = tokenizer, config
         self._stops = stop_token_ids(folder, tokenizer)

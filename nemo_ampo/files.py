@@ -172,6 +172,21 @@ def is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file as it is: every line end stays what it was, since a model may be shown the text.
+
+    Raises:
+        DiskError: it cannot be read.
+        DataError: it is not UTF-8.
+    """
+    with disk_errors(f"cannot read {path}"):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; a torn last one (the process died while writing) is left out. No file, no lines.
 

@@ -71,13 +71,12 @@ def run(cfg: DictConfig) -> bool:
 
     require_engine(config.rollout.engine)
 
-    from transformers import AutoTokenizer
-
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import check_vocabulary, stop_token_ids, system_prompt
+    from nemo_ampo.checkpoint.policy_files import check_vocabulary, record_stop_tokens, stop_token_ids, system_prompt
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.judge import open_judge
+    from nemo_ampo.model_folder.loading import load_tokenizer
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
@@ -89,7 +88,7 @@ def run(cfg: DictConfig) -> bool:
             f"{model_config['max_position_embeddings']} positions"
         )
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
-    tokenizer = AutoTokenizer.from_pretrained(assets)
+    tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config)
     system = system_prompt(assets, config.data.system_prompt)
@@ -131,6 +130,7 @@ def run(cfg: DictConfig) -> bool:
         first_step = session.resumed.counters["step"] if session.resumed else 0
         resolved: Any = OmegaConf.to_container(cfg, resolve=True)
         if ranks.is_main:
+            record_stop_tokens(assets, tokenizer)  # before the first step: a checkpoint packed on the way carries them too
             write_provenance(run_dir, resolved, data_hashes)
         trackers = open_trackers(config.run, "ampo", first_step, resolved) if ranks.is_main else []
         stops = stop_token_ids(assets, tokenizer)

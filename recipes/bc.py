@@ -24,15 +24,14 @@ def run(cfg: DictConfig) -> bool:
     check_bc(config, cfg, world_size())
     check_trackers(config.run)
 
-    from transformers import AutoTokenizer
-
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, stop_token_ids
+    from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, record_stop_tokens, stop_token_ids
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
-    from nemo_ampo.files import sha256_of
+    from nemo_ampo.files import sha256_of, write_once
     from nemo_ampo.generate.overlap import check_no_overlap
+    from nemo_ampo.model_folder.loading import load_tokenizer
     from nemo_ampo.runlog import RunLog, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
@@ -42,7 +41,7 @@ def run(cfg: DictConfig) -> bool:
         cfg.model.pipeline_model_parallel_size,
     )
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
-    tokenizer = AutoTokenizer.from_pretrained(assets)
+    tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, read_model_config(config.run.init_from))
     rows = read_bc_rows(data.train)
@@ -81,6 +80,10 @@ def run(cfg: DictConfig) -> bool:
     ranks = MegatronRanks()
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     if ranks.is_main:
+        # Before the first step, so that a checkpoint packed on the way carries them too.
+        record_stop_tokens(assets, tokenizer)
+        if system_prompt is not None:
+            write_once(assets / SYSTEM_PROMPT_FILE, system_prompt)
         write_provenance(run_dir, resolved, hashes)
         if train.dropped:
             print(
@@ -109,8 +112,6 @@ def run(cfg: DictConfig) -> bool:
         trainer.load_state_dict(session.resumed.counters)
     if not trainer.fit():
         return False
-    if system_prompt is not None and ranks.is_main:
-        (assets / SYSTEM_PROMPT_FILE).write_text(system_prompt)
     save_nemo(session.model, run_dir / "policy.nemo", assets)
     return True
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.files import sha256_of
+from nemo_ampo.files import read_text, sha256_of, write_once
+from nemo_ampo.model_folder.facts import CONFIG_NAME, read_object
+from nemo_ampo.text import one_line
 
 SYSTEM_PROMPT_FILE = "system_prompt.txt"
+GENERATION_CONFIG = "generation_config.json"
 _DECIDING_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*/*.jinja")
 """Weights, configuration, vocabulary, chat templates, system prompt: what a checkpoint's replies depend on."""
 
@@ -36,19 +39,54 @@ def system_prompt(assets: Path, override: str | None) -> str:
         raise UserError(f"system_prompt: no such file: {override}")
     for path in (Path(override) if override else None, assets / SYSTEM_PROMPT_FILE):
         if path is not None and path.is_file():
-            return path.read_text()
+            return read_text(path)
     return load_prompt("modes_system").text
 
 
 def stop_token_ids(assets: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a reply: those of ``generation_config.json`` and the tokenizer's own."""
-    ids = {int(tokenizer.eos_token_id)}
-    path = assets / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text()).get("eos_token_id")
-        if listed is not None:
-            ids |= {int(i) for i in (listed if isinstance(listed, list) else [listed])}
-    return tuple(sorted(ids))
+    """Every id that ends a reply: the tokenizer's own, and those of ``generation_config.json`` (of ``config.json`` where
+    that names none).
+
+    Raises:
+        UserError: the files name something that is no token of the model.
+    """
+    return tuple(sorted({int(tokenizer.eos_token_id), *_listed_ends(assets)}))
+
+
+def record_stop_tokens(assets: Path, tokenizer: Any) -> None:
+    """Leave in ``generation_config.json`` every id that ended a reply in training, so that whoever draws from the policy
+    stops where it was taught to. A file that names them already stays as it is.
+    """
+    stops = stop_token_ids(assets, tokenizer)
+    path = assets / GENERATION_CONFIG
+    content = read_object(path) if path.is_file() else {}
+    named = _ids(content.get("eos_token_id"), path)
+    added = [i for i in stops if i not in named]
+    if added:
+        ends = [*named, *added]
+        write_once(path, json.dumps(content | {"eos_token_id": ends if len(ends) > 1 else ends[0]}, indent=2) + "\n")
+
+
+def _listed_ends(assets: Path) -> list[int]:
+    for name in (GENERATION_CONFIG, CONFIG_NAME):
+        path = assets / name
+        if path.is_file():
+            content = read_object(path)
+            if content.get("eos_token_id") is not None:
+                return _ids(content["eos_token_id"], path)
+    return []
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    """``eos_token_id``: a whole number or a list of them, within the vocabulary that a config.json beside it states."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    beside = path.with_name(CONFIG_NAME)
+    vocab = read_object(beside).get("vocab_size") if beside.is_file() else None
+    limit = vocab if isinstance(vocab, int) else 2**31
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < limit:
+            raise UserError(f"{path}: eos_token_id={one_line(repr(i), 60)} is no token id of the model")
+    return list(dict.fromkeys(ids))
 
 
 def check_vocabulary(tokenizer: Any, model: Mapping[str, Any]) -> None:

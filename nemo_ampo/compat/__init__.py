@@ -70,6 +70,9 @@ def setup(device: str = "auto", verbose: bool = False) -> Device:
         from nemo_ampo.compat import cpu
 
         cpu.install()
+    from nemo_ampo.compat import tokenizer
+
+    tokenizer.install()
     if not verbose:
         quiet.after_imports()
     _installed_for = chosen

@@ -9,7 +9,6 @@ the vocabulary, L layers, b sequences of a micro-batch, s tokens of the longest 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.model_folder.facts import facts_of, read_object
 
 GB = 1e9
 FP32, BF16 = 4, 2
@@ -195,11 +195,20 @@ def shape_of(source: Path | None, config_name: str) -> ModelShape:
         return _of_nemo(read_model_config(source))
     path = source / "config.json" if source.is_dir() else source
     try:
-        return _of_hugging_face(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--model {source}: no Hugging Face config.json and no .nemo file ({error})") from None
-    except KeyError as error:
-        raise UserError(f"--model {path}: has no {error.args[0]}") from None
+        facts = facts_of(read_object(path), str(path))
+    except UserError as error:
+        raise UserError(f"--model {error}") from None
+    return ModelShape(
+        layers=facts.num_layers,
+        hidden=facts.hidden,
+        ffn=facts.ffn,
+        heads=facts.num_heads,
+        groups=facts.num_groups,
+        channels=facts.head_dim,
+        vocab=-(-facts.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        tied=facts.tied,
+        qkv_bias=facts.qkv_bias,
+    )
 
 
 def _of_nemo(config: Mapping[str, Any]) -> ModelShape:
@@ -213,21 +222,6 @@ def _of_nemo(config: Mapping[str, Any]) -> ModelShape:
         vocab=config["override_vocab_size"],
         tied=config["share_embeddings_and_output_weights"],
         qkv_bias=config["qkv_bias"],
-    )
-
-
-def _of_hugging_face(config: Mapping[str, Any]) -> ModelShape:
-    heads = config["num_attention_heads"]
-    return ModelShape(
-        layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["intermediate_size"],
-        heads=heads,
-        groups=config.get("num_key_value_heads") or heads,
-        channels=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab=-(-config["vocab_size"] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=config.get("attention_bias", config.get("model_type") == "qwen2"),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge.background import JudgeThread
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.estimate import REPLY_TOKENS, Estimate, estimate_calls, estimate_training, notes_on
@@ -113,12 +113,9 @@ def injection_table(results: Sequence[InjectionResult]) -> Table:
 def _counter(folder: Path | None) -> Callable[[str], int] | None:
     if folder is None:
         return None
-    from transformers import AutoTokenizer
+    from nemo_ampo.model_folder.loading import load_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {folder}: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(folder)
     return lambda text: len(tokenizer.tokenize(text))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_ampo.errors import ConfigError
 
 _PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
+_LAST_LINE_END = re.compile(r"\r?\n\Z")
 _SHIPPED_NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -26,7 +27,7 @@ class PromptTemplate:
 
     Attributes:
         source: shipped name or path, used in error messages.
-        text: the file's text without the line feed that ends it.
+        text: the file's text, its line ends as they are, without the one that ends it.
     """
 
     source: str
@@ -80,10 +81,10 @@ def load_prompt(name_or_path: str | Path) -> PromptTemplate:
         shipped = ", ".join(sorted(_shipped_names()))
         raise ConfigError(f"prompt {name!r}: no such file; name one, or a shipped prompt ({shipped})")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompt {name}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
-    return PromptTemplate(source=name, text=text.removesuffix("\n"))
+    return PromptTemplate(source=name, text=_LAST_LINE_END.sub("", text))
 
 
 def _shipped_names() -> list[str]:

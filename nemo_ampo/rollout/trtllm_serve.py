@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State, make_app
 
 EXTENSION = "nemo_ampo.rollout.trtllm_worker.FolderExtension"
@@ -37,7 +37,7 @@ class TensorRtLlm:
 
         self._release = tensorrt_llm.__version__
         self._limits = {"max_prompt": max_prompt, "max_total": max_total}
-        self._vocab_size = int(json.loads((model / "config.json").read_text())["vocab_size"])
+        self._vocab_size = read_facts(model).vocab
         self._version: int | None = None
         self._llm: Any = AsyncLLM(
             model=str(model),

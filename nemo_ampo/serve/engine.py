@@ -19,13 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.data.chat import check_tokenizer, encode_prompt
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.model_folder.loading import load_model, load_tokenizer
 from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.rows import KeysValues, next_logits
 from nemo_ampo.text import one_line
@@ -101,15 +103,10 @@ class Engine:
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "auto", max_batch: int = 32) -> None:
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            check_tokenizer(self.tokenizer)
-            kind = dtype if dtype == "auto" else getattr(torch, dtype)
-            self._model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=kind).to(device).eval()
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder}: no checkpoint that can be served: {str(error).splitlines()[0]}") from None
+        self.tokenizer = load_tokenizer(folder)
+        check_tokenizer(self.tokenizer)
+        self._model: Any = load_model(folder, dtype)
+        self._model.to(device)
         self.context = int(self._model.config.max_position_embeddings)
         self.tokenizer("")  # the first call sets it up, which no two threads may do at once
         self._longest_token = max(map(len, self.tokenizer.get_vocab()))

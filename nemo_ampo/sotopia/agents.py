@@ -20,6 +20,7 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import policy_hash, system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
+from nemo_ampo.files import read_text
 from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 
@@ -117,7 +118,7 @@ def system_text(config: AgentConfig) -> str | None:
     """The agent's system prompt; None without one."""
     if config.modes:
         return system_prompt(Path(config.checkpoint or "."), config.system_prompt)
-    return Path(config.system_prompt).read_text(encoding="utf-8") if config.system_prompt else None
+    return read_text(Path(config.system_prompt)) if config.system_prompt else None
 
 
 def model_hash(config: AgentConfig) -> str:
@@ -242,10 +243,9 @@ def token_counter(config: AgentConfig) -> Callable[[list[dict[str, str]]], int]:
     if not folder:
         return lambda messages: math.ceil(sum(len(m["content"]) for m in messages) / CHARACTERS_PER_TOKEN)
 
-    from transformers import AutoTokenizer
-
     from nemo_ampo.data.chat import check_tokenizer
+    from nemo_ampo.model_folder.loading import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer)
     return lambda messages: len(encode_prompt(messages, tokenizer))

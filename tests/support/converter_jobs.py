@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_hf import LLAMA3_ROPE, edit_nemo_config, write_model
+from tiny_hf import LLAMA3_ROPE, as_written_by_5, edit_nemo_config, split_in_two, write_model
 
 from converters import hf_to_nemo, nemo_to_hf, qkv, verify
 
@@ -88,6 +88,12 @@ def main(folder: Path) -> dict[str, Any]:
     scaling = LLAMA3_ROPE | {"factor": 32.0, "low_freq_factor": 2.0, "original_max_position_embeddings": 512}
     hf = write_model(folder / "llama-factors", "llama", True, rope_scaling=scaling)
     record("other factors", results, hf_to_nemo.main, "--input", hf, "--output", folder / "llama-factors.nemo")
+    hf, nemo = as_written_by_5(write_model(folder / "newer", "llama", False)), folder / "newer.nemo"
+    split_in_two(hf)
+    (hf / "model.safetensors").write_bytes(b"of an upload that was broken off")
+    record("convert newer", results, hf_to_nemo.main, "--input", hf, "--output", nemo)
+    record("export newer", results, nemo_to_hf.main, "--input", nemo, "--output", folder / "newer-back")
+    record("original newer", results, verify.main, "--hf", hf, "--nemo", nemo, "--no-logits")
     return results
 
 

@@ -112,3 +112,33 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = load_file(file)
     edit(tensors)
     save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def as_written_by_5(folder: Path) -> Path:
+    """Rewrite the configs of a folder as transformers 5 writes them: the same model, other words in other files."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = {"rope_theta": config.pop("rope_theta"), **(config.pop("rope_scaling", None) or {"rope_type": "default"})}
+    config |= {"rope_parameters": rope, "dtype": config.pop("torch_dtype"), "transformers_version": "5.2.0"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    (folder / "chat_template.jinja").write_text(tokenizer.pop("chat_template"))
+    (folder / "special_tokens_map.json").unlink()
+    del tokenizer["added_tokens_decoder"], tokenizer["clean_up_tokenization_spaces"]
+    extra = tokenizer.pop("additional_special_tokens")
+    tokenizer |= {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "extra_special_tokens": extra}
+    path.write_text(json.dumps(tokenizer, indent=2) + "\n")
+    return folder
+
+
+def split_in_two(folder: Path) -> dict[str, str]:
+    """Replace ``model.safetensors`` by two files and an index; returns tensor name -> file."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {n: f"model-0000{1 + (i >= 10)}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in sorted(set(places.values())):
+        save_file({n: tensors[n] for n in names if places[n] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places

@@ -49,7 +49,7 @@ def test_files_replace_shipped_prompts(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes("Grüße {{x}}\r\n\n".encode())
     loaded = load_prompt(path)
-    assert (loaded.text, loaded.source) == ("Grüße {{x}}\n", str(path))
+    assert (loaded.text, loaded.source) == ("Grüße {{x}}\r\n", str(path))
     assert load_prompt(str(path)) == loaded
 
 

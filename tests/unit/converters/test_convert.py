@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_wrong_rotary_settings_fail_by_name_and_in_the_logits(jobs, job: str, ke
     assert outcome.status == 1
     assert f"parity failed: {key}: " in outcome.out
     assert "parity failed: model.layers.0 (output)" in outcome.out
+
+
+def test_a_folder_of_transformers_5_is_converted_as_written_and_exported_for_every_reader(jobs) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for job in ("convert newer", "export newer", "original newer"):
+        assert jobs.outcomes[job].status == 0, jobs.outcomes[job]
+    config = read_model_config(jobs.folder / "newer.nemo")
+    assert (config["rotary_base"], config["scale_factor"], config["old_context_len"]) == (500000, 8.0, 256)
+    back = jobs.folder / "newer-back"
+    written = json.loads((back / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500000.0
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    # The same seed, written by transformers 4: what a reader that knows only the older spelling must compute.
+    ids = torch.arange(500)[None]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (jobs.folder / "llama-untied", back)]
+    assert torch.equal(*[model(ids).logits for model in models])
+    tokenizer = AutoTokenizer.from_pretrained(back)
+    assert tokenizer.chat_template and tokenizer.additional_special_tokens == ["<|im_start|>"]
+    packed = unpack_assets(jobs.folder / "newer.nemo", back.with_name("newer-assets"))
+    assert non_weights(packed).items() <= non_weights(jobs.folder / "newer").items()
 
 
 def test_other_llama3_factors_are_passed_on(jobs) -> None:

@@ -5,10 +5,11 @@ import torch
 from tiny_hf import make_config
 
 from converters import llama, qwen2
-from converters.families import FAMILIES, family_of
+from converters.families import FAMILIES
 from converters.mapping import ModelShape, bind, check_names, stacked_dims
 from converters.model_config import model_shape
 from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import facts_of
 
 SHAPE = ModelShape(num_layers=2, hidden=8, ffn=12, num_heads=4, num_groups=2, head_dim=3, vocab=130, tied=False)
 
@@ -28,10 +29,11 @@ def test_tables_name_exactly_the_weights_of_the_transformers_model(family: str, 
 
     config = make_config(family, tied)
     model = AutoModelForCausalLM.from_config(config)
+    shape = model_shape(facts_of(config.to_dict()))
     mapped = {
         name: dims
-        for b in bind(FAMILIES[family].rows, model_shape(config))
-        for name, dims in zip(b.hf_names, b.row.hf_dims(model_shape(config)), strict=True)
+        for b in bind(FAMILIES[family].rows, shape)
+        for name, dims in zip(b.hf_names, b.row.hf_dims(shape), strict=True)
     }
     # named_parameters() lists a tied head once, as the embedding.
     assert mapped == {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -87,4 +89,4 @@ def test_missing_and_left_over_names_are_listed() -> None:
 
 def test_unknown_family_lists_the_supported_ones() -> None:
     with pytest.raises(UserError, match="'mistral' is not supported; supported: llama, qwen2"):
-        family_of("mistral")
+        facts_of({"model_type": "mistral"})

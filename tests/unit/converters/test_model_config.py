@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tiny_hf import LLAMA3_ROPE, make_config
 
-from converters.families import FAMILIES
 from converters.model_config import ARCHITECTURE_KEYS, model_shape, nemo_config, rope_config
 from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import ModelFacts, facts_of
+
+
+def facts(family: str, tied: bool = False, **changes) -> ModelFacts:
+    """Of the config.json that transformers writes."""
+    return facts_of(json.loads(make_config(family, tied, **changes).to_json_string(use_diff=False)))
 
 
 def convert(family: str, tied: bool = False, **changes):
-    return nemo_config(make_config(family, tied, **changes), FAMILIES[family], Path("/tokenizer"))
+    return nemo_config(facts(family, tied, **changes), Path("/tokenizer"))
 
 
 def test_every_compared_key_is_written_for_a_scaled_model() -> None:
@@ -45,7 +51,7 @@ def test_qwen_keys() -> None:
 
 def test_head_dim_of_the_config_wins_over_the_quotient() -> None:
     assert convert("llama", head_dim=24)["kv_channels"] == 24
-    assert model_shape(make_config("llama", False, head_dim=24)).q_width == 96
+    assert model_shape(facts("llama", head_dim=24)).q_width == 96
 
 
 def test_real_vocabularies_need_no_padding_beyond_128() -> None:
@@ -74,13 +80,13 @@ def test_what_nemo_cannot_express_is_refused_by_key(family: str, changes: dict, 
 
 def test_old_spelling_and_default_type_of_rope_scaling() -> None:
     old = {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"} | {"type": "llama3"}
-    assert rope_config(make_config("llama", False, rope_scaling=old))["old_context_len"] == 256
-    plain = rope_config(make_config("llama", False, rope_scaling={"rope_type": "default"}))
+    assert rope_config(facts("llama", rope_scaling=old))["old_context_len"] == 256
+    plain = rope_config(facts("llama", rope_scaling={"rope_type": "default"}))
     assert plain["scale_positional_embedding"] is False
 
 
 def test_incomplete_llama3_scaling_names_what_lacks() -> None:
-    config = make_config("llama", False)
-    config.rope_scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    config = make_config("llama", False).to_dict()
+    config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
     with pytest.raises(UserError, match="lacks high_freq_factor, original_max_position_embeddings"):
-        rope_config(config)
+        facts_of(config)
