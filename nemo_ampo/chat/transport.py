@@ -20,7 +20,7 @@ import orjson
 
 from nemo_ampo.chat.completion import CallError
 from nemo_ampo.chat.secrets import Secrets
-from nemo_ampo.compat.pyreqwest import rest_before_exit
+from nemo_ampo.compat.pyreqwest import import_here, rest_before_exit
 from nemo_ampo.proxies import passwords, proxy_for, through
 from nemo_ampo.text import one_line
 
@@ -55,6 +55,7 @@ class Transport:
     """
 
     def __init__(self, timeout_s: float, secrets: tuple[str, ...]) -> None:
+        import_here()
         self._timeout_s = timeout_s
         self._texts = list(secrets)
         self._secrets = Secrets(self._texts)
@@ -98,7 +99,7 @@ class Transport:
             said = f"no answer within {self._timeout_s:g} s{through(url)}"
             failure = CallError("timeout", said, cause="timeout", transient=True)
         except _UnusableBodyError as error:
-            said = f"the answer is {self.redact(str(error))}{through(url)}"
+            said = f"the answer is {one_line(self.redact(str(error)), 80)}{through(url)}"
             failure = CallError("parse", said, cause="body", transient=True)
         except (PyreqwestError, ValueError) as error:  # the latter for an address that is none
             said = f"{self._no_connection(error)}{through(url)}"
@@ -187,7 +188,7 @@ async def _read(response: Response) -> str:
     """
     packed = response.get_header("Content-Encoding") or "identity"
     if packed.lower() != "identity":
-        raise _UnusableBodyError(f"packed ({one_line(packed, 20)}), which was not asked for")
+        raise _UnusableBodyError(f"packed, which was not asked for ({packed})")
     body = bytearray()
     while chunk := await response.body_reader.read_chunk():
         body += chunk

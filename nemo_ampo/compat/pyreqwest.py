@@ -1,4 +1,4 @@
-"""pyreqwest 0.15.1 at the end of a process."""
+"""pyreqwest 0.15.1 in threads, and at the end of a process."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def rest_before_exit() -> None:
     (pyo3-async-runtimes, issue 40).
     """
     atexit.register(time.sleep, _LAST_WAKE_UP_S)
+
+
+def import_here() -> None:
+    """Import it in the thread that makes a client, not in the one that first talks.
+
+    A thread that imports it and ends leaves something of its own in the library: the next client, in another thread, ends
+    the process with a segmentation fault. Judges are made in the main thread and talk in one of their own.
+    """
+    import pyreqwest.client
+    import pyreqwest.exceptions
+    import pyreqwest.proxy  # noqa: F401

@@ -164,3 +164,23 @@ def test_a_thread_nobody_closed_does_not_keep_the_process_alive(tools: Any) -> N
         finally:
             process.kill()
     assert (process.returncode, output) == (0, "asked\n"), errors
+
+
+ONE_AFTER_THE_OTHER = """
+import sys
+from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+for _ in range(8):
+    with JudgeThread(Judge(JudgeConfig(sys.argv[1], "referee"))) as judge:
+        judge.submit(JudgeRequest("d", "A", "B", "g", "h")).result()
+"""
+
+
+def test_a_process_may_open_one_judge_after_the_other(tools: Any) -> None:
+    server = tools.serve(tools.verdict())
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, server.base_url],
+        capture_output=True,
+        text=True,
+        env=tools.child_environment(),
+    )
+    assert (done.returncode, len(server.calls)) == (0, 8), done.stderr
