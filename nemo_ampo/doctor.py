@@ -150,17 +150,22 @@ def doctor(judge_key_env: str | None = None, folder: Path = Path()) -> Report:
 
 
 def compat_table() -> Table:
-    """What is replaced in the frameworks on a CPU: upstream symbol, version, reason."""
+    """What is replaced in the frameworks, on every machine and on a CPU: upstream symbol, version, reason."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from nemo_ampo.compat.cpu import TABLES
+    from nemo_ampo.compat import common, cpu
 
-    table = Table(title="Substitutes on a CPU", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Substitutes: on every machine, then on a CPU",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for heading in ("upstream", "version", "reason"):
         table.add_column(heading, overflow="fold")
-    for rows in (part.rows for part in TABLES):
+    for rows in (part.rows for part in (*common.TABLES, *cpu.TABLES)):
         for row in rows:
             table.add_row(Text(row.upstream), Text(row.version), Text(row.reason), end_section=row is rows[-1])
     return table

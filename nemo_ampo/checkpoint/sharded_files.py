@@ -78,10 +78,19 @@ def write_shards(state: dict[str, Any], folder: Path) -> None:
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     request = strategy.async_save(sharded, folder)
+    device_is_done()
     together(request.async_fn)
     for finish in request.finalize_fns:
         finish()
     together(lambda: save_config(CheckpointingConfig("torch_dist", 1), folder) if main else None)
+
+
+def device_is_done() -> None:
+    """Wait until the copies to pinned memory have arrived, which Megatron's planning only starts.
+
+    Upstream waits where it starts a writing process; here is none.
+    """
+    torch.cuda.synchronize()
 
 
 def read_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:

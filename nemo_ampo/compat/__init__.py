@@ -1,7 +1,8 @@
 """Where this project meets the frameworks' rough edges: version check, CPU platform, quiet logs.
 
-Every program calls :func:`setup` once, before it imports NeMo. On a GPU it only checks versions and quietens logs; on a
-CPU it also installs the substitutes of :mod:`nemo_ampo.compat.cpu`, so that the same recipes run over gloo.
+Every program calls :func:`setup` once, before it imports NeMo. It checks versions, quietens logs and mends what is wrong
+everywhere (:mod:`nemo_ampo.compat.common`); on a CPU it also installs the substitutes of :mod:`nemo_ampo.compat.cpu`, so
+that the same recipes run over gloo.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def setup(device: str = "auto", verbose: bool = False) -> Device:
         ConfigError: wrong device word, NeMo already imported, or a framework version this project was not built for.
     """
     global _installed_for
-    from nemo_ampo.compat import quiet, versions
+    from nemo_ampo.compat import common, quiet, versions
 
     chosen = resolve_device(device)
     if _installed_for is not None:
@@ -64,6 +65,7 @@ def setup(device: str = "auto", verbose: bool = False) -> Device:
     versions.check(chosen)
     if not verbose:
         quiet.before_imports()
+    common.before_imports()
     if chosen == "cpu":
         # Spinning OpenMP threads collapse throughput when ranks share cores; must be set before the first parallel region.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -73,6 +75,7 @@ def setup(device: str = "auto", verbose: bool = False) -> Device:
     from nemo_ampo.compat import tokenizer
 
     tokenizer.install()
+    common.after_imports()
     if not verbose:
         quiet.after_imports()
     _installed_for = chosen

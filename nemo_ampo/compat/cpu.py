@@ -12,17 +12,16 @@ import atexit
 import contextlib
 import functools
 import gc
-import importlib.util
 import inspect
 import os
 import queue
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from nemo_ampo.compat.common import stub_module
 from nemo_ampo.compat.registry import Table
 
 CPU = torch.device("cpu")
@@ -180,24 +179,15 @@ def destroy_groups() -> None:
 # --- modules that cannot be imported here --------------------------------------------------------------------------
 
 
-def _stub_module(name: str, **attributes: Any) -> None:
-    module = types.ModuleType(name)
-    module.__dict__.update(attributes)
-    sys.modules[name] = module
-
-
-@STUBS.add("nemo_aligner.utils.trt_llm", "nemo-aligner 0.7.0", "imports tensorrt_llm at module level, if there is none")
-def _trt_llm() -> None:
-    if importlib.util.find_spec("tensorrt_llm") is not None:
-        # NeMo refuses to load an engine where TensorRT-LLM may choose the device; Aligner sets this only after its import.
-        os.environ.setdefault("DISABLE_TORCH_DEVICE_SET", "1")
-        return
-
-    class GPTGenerateTRTLLM:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            raise RuntimeError("TensorRT-LLM is not installed on this machine; set rollout.engine=megatron")
-
-    _stub_module("nemo_aligner.utils.trt_llm", GPTGenerateTRTLLM=GPTGenerateTRTLLM)
+@STUBS.add(
+    "apex, amp_C, transformer_engine",
+    "apex 25.01, transformer-engine 1.13",
+    "Megatron and NeMo take their kernels wherever they can be imported, and none runs on a CPU: hidden, everything falls "
+    "back as on a machine that has none",
+)
+def _no_cuda_extensions() -> None:
+    for name in ("apex", "amp_C", "transformer_engine"):
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's way of saying that it cannot be imported
 
 
 @STUBS.add("nemo.core.optim.distributed_adam", "nemo 2.2.1", "NLPDDPStrategy raises 'Apex was not found' without it")
@@ -205,7 +195,7 @@ def _distributed_adam() -> None:
     class MegatronDistributedFusedAdam(torch.optim.AdamW):
         """Only its name is needed: recipes use mcore_distributed_optim."""
 
-    _stub_module("nemo.core.optim.distributed_adam", MegatronDistributedFusedAdam=MegatronDistributedFusedAdam)
+    stub_module("nemo.core.optim.distributed_adam", MegatronDistributedFusedAdam=MegatronDistributedFusedAdam)
 
 
 @STUBS.add("NVIDIA_PYTORCH_VERSION", "nemo 2.2.1", "_enable_nvidia_optimizations matches None against a pattern")

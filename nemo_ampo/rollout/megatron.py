@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference_params import InferenceParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from nemo_ampo.compat.layer_spec import SdpaAttention
+from nemo_ampo.compat.layer_spec import RotatedCacheSelfAttention, SdpaAttention
 from nemo_ampo.rollout.collective import check_equal_on_replica
 from nemo_ampo.rollout.engine import (
     Caps,
@@ -254,11 +255,19 @@ def _last_column_only(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _attention_with_mask(model: Any) -> Iterator[None]:
-    """Transformer Engine's causal attention ignores a mask; torch's takes its place while we generate."""
+    """What generation needs of Megatron's attention while it lasts: a heeded mask, and a cache that begins with zeros.
+
+    Transformer Engine's causal attention ignores a mask; torch's takes its place. And Megatron leaves a new cache as the
+    memory was: a masked column still takes part, with weight 0, and 0 times NaN is NaN.
+    """
     replaced = []
+    zeroed = []
     for module in model.get_model_module_list():
         for layer in module.decoder.layers:
             attention = layer.self_attention
+            if not isinstance(attention, RotatedCacheSelfAttention):
+                zeroed.append(attention)
+                attention._allocate_memory = partial(_zeros_for_cache, attention._allocate_memory)
             if not isinstance(attention.core_attention, SdpaAttention):
                 replaced.append((attention, attention.core_attention))
                 attention.core_attention = SdpaAttention(
@@ -272,6 +281,13 @@ def _attention_with_mask(model: Any) -> Iterator[None]:
     finally:
         for attention, core in replaced:
             attention.core_attention = core
+        for attention in zeroed:
+            del attention._allocate_memory
+
+
+def _zeros_for_cache(allocate: Any, *shape: Any) -> torch.Tensor:
+    memory: torch.Tensor = allocate(*shape)
+    return memory.zero_()
 
 
 def _copy_rows(source: InferenceParams, rows: torch.Tensor, target: InferenceParams, places: torch.Tensor) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp
-from nemo_aligner.utils.trt_llm import GPTGenerateTRTLLM
 
+from nemo_ampo.compat.common import load_trt_llm
 from nemo_ampo.rollout.collective import check_equal_on_replica
 from nemo_ampo.rollout.engine import (
     Caps,
@@ -46,7 +46,7 @@ def stop_words(stop_token_ids: Sequence[int], rows: int) -> Any:
     return table.repeat(rows, 1, 1).numpy()
 
 
-class _Sampler(GPTGenerateTRTLLM):
+class _Sampler(load_trt_llm().GPTGenerateTRTLLM):  # type: ignore[misc]
     """Aligner's generator with our exporter, seeds, stops and log-probabilities."""
 
     def __init__(self, exporter: RepairedExporter, **arguments: Any) -> None:

@@ -40,6 +40,32 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where a command seems to run.
+
+    Attributes:
+        device: what the process that forks is set up for.
+        path: folders that make the machine, before all others.
+        container: variables that its container sets.
+    """
+
+    device: str = "cpu"
+    path: tuple[Path, ...] = ()
+    container: tuple[tuple[str, str], ...] = ()
+
+
+CPU = Machine()
+GPU_VISIBLE = Machine("cpu", (HERE / "gpu_like",))
+"""A GPU is there, but nothing that a GPU's stack brings, and nobody asked for it."""
+CPU_OF_GPU_NODE = Machine(
+    "cpu", (HERE / "gpu_like", HERE / "gpu_like" / "extensions"), (("NVIDIA_PYTORCH_VERSION", "25.01"),)
+)
+"""A stage that runs on the CPU of a GPU node, such as a conversion."""
+GPU_NODE = replace(CPU_OF_GPU_NODE, device="gpu")
+"""See gpu_like/README.md."""
+
+
+@dataclass(frozen=True)
 class Command:
     """What the forking process is told."""
 
@@ -49,19 +75,20 @@ class Command:
     ranks: int
 
 
-def run_nemo(words: Sequence[object], ranks: int = 1, path: Path | None = None) -> Finished:
+def run_nemo(words: Sequence[object], ranks: int = 1, path: Path | None = None, machine: Machine = CPU) -> Finished:
     """Run a module, or a file that ends in ``.py``, as ``python`` would.
 
     Args:
         words: the command line.
         ranks: processes that run it.
         path: a further folder of packages, which NeMo may look for too.
+        machine: where it seems to run.
     """
-    process = _forking_process(path)
+    process = _forking_process(path, machine)
     assert process.stdin is not None and process.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        command = Command([str(word) for word in words], dict(os.environ), str(output), ranks)
+        command = Command([str(word) for word in words], os.environ | dict(machine.container), str(output), ranks)
         process.stdin.write(json.dumps(asdict(command)) + "\n")
         process.stdin.flush()
         answer = process.stdout.readline()
@@ -70,21 +97,25 @@ def run_nemo(words: Sequence[object], ranks: int = 1, path: Path | None = None) 
         return Finished(status, (output / "out").read_text(), (output / "err").read_text())
 
 
-def convert(hf: Path, nemo: Path, path: Path | None = None) -> Path:
+def convert(hf: Path, nemo: Path, path: Path | None = None, machine: Machine = CPU) -> Path:
     """The ``.nemo`` file of a Hugging Face folder, without the check that tests of the converter make."""
-    finished = run_nemo(["converters.hf_to_nemo", "--input", hf, "--output", nemo, "--no-verify"], path=path)
+    words = ["converters.hf_to_nemo", "--input", hf, "--output", nemo, "--no-verify"]
+    finished = run_nemo(words, path=path, machine=machine)
     assert finished.status == 0, finished.err[-6000:]
     return nemo
 
 
 @functools.cache
-def _forking_process(path: Path | None) -> subprocess.Popen[str]:
-    """One for each process of the tests and ``path``, for as long as that process lives."""
+def _forking_process(path: Path | None, machine: Machine) -> subprocess.Popen[str]:
+    """One for each process of the tests, path and machine, for as long as that process lives."""
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, machine.device],
         cwd=ROOT,
-        env=os.environ | threads | {"PYTHONPATH": ":".join(map(str, filter(None, (ROOT, HERE, path))))},
+        env=os.environ
+        | threads
+        | dict(machine.container)
+        | {"PYTHONPATH": ":".join(map(str, filter(None, (*machine.path, ROOT, HERE, path))))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -106,7 +137,7 @@ def main() -> None:
     from nemo_ampo.compat import setup
 
     before = dict(os.environ)
-    setup("cpu")
+    setup(sys.argv[1])
     import nemo_ampo.rollout.megatron
     import nemo_ampo.training.actor
     import nemo_ampo.training.bc_trainer

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from nemo_ampo import doctor as machine
-from nemo_ampo.compat import cpu, versions
+from nemo_ampo.compat import common, cpu, versions
 from nemo_ampo.doctor import Check, Package, Report, Status, compat_table, doctor, memory_bytes, num_cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +107,6 @@ def test_little_room_is_a_warning_with_advice(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_substitute_is_listed_with_its_reason() -> None:
     text = printed(compat_table())
-    for row in (row for table in cpu.TABLES for row in table.rows):
+    for row in (row for table in (*common.TABLES, *cpu.TABLES) for row in table.rows):
         assert row.upstream in text
         assert row.reason.split()[0] in text

@@ -1,0 +1,180 @@
+"""Run with two ranks, TP=2 with sequence parallelism, bf16: what a GPU node's model does, with and without each fix."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def main(folder: Path) -> None:
+    from nemo_ampo import compat
+
+    compat.setup("gpu")
+    result: dict[str, Any] = {}
+    with without(*UNDO["extra_states"]()):
+        result["extra_states_undone"] = outcome(lambda: open_model(folder))
+    session = open_model(folder)
+    result["classes"] = classes(session.model)
+    g = torch.Generator().manual_seed(0)
+    lengths = (32, 33, 7)
+    rows = {n: torch.randint(3, 500, (2, n), generator=g) for n in lengths}
+    result["logprobs"] = [logprobs(session, rows[n]).tolist() for n in lengths]
+    result["oracle"] = [oracle(folder / "hf", rows[n]).tolist() for n in lengths]
+    result["scatters"] = scatters(session.model)
+    with without(*UNDO["embeddings"]()):
+        result["embeddings_undone"] = [outcome(lambda n=n: logprobs(session, rows[n])) for n in lengths]  # type: ignore[misc]
+    session.model._restore_sequence_parallelism_args()
+    result["generated"] = generate(session)
+    with without(*UNDO["cache"]()):
+        result["cache_undone"] = outcome(lambda: generate(session))
+    for name in ("saved", "saved_undone"):
+        with without(*UNDO["synchronise"]()) if name == "saved_undone" else contextlib.nullcontext():
+            result[name] = save(session, folder / name)
+    result["tensorrt_llm"] = "tensorrt_llm" in sys.modules
+    (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+
+
+def open_model(folder: Path) -> Any:
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
+    from nemo_ampo.compose import compose
+    from nemo_ampo.training.actor import AmpoActor
+    from nemo_ampo.training.session import open_session, prepare_config
+
+    nemo = str(folder / "model.nemo")
+    overrides = [
+        *("trainer.precision=bf16", "model.megatron_amp_O2=true", "model.tensor_model_parallel_size=2"),
+        *("model.sequence_parallel=true", "model.activations_checkpoint_granularity=selective"),
+        *("model.global_batch_size=8", "model.micro_batch_size=2"),
+    ]
+    cfg = compose("ampo", "tiny", overrides)
+    prepare_config(cfg, folder / "run", nemo, unpack_assets(nemo, folder / "assets"), "gpu")
+    return open_session(cfg, "reinforce", AmpoActor, nemo, 8, keep_reference=False)
+
+
+def classes(model: Any) -> list[str]:
+    (module,) = model.get_model_module_list()
+    layer = module.decoder.layers[0]
+    parts = (layer.self_attention, layer.self_attention.core_attention, layer.self_attention.linear_qkv, layer.mlp)
+    names = {type(part).__name__ for part in (*parts, module.decoder.final_layernorm)}
+    return sorted(names | {str(p.dtype) for p in module.parameters()})
+
+
+def logprobs(session: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
+    from nemo_ampo.training.forward import token_logprobs
+
+    return token_logprobs(session.model, tokens_BT, 2).cpu()
+
+
+def oracle(hf: Path, tokens_BT: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(hf).eval()(tokens_BT).logits[:, :-1].float()
+    return torch.log_softmax(logits, -1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
+
+
+def scatters(model: Any) -> list[bool]:
+    """Whether training scatters embeddings, after a pass without gradients."""
+    (module,) = model.get_model_module_list()
+    return [part.reduce_scatter_embeddings for part in module.modules() if hasattr(part, "reduce_scatter_embeddings")]
+
+
+def generate(session: Any) -> list[float]:
+    """Prompts of unequal lengths, each in a prefill pass of its own: the shorter leave columns of their cache unwritten."""
+    from nemo_ampo.rollout import megatron
+    from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
+
+    g = torch.Generator().manual_seed(1)
+    prompts = [tuple(torch.randint(3, 500, (n,), generator=g).tolist()) for n in (40, 12, 9)]
+    requests = [Request(i, prompt, i) for i, prompt in enumerate(prompts)]
+    with mock.patch.dict(megatron._PREFILL_TOKENS, {"cpu": 32, "cuda": 32}):
+        responses = megatron.MegatronEngine(session.model, 8).generate(requests, SamplingSpec(6, (256,)))
+    packed = pack(requests, responses, pad_id=0)
+    gap = (packed.sampling_logprobs_BT - logprobs(session, packed.tokens_BT)).abs()[packed.mask_BT]
+    return [len(gap), float(gap.max())]
+
+
+def save(session: Any, folder: Path) -> int:
+    """Weights that are not finite in a checkpoint as it lies on the disk."""
+    from nemo_ampo.checkpoint.sharded_files import write_shards
+
+    write_shards(session.model.sharded_state_dict(), folder)
+    torch.cuda.synchronize()
+    return damaged_tensors(folder)
+
+
+def damaged_tensors(folder: Path) -> int:
+    from torch.distributed import checkpoint
+
+    reader = checkpoint.FileSystemReader(str(folder))
+    state = {
+        key: torch.zeros(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    assert state
+    return sum(not bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def outcome(work: Callable[[], Any]) -> str:
+    """How it failed; empty if it did not."""
+    try:
+        work()
+    except BaseException as error:  # torch.distributed.checkpoint raises one
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# --- one fix taken away -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def without(*patches: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def _extra_states() -> list[Any]:
+    from megatron.core import dist_checkpointing
+
+    return [mock.patch.object(dist_checkpointing, "load", dist_checkpointing.load.__wrapped__)]
+
+
+def _embeddings() -> list[Any]:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+    names = ("_reset_sequence_parallelism_args", "_restore_sequence_parallelism_args")
+    return [mock.patch.object(MegatronGPTModel, name, getattr(MegatronGPTModel, name).__wrapped__) for name in names]
+
+
+def _cache() -> list[Any]:
+    from nemo_ampo.rollout import megatron
+
+    return [mock.patch.object(megatron, "_zeros_for_cache", lambda allocate, *shape: allocate(*shape))]
+
+
+def _synchronise() -> list[Any]:
+    from nemo_ampo.checkpoint import sharded_files
+
+    return [mock.patch.object(sharded_files, "device_is_done", lambda: None)]
+
+
+UNDO: dict[str, Callable[[], list[Any]]] = {
+    "extra_states": _extra_states,
+    "embeddings": _embeddings,
+    "cache": _cache,
+    "synchronise": _synchronise,
+}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

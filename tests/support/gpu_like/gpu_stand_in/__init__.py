@@ -1,0 +1,1 @@
+"""A GPU node played on a CPU; see README.md in the folder above."""
