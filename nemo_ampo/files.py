@@ -66,6 +66,33 @@ def full_or_read_only() -> Iterator[None]:
         raise DiskError(error.errno or 0, f"{where}: {error.strerror}") from error
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Can something be written in a folder that may not be there yet? Asked before work that would be lost; writes nothing.
+
+    Args:
+        folder: to be written in.
+        option: which names it, for the message, such as ``run.dir``.
+
+    Raises:
+        DiskError: it is a file, read-only or not allowed, or its disk is full.
+    """
+    said = f"{option}: cannot write {folder}"
+    with disk_errors(said):
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        disk = os.statvfs(there)
+        if disk.f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)} ({there})")
+        # Some file systems count neither blocks nor files.
+        if (disk.f_blocks and not disk.f_bavail) or (disk.f_files and not disk.f_favail):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def write_once(path: Path, content: str | bytes, *, private: bool = False) -> None:
     """Write through a temporary name of its own beside ``path``: a reader never sees half a file, two writers never mix.
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
 from nemo_ampo.errors import EngineError, Stopped, UserError
-from nemo_ampo.files import full_or_read_only
+from nemo_ampo.files import check_writable, full_or_read_only
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
 from nemo_ampo.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
 from nemo_ampo.ranks import settle_ranks
@@ -73,6 +73,10 @@ def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
         if args.print_config:
             print(OmegaConf.to_yaml(cfg))
             return 0
+        for key in ("run.dir", "checkpoint.dir"):
+            folder = OmegaConf.select(cfg, key)
+            if folder:
+                check_writable(Path(str(folder)), key)
         with full_or_read_only():
             finished = run(cfg)
         _leave_together(finished)

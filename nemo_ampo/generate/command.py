@@ -10,7 +10,7 @@ from typing import get_args
 
 from nemo_ampo.chat import EndpointConfig, Price
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.files import full_or_read_only
+from nemo_ampo.files import check_writable, full_or_read_only
 from nemo_ampo.generate.job import JobConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge import JudgeConfig
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"{len(situations.chosen)} situations, at most {most_calls(config, situations.chosen)} answers to ask for")
         if args.estimate:
             return 0
+        check_writable(config.out.parent, "--out")
         with full_or_read_only():
             summary = run(config, situations)
     except UserError as error:

@@ -156,7 +156,8 @@ def context(run: Run) -> dict[str, Any]:
 def file_problems(run: Run) -> list[str]:
     """Files that are not as the run wrote them; what is shown of them deserves no trust."""
     stages = (("BC", run.bc), ("AMPO", run.ampo))
-    return [f"{name}, {problem}" for name, stage in stages if stage is not None for problem in stage.problems]
+    found = [f"{name}, {problem}" for name, stage in stages if stage is not None for problem in stage.problems]
+    return [*found, *(problem for evaluation in run.evaluations for problem in evaluation.problems)]
 
 
 def missing_parts(run: Run) -> list[str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -325,6 +325,7 @@ class Evaluation:
         summary: ``all`` and each label.
         samples: every answer.
         planned: number of answers there should be.
+        problems: figures that the samples do not give, in words.
     """
 
     name: str
@@ -333,6 +334,7 @@ class Evaluation:
     summary: Mapping[str, Summary]
     samples: tuple[ShownSample, ...]
     planned: int
+    problems: tuple[str, ...] = ()
 
     @property
     def partial(self) -> str | None:
@@ -412,7 +414,45 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
         DataError: not JSON, or not an evaluation.
     """
-    return parse_evaluation(read_record(path), str(path))
+    evaluation = parse_evaluation(read_record(path), str(path))
+    return replace(evaluation, problems=tuple(_unlike_samples(evaluation, path.name)))
+
+
+def _unlike_samples(evaluation: Evaluation, name: str) -> list[str]:
+    """Figures of the summary that the samples beside it do not give."""
+    problems = []
+    for tag, stated in evaluation.summary.items():
+        samples = [sample for sample in evaluation.samples if tag in (ALL_TAGS, sample.tag)]
+        counted = _summary_of(samples)
+        wrong = [f.name for f in fields(Summary) if not _alike(getattr(stated, f.name), getattr(counted, f.name))]
+        if wrong:
+            problems.append(f"{name}: {', '.join(wrong)} of {tag!r} are not what its samples give{DAMAGED}.")
+    return problems
+
+
+def _summary_of(samples: Sequence[ShownSample]) -> Summary:
+    return Summary(
+        samples=len(samples),
+        reward=_mean(s.reward for s in samples),
+        goal=_mean(s.goal for s in samples if s.mode),
+        valid_format=_mean(float(s.format_rule is None) for s in samples),
+        tokens=_mean(s.num_tokens for s in samples),
+        judge_failed=sum(s.judge_error is not None for s in samples),
+        mode_share={k: _mean(float(s.mode == k) for s in samples) or 0.0 for k in MODES},
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return math.fsum(present) / len(present) if present else None
+
+
+def _alike(stated: Any, counted: Any) -> bool:
+    if isinstance(stated, Mapping):
+        return all(_alike(stated[key], counted[key]) for key in stated)
+    if stated is None or counted is None:
+        return stated is counted
+    return math.isclose(stated, counted, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def in_checkpoint_order(evaluations: list[Evaluation]) -> list[Evaluation]:

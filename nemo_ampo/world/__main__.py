@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import full_or_read_only
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        summary = make_pack(args.out, args.seed, args.num_bc, args.num_rl, args.num_heldout)
+        with full_or_read_only():
+            summary = make_pack(args.out, args.seed, args.num_bc, args.num_rl, args.num_heldout)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.files import full_or_read_only
 from nemo_ampo.staging import publish, staged
+from nemo_ampo.terminal import printable_output
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -193,6 +195,7 @@ def _network(model: TinyModel, tokenizer: PreTrainedTokenizerFast) -> PreTrained
     return LlamaForCausalLM(LlamaConfig(rope_theta=5e5, rms_norm_eps=1e-5, rope_scaling=scaling, **common))
 
 
+@printable_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a tiny checkpoint with random weights and a tokenizer trained on a pack."""
     defaults = TinyModel()
@@ -208,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {name: getattr(args, name) for name in ("hidden", "layers", "heads", "kv_heads", "ffn")}
     model = TinyModel(family=args.family, tied=not args.untied, **sizes)
     try:
-        make_tiny_checkpoint(args.out, args.pack, args.seed, model)
+        with full_or_read_only():
+            make_tiny_checkpoint(args.out, args.pack, args.seed, model)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
