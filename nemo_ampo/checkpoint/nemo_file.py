@@ -15,11 +15,12 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import DiskError, UserError
+from nemo_ampo.files import disk_errors
 
 ASSETS_FOLDER = "hf_assets"
 WEIGHTS_FOLDER = "model_weights"
@@ -265,23 +266,30 @@ def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
 
     Raises:
         UserError: ``assets_dir`` has no config.json.
+        DiskError: it cannot be written.
     """
     target = Path(path).absolute()
     if not (Path(assets_dir) / "config.json").is_file():
         raise UserError(f"{assets_dir}: no config.json; expected the Hugging Face files of the model")
     staging = target.with_name(f".{target.name}.saving")
-    if _is_rank_zero():
+    staged = staging / target.name
+
+    def begin() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    _barrier()
-    staged = staging / target.name
-    with temporary_files_in(staging):
-        model.save_to(str(staged))
-    if _is_rank_zero():
+
+    def finish() -> None:
         add_assets(staged, assets_dir, atomic=False)
         _publish(staged, target)
-        shutil.rmtree(staging)
-    _barrier()
+
+    try:
+        _on_rank_zero(begin, target)
+        with disk_errors(f"cannot write {target}"), temporary_files_in(staging):
+            model.save_to(str(staged))
+        _on_rank_zero(finish, target)
+    finally:
+        if _is_rank_zero():
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def pack_nemo(folder: Path | str, path: Path | str, assets_dir: Path | str) -> None:
@@ -322,14 +330,23 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
         tempfile.tempdir = before
 
 
+def _on_rank_zero(work: Callable[[], None], target: Path) -> None:
+    """Run ``work`` on one rank; all wait for it, and all learn that the disk refused it."""
+    refused: list[str | None] = [None]
+    if _is_rank_zero():
+        try:
+            work()
+        except OSError as error:
+            refused = [error.strerror or str(error)]
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise DiskError(0, f"cannot write {target}: {refused[0]}")
+
+
 def _is_rank_zero() -> bool:
     import torch
 
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _barrier() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

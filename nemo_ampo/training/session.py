@@ -29,7 +29,7 @@ from nemo_aligner.utils.utils import (
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.nemo_file import load_overrides
+from nemo_ampo.checkpoint.nemo_file import load_overrides, temporary_files_in
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.training.padding import mask_padded_vocab
@@ -101,7 +101,7 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         assets: unpacked tokenizer files.
         device: ``cpu`` or ``gpu``.
     """
-    with open_dict(cfg):
+    with open_dict(cfg), temporary_files_in(run_dir):
         cfg.trainer.accelerator = device
         cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
@@ -134,7 +134,8 @@ def open_session(
     """
     trainer = resolve_and_create_trainer(cfg, algorithm)
     exp_manager(trainer, cfg.exp_manager)
-    model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=nemo_file)
+    with temporary_files_in(Path(cfg.exp_manager.explicit_log_dir).parent):
+        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=nemo_file)
     mask_padded_vocab(model)
     if keep_reference:
         # Taken before the resume: the reference is the checkpoint the stage started from, not the state it stopped in.
