@@ -110,7 +110,7 @@ def run(cfg: DictConfig) -> bool:
         watch_ranks(config.run.rank_timeout_s)
 
         from converters.live import publish_weights
-        from nemo_ampo.checkpoint.nemo_file import save_nemo
+        from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
         from nemo_ampo.judge.second import SecondJudge
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import EngineSetup, make_engine
@@ -129,9 +129,12 @@ def run(cfg: DictConfig) -> bool:
         ranks = MegatronRanks()
         first_step = session.resumed.counters["step"] if session.resumed else 0
         resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-        if ranks.is_main:
+
+        def describe() -> None:
             record_stop_tokens(assets, tokenizer)  # before the first step: a checkpoint packed on the way carries them too
             write_provenance(run_dir, resolved, data_hashes)
+
+        on_rank_zero(describe, run_dir)
         trackers = open_trackers(config.run, "ampo", first_step, resolved) if ranks.is_main else []
         stops = stop_token_ids(assets, tokenizer)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

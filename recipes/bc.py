@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> bool:
 
     from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 
-    from nemo_ampo.checkpoint.nemo_file import save_nemo
+    from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.training.bc_trainer import BcParts, BcTrainer
@@ -79,17 +79,17 @@ def run(cfg: DictConfig) -> bool:
     )
     ranks = MegatronRanks()
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    if ranks.is_main:
+
+    def describe() -> None:
         # Before the first step, so that a checkpoint packed on the way carries them too.
         record_stop_tokens(assets, tokenizer)
+        write_provenance(run_dir, resolved, hashes)
         if system_prompt is not None:
             write_once(assets / SYSTEM_PROMPT_FILE, system_prompt)
-        write_provenance(run_dir, resolved, hashes)
-        if train.dropped:
-            print(
-                f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}",
-                file=sys.stderr,
-            )
+
+    on_rank_zero(describe, run_dir)
+    if train.dropped and ranks.is_main:
+        print(f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}", file=sys.stderr)
     first_step = session.resumed.counters["step"] if session.resumed else 0
     trackers = open_trackers(config.run, "bc", first_step, resolved) if ranks.is_main else []
     trainer = BcTrainer(

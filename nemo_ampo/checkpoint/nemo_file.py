@@ -283,10 +283,10 @@ def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
         _publish(staged, target)
 
     try:
-        _on_rank_zero(begin, target)
+        on_rank_zero(begin, target)
         with disk_errors(f"cannot write {target}"), temporary_files_in(staging):
             model.save_to(str(staged))
-        _on_rank_zero(finish, target)
+        on_rank_zero(finish, target)
     finally:
         if _is_rank_zero():
             shutil.rmtree(staging, ignore_errors=True)
@@ -330,8 +330,12 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
         tempfile.tempdir = before
 
 
-def _on_rank_zero(work: Callable[[], None], target: Path) -> None:
-    """Run ``work`` on one rank; all wait for it, and all learn that the disk refused it."""
+def on_rank_zero(work: Callable[[], None], target: Path) -> None:
+    """Run ``work``, which writes to ``target``, on one rank; all wait for it.
+
+    Raises:
+        DiskError: on all ranks, when the disk refused it.
+    """
     refused: list[str | None] = [None]
     if _is_rank_zero():
         try:
