@@ -10,6 +10,7 @@ it back. Nothing here imports NeMo.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -277,6 +278,10 @@ def save_nemo(model: Any, path: Path | str, assets_dir: Path | str) -> None:
     def begin() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        # Asked while all ranks can be told: one that dies in the middle of a save takes the others with it.
+        free, needed = shutil.disk_usage(staging).free, _bytes_to_save(model)
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 1e9:.3g} GB free, it needs {needed / 1e9:.3g} GB; make room")
 
     def finish() -> None:
         add_assets(staged, assets_dir, atomic=False)
@@ -328,6 +333,12 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         tempfile.tempdir = before
+
+
+def _bytes_to_save(model: Any) -> int:
+    """Of the weights of all model-parallel ranks, twice: NeMo writes them, then packs what it wrote."""
+    ranks = int(model.cfg.get("tensor_model_parallel_size", 1)) * int(model.cfg.get("pipeline_model_parallel_size", 1))
+    return 2 * ranks * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def on_rank_zero(work: Callable[[], None], target: Path) -> None:

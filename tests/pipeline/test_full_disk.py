@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -60,7 +61,7 @@ class Stage:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
-        self.alarmed = threading.Event()
+        self.alarmed, self.began = threading.Event(), threading.Event()
         assert self.process.stderr is not None
         self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), daemon=True)
         self._reader.start()
@@ -68,6 +69,8 @@ class Stage:
     def _read(self, stream: IO[str]) -> None:
         for line in stream:
             self.said.append(line.rstrip("\n"))
+            if line.startswith("BC 1/"):
+                self.began.set()
             if line.startswith("ALARM"):
                 self.alarmed.set()
 
@@ -121,3 +124,26 @@ def test_a_full_disk_is_an_alarm_then_a_clean_stop_and_the_same_command_continue
     assert any("resume: continuing from" in line and line.endswith("step-000001") for line in again.said)
     assert [row["step"] for row in read_jsonl(log)] == list(range(STEPS))
     assert (checkpoints / f"step-{STEPS:06d}" / "manifest.json").exists() and (run_dir / "policy.nemo").exists()
+
+
+def test_a_run_folder_that_fills_up_costs_no_training(quickstart: Quickstart, disk: Path, tmp_path: Path) -> None:
+    world, run_dir, steps = quickstart.folder / "world", disk / "bc", 12
+    command = [
+        *(sys.executable, "-m", "recipes.bc", "--config-name", "tiny", f"run.dir={run_dir}"),
+        *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"checkpoint.dir={tmp_path / 'checkpoints'}"),
+        *(f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}"),
+        *(f"trainer.sft.{name}={steps}" for name in ("max_steps", "val_check_interval", "save_interval")),
+    ]
+    full = Stage(command)
+    assert full.began.wait(300), full.said
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    assert full.end() == 2, full.said
+    assert full.said[-1].startswith(f"error: cannot write {run_dir / 'policy.nemo'}: "), full.said
+    assert not any("Traceback" in line for line in full.said), full.said
+    filler.unlink()
+    again = Stage(command)
+    assert again.end() == 0, again.said
+    assert (run_dir / "policy.nemo").exists()

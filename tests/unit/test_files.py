@@ -1,15 +1,28 @@
 from __future__ import annotations
 
+import errno
+import os
 import random
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nemo_ampo.errors import DataError, DiskError, UserError
-from nemo_ampo.files import disk_errors, file_name_problem, read_jsonl, write_once
+from nemo_ampo.files import (
+    append_whole,
+    check_writable,
+    disk_errors,
+    file_name_problem,
+    full_or_read_only,
+    is_torn,
+    read_jsonl,
+    strict_json,
+    write_once,
+)
 
 
 def test_a_torn_line_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -109,3 +122,79 @@ def test_whatever_passes_as_a_name_is_one_file_in_its_folder(tmp_path: Path) -> 
     for name in taken:
         write_once(tmp_path / f"{name}.json", name)
     assert len(taken) > 100 and {path.name for path in tmp_path.rglob("*")} == {f"{name}.json" for name in taken}
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_work_begins(read_only: Path, tmp_path: Path) -> None:
+    for folder in (read_only, read_only / "not" / "there"):
+        with pytest.raises(DiskError, match=rf"^run\.dir: cannot write {folder}: Read-only file system$"):
+            check_writable(folder, "run.dir")
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"run\.dir: .*/file/x: .*is a file"):
+        check_writable(tmp_path / "file" / "x", "run.dir")
+    check_writable(tmp_path / "a" / "b", "run.dir")
+    assert not (tmp_path / "a").exists()
+
+
+def test_commands_on_a_read_only_disk_end_with_one_line(read_only: Path) -> None:
+    world = ("nemo_ampo.world", "--out", f"{read_only}/w", "--num-bc", "4", "--num-rl", "4", "--num-heldout", "4")
+    rows = (
+        "nemo_ampo.cli",
+        "generate",
+        "bc",
+        "--world",
+        "1",
+        "--out",
+        f"{read_only}/r.jsonl",
+        "--teacher",
+        "http://127.0.0.1:9/v1",
+    )
+    stages = [
+        (f"recipes.{stage}", f"run.dir={read_only}/x", *more)
+        for stage, more in (
+            ("bc", ()),
+            ("ampo", ()),
+            ("evaluate", ("run.name=a",)),
+            ("sotopia", ("--config-name", "self_play")),
+        )
+    ]
+    for command in (world, (*rows, "--teacher", "http://127.0.0.1:9/v1", "--teacher-model", "m"), *stages):
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+        assert done.returncode == 2, (command, done.stderr)
+        assert done.stderr.count("\n") == 1 and "Read-only file system" in done.stderr, (command, done.stderr)
+
+
+def test_an_error_of_a_disk_that_no_other_rule_names_is_one_line() -> None:
+    with pytest.raises(DiskError, match=r"^cannot write /x: No space left on device$"), full_or_read_only():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x")
+    with pytest.raises(ConnectionRefusedError), full_or_read_only():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "no")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1, "a": 2}', "NaN", "[1e999]", "-Infinity", "[" * 100_000, "1" * 5000, "", "{", '{"a": {"b": 1, "b": 1}}'],
+)
+def test_what_is_no_json_is_said_in_a_few_words(text: str) -> None:
+    with pytest.raises(ValueError, match=r"occurs twice|not a finite number|not valid JSON"):
+        strict_json(text)
+
+
+def test_an_appended_line_follows_a_whole_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"1\n2")
+    append_whole(log, b"3\n")
+    assert log.read_bytes() == b"1\n3\n"
+    assert not is_torn(log) and not is_torn(tmp_path / "absent")
+    log.write_bytes(b"torn")
+    assert is_torn(log)

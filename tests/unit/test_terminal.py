@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import pty
 import re
@@ -11,8 +13,11 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from nemo_ampo.grammar import render_reply
 from nemo_ampo.terminal import printable_output, show, undisguised
 
+ROOT = Path(__file__).resolve().parents[2]
+CLI = (sys.executable, "-m", "nemo_ampo.cli")
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\x9b1mc\u202ed\u2066e\rf\x08g\ud800"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -57,17 +62,51 @@ def test_the_text_of_a_table_is_printable_and_its_style_stays(monkeypatch: pytes
 
 def test_a_hostile_reply_on_a_real_terminal(tmp_path: Path) -> None:
     reply = tmp_path / "reply.txt"
-    reply.write_text(f'<|begin_of_mode_1|>x\n"{HOSTILE[:-1]}"', encoding="utf-8")
+    reply.write_text(render_reply(1, f'"{HOSTILE[:-1]}"'), encoding="utf-8", newline="")
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "nemo_ampo.cli", "score", str(reply)]
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path)
+    process = subprocess.Popen([*CLI, "score", str(reply)], stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
     os.close(slave)
     shown = b""
-    try:
+    with contextlib.suppress(OSError):
         while part := os.read(master, 65536):
             shown += part
-    except OSError:
-        pass
-    assert process.wait(60) in (0, 1)
-    text = shown.decode()
-    assert "format" in text and not CONTROL.search(text.replace("\r\n", "\n")), text
+    assert process.wait(60) == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert 'answer    "a\\x1b[2J' in text and not CONTROL.search(text), text
+
+
+def hostile_run(root: Path) -> None:
+    """A batch run whose names, logs and results were chosen by an enemy."""
+    name = "e\x1b[31m\u202ev\x9bil\x07"
+    (root / "evaluate").mkdir(parents=True)
+    means = {"samples": 1, "reward": 1.0, "goal": 1.0, "valid_format": 1.0, "tokens": 1.0, "judge_failed": 0}
+    sample = {"row_id": name, "tag": name, "mode": 1, "text": HOSTILE[:-1], "reward": 1.0, "goal": 1.0, "num_tokens": 1}
+    record = {"name": name, "checkpoint": name, "summary": {"all": means, name: means}, "samples": [sample]}
+    (root / "evaluate" / "a.json").write_text(json.dumps(record))
+    (root / "slurm").mkdir()
+    (root / "slurm" / "plan.json").write_text(json.dumps([{"name": name, "output": str(root / "no"), "trains": False}]))
+    ends = {"event": "end", "time": 1.0, "stages": 0, "step": 0, "status": 1, "reason": name}
+    (root / "slurm" / "attempts.jsonl").write_text(json.dumps(ends) + "\n")
+    (root / "logs" / "1").mkdir(parents=True)
+    (root / "logs" / "1" / f"{name}.log").write_text(f"error: {HOSTILE[:-1]}\n", newline="")
+
+
+@pytest.mark.parametrize("command", ["report", "status"])
+def test_commands_show_a_hostile_run_without_obeying_it(tmp_path: Path, command: str) -> None:
+    root = tmp_path / "run\x1b[5m\u2066"
+    hostile_run(root)
+    done = subprocess.run([*CLI, command, str(root)], capture_output=True, cwd=ROOT)
+    shown = (done.stdout + done.stderr).decode()
+    assert done.returncode == 0, shown
+    assert "\\x1b[31m\\u202ev\\x9bil" in shown and not CONTROL.search(shown), shown
+
+
+def test_an_error_line_about_a_hostile_file_name(tmp_path: Path) -> None:
+    for command in (
+        [*CLI, "report", str(tmp_path / "no\x1b[2J\u202e")],
+        [*CLI, "check-config", "ampo", f"data.train={tmp_path}/no\u202e"],
+        [sys.executable, "-m", "recipes.bc", f"run.dir={tmp_path}/\u202ex", f"run.init_from={tmp_path}/no\u202e"],
+    ):
+        done = subprocess.run(command, capture_output=True, cwd=ROOT)
+        shown = (done.stdout + done.stderr).decode()
+        assert done.returncode == 2 and "\\u202e" in shown and not CONTROL.search(shown), shown
