@@ -6,12 +6,14 @@ that names the first. The kernel lets go when a process dies, however it dies; p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +23,10 @@ from nemo_ampo.files import disk_errors
 RUN_PATIENCE_S = 30.0
 """Processes of a job that was just killed may take so long to go."""
 
+_MAIN_RANK_S = 120.0
+"""So much later may the main rank start than another one."""
+_HEAR_S = 10.0
+_HELD, _HEARD = "nemo_ampo/run.dir", "nemo_ampo/run.dir heard"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # The kernel's record locks belong to a process: they would let the same process in twice.
 _mine: set[str] = set()
@@ -102,6 +108,55 @@ def hold_run(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -> Lock:
         UserError: another job is still there.
     """
     return Lock(run_dir / ".running", f"run.dir: {run_dir}", patience_s)
+
+
+@contextlib.contextmanager
+def hold_run_with_all_ranks(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -> Iterator[None]:
+    """As :func:`hold_run`, for a job of many processes: the main rank holds, the others open nothing before it does.
+
+    Raises:
+        UserError: on every rank, another job is still there; or the main rank says nothing.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        with hold_run(run_dir, patience_s):
+            yield
+        return
+
+    import torch.distributed
+
+    # Kept until the end: the process group meets at the same place later.
+    store, *_ = next(torch.distributed.rendezvous("env://"))
+    if rank == 0:
+        try:
+            lock = hold_run(run_dir, patience_s)
+        except UserError as error:
+            store.set(_HELD, str(error) or "refused")
+            # The store may end with this process.
+            _until(lambda: store.add(_HEARD, 0) == world - 1, _HEAR_S)
+            raise
+        with lock:
+            store.set(_HELD, "")
+            yield
+        return
+    try:
+        claimed = _until(lambda: store.check([_HELD]), patience_s + _MAIN_RANK_S)
+        refusal = store.get(_HELD).decode() if claimed else "the main rank did not claim it"
+        store.add(_HEARD, 1)
+    except RuntimeError:
+        refusal = "the main rank ended before it claimed it"
+    if refusal:
+        raise UserError(refusal if refusal.startswith("run.dir") else f"run.dir: {run_dir}: {refusal}")
+    yield
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def hold_output(output: Path, option: str, patience_s: float = 0.0) -> Lock:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, DataError
+from nemo_ampo.lock import hold_run_with_all_ranks
 from nemo_ampo.step import Parts, Prompt
 from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.types import DialogueTurn
@@ -70,7 +71,11 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.rollout import require_engine
 
     require_engine(config.rollout.engine)
+    with hold_run_with_all_ranks(Path(config.run.dir)):
+        return _train(cfg, config)
 
+
+def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.policy_files import check_vocabulary, record_stop_tokens, stop_token_ids, system_prompt
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs

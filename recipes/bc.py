@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
+from nemo_ampo.lock import hold_run_with_all_ranks
 from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.watchdog import watch_ranks
 from recipes.launch import main, world_size
@@ -23,7 +24,11 @@ def run(cfg: DictConfig) -> bool:
     config = read_config(cfg, BcConfig)
     check_bc(config, cfg, world_size())
     check_trackers(config.run)
+    with hold_run_with_all_ranks(Path(config.run.dir)):
+        return _clone(cfg, config)
 
+
+def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, record_stop_tokens, stop_token_ids
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs

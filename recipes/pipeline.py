@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import full_or_read_only, read_record, write_once
+from nemo_ampo.lock import Lock
 from nemo_ampo.terminal import printable_output
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -113,6 +114,15 @@ def exit_status(pipeline: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def hold_folder(folder: Path, patience_s: float = 0.0) -> Lock:
+    """Claim a pipeline's folder; its stages claim their own inside.
+
+    Raises:
+        UserError: another pipeline runs there.
+    """
+    return Lock(folder / ".running", str(folder), patience_s)
 
 
 def remember_settings(folder: Path, settings: Mapping[str, object]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_ampo.terminal import show
-from recipes.pipeline import THREADS, Stage, exit_status, remember_settings, run_stages
+from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_stages
 
 
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
@@ -115,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def pipeline() -> None:
         begin = time.monotonic()
-        args.dir.mkdir(parents=True, exist_ok=True)
-        remember_settings(args.dir, {"seed": args.seed, "ranks": args.ranks, "bc": args.bc, "ampo": args.ampo})
-        with demo_judge_process() as judge_url:
-            plan = stages(args.dir, judge_url, args.seed, args.ranks, args.bc, args.ampo)
-            run_stages(plan, THREADS)
-        finish(args.dir)
+        with hold_folder(args.dir):
+            remember_settings(args.dir, {"seed": args.seed, "ranks": args.ranks, "bc": args.bc, "ampo": args.ampo})
+            with demo_judge_process() as judge_url:
+                plan = stages(args.dir, judge_url, args.seed, args.ranks, args.bc, args.ampo)
+                run_stages(plan, THREADS)
+            finish(args.dir)
         print(f"finished in {(time.monotonic() - begin) / 60:.1f} minutes")
 
     return exit_status(pipeline)

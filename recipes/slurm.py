@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
+from nemo_ampo.lock import RUN_PATIENCE_S
 from nemo_ampo.terminal import printable_output
-from recipes.pipeline import Stage, remember_settings
+from recipes.pipeline import Stage, hold_folder, remember_settings
 
 TRAINING = ("bc", "ampo")
 JUDGE_PATH = "/v1"
@@ -382,12 +383,12 @@ def plan_command(args: argparse.Namespace) -> None:
 def record(recipe: PipelineConfig) -> None:
     """The run folder's settings and plan. Where its servers are may change from attempt to attempt, the rest may not."""
     folder = Path(recipe.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     settings: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
     for place in ("judge", "rollout"):
         settings.pop(place)
-    remember_settings(folder, settings)
-    write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages(recipe, "")])
+    with hold_folder(folder, RUN_PATIENCE_S):
+        remember_settings(folder, settings)
+        write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages(recipe, "")])
 
 
 def show_command(args: argparse.Namespace) -> None:

