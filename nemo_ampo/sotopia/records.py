@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import ConfigError, DataError, UserError
-from nemo_ampo.files import disk_errors
+from nemo_ampo.files import disk_errors, strict_json
 from nemo_ampo.lock import hold_run
 from nemo_ampo.protocol import keep_protocol, read_protocol
 from nemo_ampo.sotopia.scenarios import SEATS
@@ -432,7 +432,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = strict_json(line)
             kind = record["record"]
         except (ValueError, LookupError, TypeError):
             raise DataError(f"{path}, line {number}: not a record of an episode") from None

@@ -33,6 +33,7 @@ from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
 from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, Tally, policy_seats, shares, switches_from
+from nemo_ampo.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -270,7 +271,7 @@ def render_template(name: str, context: Mapping[str, Any]) -> str:
         loader=jinja2.FunctionLoader(lambda n: resources.files(__package__).joinpath("templates", n).read_text("utf-8")),
     )
     environment.filters["drawn"] = Markup
-    return environment.get_template(name).render(**context, shared_style=shared_style())
+    return printable(environment.get_template(name).render(**context, shared_style=shared_style()))
 
 
 def shared_style() -> str:

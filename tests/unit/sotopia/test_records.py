@@ -96,6 +96,8 @@ def test_a_torn_first_line_is_an_episode_not_begun(store):
     [
         (lambda lines: [lines[0], "nonsense", *lines[1:]], "line 2: not a record"),
         (lambda lines: [lines[0], '{"record": "song"}'], "line 2: unknown kind of record 'song'"),
+        (lambda lines: [lines[0], '{"record": "end", "record": "turn"}'], "line 2: not a record"),
+        (lambda lines: [lines[0], '{"record": "scores", "goal": NaN}'], "line 2: not a record"),
         (lambda lines: lines[1:], "line 1: expected the start of an episode"),
         (lambda lines: [lines[0], lines[2]], "turns out of order"),
         (lambda lines: [*lines[:2], json.dumps({**json.loads(lines[2]), "colour": "red"})], "colour"),
