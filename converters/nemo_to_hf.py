@@ -49,7 +49,7 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
     shape = model_shape(facts)
     bindings = bind(FAMILIES[facts.family].rows, shape)
     with scratch_folder(folder.absolute().parent, folder.name) as scratch:
-        stored = NemoWeights(unpack_weights(nemo_path, scratch))
+        stored = NemoWeights(unpack_weights(nemo_path, scratch), nemo_path)
         stored.check(bindings, shape)
         written_type = dtype or getattr(torch, facts.dtype or "", stored.dtype())
         state = {

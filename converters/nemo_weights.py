@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converters.mapping import Binding, ModelShape, check_dims, check_names, stacked_dims
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
-from nemo_ampo.errors import UserError
+from nemo_ampo.checkpoint.pickles import check_folder
 
 PREFIX = "model."
 EXTRA_STATE = "_extra_state"
@@ -26,18 +26,21 @@ EXTRA_STATE = "_extra_state"
 class NemoWeights:
     """Tensors of an unpacked ``.nemo`` file, one stacked tensor at a time."""
 
-    def __init__(self, unpacked: Path) -> None:
-        """Read the metadata.
+    def __init__(self, unpacked: Path, nemo_file: Path | None = None) -> None:
+        """Read the metadata, after a look at every pickle of the folder.
+
+        Args:
+            unpacked: holds ``model_weights/``.
+            nemo_file: which it was unpacked from, for the message.
 
         Raises:
-            UserError: the weights are not in ``torch_dist`` format.
+            UserError: the weights are not in ``torch_dist`` format, or one of the pickles is more than data.
         """
         from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self._folder = unpacked / WEIGHTS_FOLDER
-        if not (self._folder / ".metadata").is_file():
-            raise UserError(f"{self._folder}: not a torch_dist checkpoint; save with dist_ckpt_format=torch_dist")
+        check_folder(self._folder, nemo_file)
         stored = FileSystemReader(self._folder).read_metadata().state_dict_metadata
         self._tensors = {
             key.removeprefix(PREFIX): meta for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)

@@ -263,7 +263,7 @@ def verify(
         unpacked = unpack_weights(nemo_path, scratch / "checkpoint")
         assets = unpack_assets(nemo_path, scratch / "assets")
         checks = [
-            check_weights(hf, NemoWeights(unpacked)),
+            check_weights(hf, NemoWeights(unpacked, nemo_path)),
             check_assets(hf, assets),
             check_config(hf, stored),
         ]

@@ -253,10 +253,14 @@ def pack(
     assets: Annotated[Path | None, typer.Option(help="Hugging Face files. [default: RUN/hf_assets]")] = None,
 ) -> None:
     """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
-    from nemo_ampo.checkpoint.nemo_file import pack_nemo
-    from nemo_ampo.checkpoint.store import MANIFEST, Manifest, check_sizes
+    from nemo_ampo.checkpoint.nemo_file import CONFIG_NAME, check_model_config, pack_nemo
+    from nemo_ampo.checkpoint.pickles import check_folder
+    from nemo_ampo.checkpoint.store import MANIFEST, WEIGHTS, Manifest, check_content
 
-    check_sizes(checkpoint, Manifest.load(checkpoint / MANIFEST))
+    manifest = Manifest.load(checkpoint / MANIFEST)
+    check_content(checkpoint, manifest, [name for name in manifest.files if name.split("/")[0] in (WEIGHTS, CONFIG_NAME)])
+    check_model_config(checkpoint / CONFIG_NAME)
+    check_folder(checkpoint / WEIGHTS)
     pack_nemo(checkpoint, output, assets or checkpoint.absolute().parent.parent / "hf_assets")
     typer.echo(f"wrote {output}")
 

@@ -4,15 +4,22 @@ A ``.nemo`` file is an uncompressed tar of ``model_config.yaml`` and ``model_wei
 Hugging Face tokenizer, it stores the path of the folder. So every ``.nemo`` of this project has one more
 member, ``hf_assets/``, with each file of the Hugging Face folder that is not a weight, byte for byte: config,
 tokenizer, chat template, generation config, licence. Loading unpacks it and points NeMo there; export copies
-it back. Nothing here imports NeMo.
+it back. The last member, ``hashes.json``, holds the SHA-256 of all others; whatever is read is checked by it. Nothing
+here imports NeMo.
+
+A ``.nemo`` may come from a stranger: members other than files and folders, names that leave the folder or occur twice, and
+settings that NeMo would execute are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -22,10 +29,17 @@ from typing import Any
 
 from nemo_ampo.errors import DiskError, UserError
 from nemo_ampo.files import disk_errors
+from nemo_ampo.staging import scratch_folder, staged
+from nemo_ampo.text import one_line
 
 ASSETS_FOLDER = "hf_assets"
 WEIGHTS_FOLDER = "model_weights"
 CONFIG_NAME = "model_config.yaml"
+HASHES_NAME = "hashes.json"
+MODEL_CLASSES = ("nemo.collections.nlp.models.language_modeling.", "nemo_aligner.models.nlp.gpt.")
+"""Where a ``target`` of model_config.yaml may lie: NeMo imports and calls what it names."""
+_EXECUTED = re.compile(r"_target_|cls|_partial_|_args_")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 _COPY_BYTES = 16 * 1024 * 1024
 
 
@@ -38,8 +52,16 @@ def _open_tar(nemo_path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"{nemo_path}: no such .nemo file")
     try:
         with tarfile.open(nemo_path, "r:") as tar:
+            seen: set[PurePosixPath] = set()
+            for member in tar.getmembers():
+                path = _relative(member)
+                if not (member.isfile() or member.isdir()):
+                    raise UserError(f"{nemo_path}: {member.name!r} is a link or a device; only files are read")
+                if member.isfile() and path in seen:
+                    raise UserError(f"{nemo_path}: {member.name!r} is in it twice")
+                seen.add(path)
             yield tar
-    except tarfile.ReadError as error:
+    except tarfile.TarError as error:
         raise UserError(f"{nemo_path}: not a complete .nemo file ({error})") from error
 
 
@@ -52,7 +74,7 @@ def _relative(member: tarfile.TarInfo) -> PurePosixPath:
 
 
 def _members(tar: tarfile.TarFile, folder: str) -> dict[PurePosixPath, tarfile.TarInfo]:
-    """Files below ``folder``, by their path inside it; of two members with one name the later counts."""
+    """Files below ``folder``, by their path inside it."""
     return {
         path.relative_to(folder): member
         for member in tar.getmembers()
@@ -66,13 +88,34 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> io.BufferedReader:
     return stream  # type: ignore[return-value]
 
 
-def _copy_out(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+def _hashes(tar: tarfile.TarFile) -> dict[str, str]:
+    """SHA-256 of every member by its name; empty for a file that others wrote."""
+    for member in tar.getmembers():
+        if member.isfile() and _relative(member) == PurePosixPath(HASHES_NAME):
+            try:
+                return dict(json.loads(_read(tar, member).read()))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{tar.name!s}: {HASHES_NAME} is damaged ({error})") from None
+    return {}
+
+
+def _check_hash(tar: tarfile.TarFile, member: tarfile.TarInfo, found: str, hashes: dict[str, str]) -> None:
+    name = _relative(member).as_posix()
+    if hashes and hashes.get(name) != found:
+        raise UserError(f"{tar.name!s}: {name} is damaged: its content does not have the hash it was written with")
+
+
+def _copy_out(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, hashes: dict[str, str]) -> None:
     """Write one member, complete or not at all, so that several ranks may unpack into one folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".unpack-")
     try:
+        digest, source = hashlib.sha256(), _read(tar, member)
         with os.fdopen(handle, "wb") as out:
-            shutil.copyfileobj(_read(tar, member), out, _COPY_BYTES)
+            while part := source.read(_COPY_BYTES):
+                digest.update(part)
+                out.write(part)
+        _check_hash(tar, member, digest.hexdigest(), hashes)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(target)
     except BaseException:
@@ -94,16 +137,56 @@ def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
     """``model_config.yaml`` of a ``.nemo`` file.
 
     Raises:
-        UserError: no such file, not a ``.nemo`` file, or no config in it.
+        UserError: no such file, not a ``.nemo`` file, no config in it, or one that would be executed.
     """
-    import yaml
-
     path = Path(nemo_path)
     with _open_tar(path) as tar:
         for member in tar.getmembers():
             if member.isfile() and _relative(member) == PurePosixPath(CONFIG_NAME):
-                return yaml.safe_load(_read(tar, member))
+                content = _read(tar, member).read()
+                _check_hash(tar, member, hashlib.sha256(content).hexdigest(), _hashes(tar))
+                return _parse_config(content, f"{path}: {CONFIG_NAME}")
     raise UserError(f"{path}: not a .nemo file (no {CONFIG_NAME} in it)")
+
+
+def check_model_config(path: Path) -> None:
+    """``model_config.yaml`` outside of a ``.nemo`` file, such as that of a training checkpoint.
+
+    Raises:
+        UserError: it is absent, no YAML, or holds what would be executed.
+    """
+    with disk_errors(f"cannot read {path}"):
+        _parse_config(path.read_bytes(), str(path))
+
+
+def _parse_config(content: bytes, where: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML of plain values ({one_line(str(error))})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: expected keys and values")
+    target = config.get("target")
+    if target is not None and not str(target).startswith(MODEL_CLASSES):
+        raise UserError(f"{where}: target {one_line(str(target))}: expected a GPT model of NeMo or NeMo-Aligner")
+    if "params" in config:
+        raise UserError(f"{where}: params: would be executed on loading; refused")
+    _check_plain(config, where, "")
+    return config
+
+
+def _check_plain(value: Any, where: str, key: str) -> None:
+    """Nothing that Hydra, behind NeMo, would call, and no look at this machine's environment."""
+    if isinstance(value, str) and _ENVIRONMENT.search(value):
+        raise UserError(f"{where}: {key}: reads the environment ({one_line(value)}); refused")
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in pairs:
+        below = one_line(f"{key}.{name}" if key else str(name))
+        if isinstance(name, str) and _EXECUTED.fullmatch(name):
+            raise UserError(f"{where}: {below}: would be executed on loading; refused")
+        _check_plain(inner, where, below)
 
 
 def unpack_assets(nemo_path: Path | str, dest: Path | str) -> Path:
@@ -118,9 +201,10 @@ def unpack_assets(nemo_path: Path | str, dest: Path | str) -> Path:
         UserError: the file is absent, torn, or carries no assets.
     """
     path, folder = Path(nemo_path), Path(dest)
-    with _open_tar(path) as tar:
+    with disk_errors(f"{path}: cannot unpack in {folder}"), _open_tar(path) as tar:
+        hashes = _hashes(tar)
         for relative, member in _asset_members(tar, path).items():
-            _copy_out(tar, member, folder / relative)
+            _copy_out(tar, member, folder / relative, hashes)
     return folder
 
 
@@ -134,15 +218,15 @@ def unpack_weights(nemo_path: Path | str, dest: Path | str) -> Path:
         UserError: the file is absent or torn, or holds no distributed checkpoint.
     """
     path, folder = Path(nemo_path), Path(dest)
-    with _open_tar(path) as tar:
-        weights = _members(tar, WEIGHTS_FOLDER)
+    with disk_errors(f"{path}: cannot unpack in {folder}"), _open_tar(path) as tar:
+        weights, hashes = _members(tar, WEIGHTS_FOLDER), _hashes(tar)
         if not weights:
             raise UserError(f"{path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported")
         for relative, member in weights.items():
-            _copy_out(tar, member, folder / WEIGHTS_FOLDER / relative)
+            _copy_out(tar, member, folder / WEIGHTS_FOLDER / relative, hashes)
         for member in tar.getmembers():
-            if _relative(member) == PurePosixPath(CONFIG_NAME):
-                _copy_out(tar, member, folder / CONFIG_NAME)
+            if member.isfile() and _relative(member) == PurePosixPath(CONFIG_NAME):
+                _copy_out(tar, member, folder / CONFIG_NAME, hashes)
     return folder
 
 
@@ -153,12 +237,20 @@ def tokenizer_config(folder: Path | str) -> dict[str, Any]:
     """NeMo's ``model.tokenizer`` for a Hugging Face tokenizer folder."""
     return {
         "library": "huggingface",
-        "type": str(Path(folder).resolve()),
+        "type": _plain_name(Path(folder).resolve()),
         "model": None,
         "vocab_file": None,
         "merge_file": None,
         "use_fast": True,
     }
+
+
+def _plain_name(folder: Path) -> str:
+    """A name that OmegaConf, which NeMo resolves a config with more than once, does not take for an interpolation."""
+    if "${" not in str(folder):
+        return str(folder)
+    # Of this process and for as long as it lives: whoever loads the checkpoint later sets a name anew.
+    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_RDONLY | os.O_DIRECTORY)}"
 
 
 def load_overrides(nemo_path: Path | str, assets_dir: Path | str, device: str = "cpu") -> dict[str, Any]:
@@ -200,20 +292,18 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
     if source / "config.json" not in files:
         raise UserError(f"{source}: no config.json; expected the Hugging Face files of the model")
     with _open_tar(path) as tar:
-        replaces = bool(_members(tar, ASSETS_FOLDER))
+        replaces = bool(_members(tar, ASSETS_FOLDER) or _hashes(tar))
     if not (atomic or replaces):
         _append(path, source, files)
         return
-    temporary = path.with_name(f".{path.name}.assets-{os.getpid()}")
-    try:
+    with scratch_folder(path.absolute().parent, path.name) as folder:
+        temporary = folder / path.name
         if replaces:
             _copy_without_assets(path, temporary)
         else:
             shutil.copyfile(path, temporary)
         _append(temporary, source, files)
         _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _hidden(relative: Path) -> bool:
@@ -224,6 +314,16 @@ def _append(path: Path, source: Path, files: list[Path]) -> None:
     with tarfile.open(path, "a:", dereference=True) as tar:
         for file in files:
             tar.add(file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous)
+    hashes = {}
+    with _open_tar(path) as tar:
+        for member in tar.getmembers():
+            if member.isfile():
+                hashes[_relative(member).as_posix()] = hashlib.file_digest(_read(tar, member), "sha256").hexdigest()
+    content = json.dumps(hashes, indent=1).encode()
+    with tarfile.open(path, "a:") as tar:
+        sealed = tarfile.TarInfo(f"./{HASHES_NAME}")
+        sealed.size = len(content)
+        tar.addfile(_anonymous(sealed), io.BytesIO(content))
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -237,7 +337,7 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 def _copy_without_assets(path: Path, target: Path) -> None:
     with _open_tar(path) as old, tarfile.open(target, "w:") as new:
         for member in old.getmembers():
-            if ASSETS_FOLDER not in _relative(member).parts[:1]:
+            if _relative(member).parts[:1] not in ((ASSETS_FOLDER,), (HASHES_NAME,)):
                 new.addfile(member, _read(old, member) if member.isfile() else None)
 
 
@@ -312,16 +412,12 @@ def pack_nemo(folder: Path | str, path: Path | str, assets_dir: Path | str) -> N
     for name in (CONFIG_NAME, WEIGHTS_FOLDER):
         if not (source / name).exists():
             raise UserError(f"{source}: has no {name}; expected a training checkpoint (step-...)")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.packing-{os.getpid()}")
-    try:
-        with tarfile.open(temporary, "w:") as tar:
+    with staged(target, "--output") as built:
+        with tarfile.open(built, "w:", dereference=True) as tar:
             for file in (source / CONFIG_NAME, *sorted((source / WEIGHTS_FOLDER).rglob("*"))):
                 tar.add(file, arcname=f"./{file.relative_to(source).as_posix()}", recursive=False, filter=_anonymous)
-        add_assets(temporary, assets_dir, atomic=False)
-        _publish(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        add_assets(built, assets_dir, atomic=False)
+        _publish(built, target.resolve())
 
 
 @contextlib.contextmanager

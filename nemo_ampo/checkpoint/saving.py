@@ -22,6 +22,7 @@ from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from omegaconf import OmegaConf
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.pickles import check_folder, check_torch_file
 from nemo_ampo.checkpoint.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
 from nemo_ampo.checkpoint.store import (
     OPTIMIZER,
@@ -226,6 +227,7 @@ class Saver:
         if checkpoint is None:
             return None
         written, here = checkpoint.manifest.layout, layout()
+        self._check_pickles(checkpoint)
         try:
             weights = read_shards(self._model.sharded_state_dict(), checkpoint.path / WEIGHTS)
             state = read_shards(self._optimizer_state(is_loading=True), checkpoint.path / OPTIMIZER)
@@ -243,6 +245,22 @@ class Saver:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
         self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
         return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
+
+    def _check_pickles(self, checkpoint: Checkpoint) -> None:
+        """Each rank looks at its own random numbers, the first one at what is shared."""
+        problem = None
+        try:
+            if self._rank == 0:
+                check_folder(checkpoint.path / WEIGHTS)
+                check_folder(checkpoint.path / OPTIMIZER)
+            if checkpoint.manifest.layout == layout():
+                check_torch_file(checkpoint.path / RANDOM_STATES / f"rank-{self._rank:05d}.pt")
+        except UserError as error:
+            problem = str(error)
+        try:
+            agree(problem)
+        except SaveFailedError as error:
+            raise UserError(str(error)) from None
 
     def _choose(self) -> Checkpoint | None:
         """The newest one whose files have their hashes; what was passed over is said."""
@@ -339,6 +357,7 @@ def _save_random_states(path: Path) -> None:
 
 
 def _load_random_states(path: Path) -> None:
+    # Python's and numpy's states are more than weights; _check_pickles has seen that they are only data.
     states = torch.load(path, weights_only=False)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])

@@ -272,6 +272,17 @@ def damaged(folder: Path, manifest: Manifest, names: Sequence[str]) -> list[str]
     return [name for name in names if sha256_of(folder / name) != manifest.files[name]["sha256"]]
 
 
+def check_content(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    """Are all files of the checkpoint there, and these of them what they were when they were written?
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    check_sizes(folder, manifest)
+    for name in damaged(folder, manifest, names):
+        raise UserError(f"{folder / name}: damaged: its content does not have the hash in {MANIFEST}")
+
+
 def free_bytes(folder: Path) -> int:
     """Of the file system that holds (or will hold) the folder."""
     while not folder.exists():

@@ -5,8 +5,10 @@ The order of calls is NeMo-Aligner's own (its example scripts); each recipe diff
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,16 @@ from nemo_aligner.utils.utils import (
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.nemo_file import load_overrides, temporary_files_in
+from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER, load_overrides, temporary_files_in, unpack_weights
+from nemo_ampo.checkpoint.pickles import check_folder
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
+from nemo_ampo.lock import Lock
+from nemo_ampo.staging import place_with_room
 from nemo_ampo.training.padding import mask_padded_vocab
+
+UNPACK_PATIENCE_S = 3600.0
+_UNPACKED = ".init-"
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,37 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         )
 
 
+def _unpack_once(nemo_file: Path, run_dir: Path) -> Path:
+    """Weights of the starting policy where all ranks of this start see them. The first rank to come does it.
+
+    Raises:
+        UserError: the file is damaged, or would run code.
+        DiskError: there is no room.
+    """
+    start = "".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")) or str(os.getpid())
+    stat = nemo_file.stat()
+    which = f"{start} {nemo_file} {stat.st_size} {stat.st_mtime_ns}"
+    folder = run_dir / f"{_UNPACKED}{hashlib.sha256(which.encode()).hexdigest()[:16]}"
+    with Lock(folder.with_suffix(".lock"), f"{folder}: unpacking", UNPACK_PATIENCE_S, temporary=True):
+        if not (folder / "ready").exists():
+            place_with_room([run_dir], stat.st_size, f"{nemo_file}: unpacking it")
+            try:
+                unpack_weights(nemo_file, folder)
+                check_folder(folder / WEIGHTS_FOLDER, nemo_file)
+                (folder / "ready").touch()
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+    return folder
+
+
+def _remove_unpacked(folders: Iterable[Path]) -> None:
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def open_session(
     cfg: DictConfig,
     algorithm: str,
@@ -134,8 +173,12 @@ def open_session(
     """
     trainer = resolve_and_create_trainer(cfg, algorithm)
     exp_manager(trainer, cfg.exp_manager)
-    with temporary_files_in(Path(cfg.exp_manager.explicit_log_dir).parent):
-        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=nemo_file)
+    # Unpacked once for all ranks, beside the run: NeMo would do it twice on each, in the system's temporary folder.
+    run_dir = Path(cfg.exp_manager.explicit_log_dir).parent
+    unpacked = _unpack_once(Path(nemo_file), run_dir)
+    with temporary_files_in(run_dir):
+        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=str(unpacked))
+    _remove_unpacked([unpacked])
     mask_padded_vocab(model)
     if keep_reference:
         # Taken before the resume: the reference is the checkpoint the stage started from, not the state it stopped in.
@@ -152,6 +195,9 @@ def open_session(
         store = Store.of_run(keep.run_dir, keep.config)
         parts = (trainer.strategy, model, optimizer, scheduler)
         saver = Saver(store, keep.config, cfg.exp_manager.name, *parts, keep.settings, keep.run_dir)
+    resumed = saver.restore() if saver else None
+    if keep is not None:  # the run folder is ours now: what killed starts left there as well
+        _remove_unpacked(keep.run_dir.glob(f"{_UNPACKED}*"))
     return Session(
         model=model,
         optimizer=optimizer,
@@ -159,5 +205,5 @@ def open_session(
         logger=CustomLoggerWrapper(trainer.loggers),
         ckpt_callback=saver,
         run_timer=Timer(cfg.exp_manager.get("max_time_per_run")),
-        resumed=saver.restore() if saver else None,
+        resumed=resumed,
     )

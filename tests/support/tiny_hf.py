@@ -95,9 +95,11 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def edit_nemo_config(source: Path, target: Path, **changes: Any) -> Path:
-    """Copy a ``.nemo`` file with other values in its ``model_config.yaml``."""
+    """Copy a ``.nemo`` file with other values in its ``model_config.yaml``, as if others had written it: without hashes."""
     with tarfile.open(source) as old, tarfile.open(target, "w:") as new:
         for member in old.getmembers():
+            if member.name == "./hashes.json":
+                continue
             content = old.extractfile(member).read() if member.isfile() else b""
             if member.name == "./model_config.yaml":
                 content = yaml.safe_dump(yaml.safe_load(content) | changes).encode()

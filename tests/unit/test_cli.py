@@ -216,3 +216,39 @@ def test_doctor_lists_the_substitutes() -> None:
     result = invoke("doctor", "--compat")
     assert result.exit_code == 0
     assert "torch.Tensor.cuda" in result.output
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A training checkpoint as far as packing looks at it."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from nemo_ampo.checkpoint.store import Layout, Manifest, Store, list_files, measure
+
+    store = Store(tmp_path / "run" / "checkpoints")
+    folder = store.begin(5)
+    dcp.save({"model.weight": torch.ones(64)}, checkpoint_id=folder / "model_weights", no_dist=True)
+    (folder / "model_config.yaml").write_text("mcore_gpt: true\n")
+    assets = tmp_path / "run" / "hf_assets"
+    assets.mkdir()
+    (assets / "config.json").write_text("{}")
+    layout = Layout(1, 1, 1, 1)
+    files = measure(folder, list_files(folder))
+    return store.publish(folder, Manifest("bc", 5, {"step": 5}, layout, {}, None, {}, files)).path
+
+
+def test_pack_uses_only_what_is_as_it_was_written(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.nemo"
+    assert invoke("pack", str(checkpoint), "--output", str(output)).exit_code == 0
+    first = output.read_bytes()
+    for name in ("model_weights/__0_0.distcp", "model_weights/.metadata", "model_config.yaml"):
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        finished = process("pack", str(checkpoint), "--output", str(output))
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert finished.stderr == (
+            f"error: {checkpoint / name}: damaged: its content does not have the hash in manifest.json\n"
+        )
+        (checkpoint / name).write_bytes(whole)
+    assert output.read_bytes() == first

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,10 +16,11 @@ from nemo_ampo.checkpoint.nemo_file import (
     pack_nemo,
     read_model_config,
     save_nemo,
+    tokenizer_config,
     unpack_assets,
     unpack_weights,
 )
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import DiskError, UserError
 
 ODD_BYTES = b'{"model_type": "llama"}\r\n\x00\xff'
 
@@ -27,6 +30,10 @@ class Savable:
 
     def __init__(self, content: bytes, dies: bool = False) -> None:
         self.content, self.dies = content, dies
+        self.cfg: dict[str, Any] = {}
+
+    def parameters(self) -> list[Any]:
+        return []
 
     def save_to(self, path: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -179,3 +186,87 @@ def test_an_unpacked_file_packs_to_the_same_content(tmp_path: Path, assets: Path
     with pytest.raises(UserError, match=r"hf: has no model_config\.yaml"):
         pack_nemo(assets, tmp_path / "x.nemo", assets)
     assert not (tmp_path / "x.nemo").exists()
+
+
+def test_links_devices_and_members_that_occur_twice_are_refused(tmp_path: Path, assets: Path) -> None:
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        evil = plain_nemo(tmp_path / "evil.nemo")
+        with tarfile.open(evil, "a:") as tar:
+            member = tarfile.TarInfo("hf_assets/config.json")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        with pytest.raises(UserError, match=r"evil\.nemo: 'hf_assets/config\.json' is a link or a device"):
+            unpack_assets(evil, tmp_path / "out")
+    twice = plain_nemo(tmp_path / "twice.nemo")
+    with tarfile.open(twice, "a:") as tar:
+        tar.add(assets / "config.json", arcname="model_config.yaml")
+    with pytest.raises(UserError, match=r"twice\.nemo: 'model_config\.yaml' is in it twice"):
+        read_model_config(twice)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x:\n  _target_: os.system\n  _args_: [ls]\n", r"x\._target_: would be executed"),
+        ("_target_: os.system\n", "_target_: would be executed"),
+        ("optim:\n- name: adam\n- {cls: os.system}\n", r"optim\.1\.cls: would be executed"),
+        ("target: os.system\n", r"target os\.system: expected a GPT model"),
+        ("target: nemo.collections.nlp.models.language_modeling.x.Y\nparams: {}\n", "params: would be executed"),
+        ("a: ${oc.env:HOME}\n", "a: reads the environment"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not YAML of plain values"),
+        ("[" * 5000, "not YAML of plain values"),
+        ("- 1\n", "expected keys and values"),
+        ("a: \x00", "not YAML of plain values"),
+    ],
+)
+def test_a_config_that_would_be_executed_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "evil.nemo"
+    (tmp_path / "config").write_text(text)
+    with tarfile.open(path, "w:") as tar:
+        tar.add(tmp_path / "config", arcname="./model_config.yaml")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: model_config\.yaml: .*{told}") as caught:
+        read_model_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_byte_of_any_member_is_found_where_it_is_read(tmp_path: Path, assets: Path) -> None:
+    nemo = tmp_path / "m.nemo"
+    save_nemo(Savable(b"weights"), nemo, assets)
+    with tarfile.open(nemo) as tar:
+        places = {m.name: (m.offset_data, m.size) for m in tar.getmembers() if m.isfile() and m.size}
+    assert len(places) == 5
+    for name, (offset, size) in places.items():
+        data = bytearray(nemo.read_bytes())
+        data[offset + size // 2] ^= 1
+        (tmp_path / "bad.nemo").write_bytes(data)
+        with pytest.raises(UserError, match=r"damaged|not YAML") as caught:
+            for read in (unpack_weights, unpack_assets):
+                read(tmp_path / "bad.nemo", tmp_path / "out")
+        assert name == "./hashes.json" or Path(name).name in str(caught.value)
+    with pytest.raises(UserError, match=r"model_config\.yaml is damaged"):
+        data = bytearray(nemo.read_bytes())
+        data[places["./model_config.yaml"][0]] ^= 1
+        (tmp_path / "bad.nemo").write_bytes(data)
+        read_model_config(tmp_path / "bad.nemo")
+
+
+def test_a_disk_that_is_full_while_unpacking_is_one_line(tmp_path: Path, assets: Path) -> None:
+    nemo = plain_nemo(tmp_path / "m.nemo")
+    add_assets(nemo, assets)
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"m\.nemo: cannot unpack in .*file: "):
+        unpack_assets(nemo, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["plain", "mödel ${x} #=~'\"", "${oc.env:HOME}", "\\${x}"])
+def test_any_folder_can_hold_the_tokenizer(tmp_path: Path, name: str) -> None:
+    from omegaconf import OmegaConf
+
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").touch()
+    # NeMo resolves a config more than once.
+    config: Any = {"tokenizer": tokenizer_config(folder)}
+    for _ in range(3):
+        config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    assert Path(config["tokenizer"]["type"], "config.json").samefile(folder / "config.json")
