@@ -7,11 +7,11 @@ stands beside the function that computes it: :mod:`nemo_ampo.advantage`, :mod:`n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.ranges import check_numbers, number
 
 
 class ModeLevel(StrEnum):
@@ -133,27 +133,27 @@ class AlgorithmConfig:
 
     preset: str = "ampo"
     advantage: ModeLevel = ModeLevel.ampo
-    tie_tolerance: float = 0.02
+    tie_tolerance: float = number(0.02, least=0, above=True)
     baseline: Baseline = Baseline.group_mean
     scale: Scale = Scale.group_std
     judge_failure: JudgeFailure = JudgeFailure.mask
     drop_decided_groups: bool = False
     mode_credit: ModeCredit = ModeCredit.whole_sequence
     ratio: Ratio = Ratio.token
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
+    clip_low: float = number(0.2, least=0, most=1, below=True)
+    clip_high: float = number(0.2, least=0)
+    dual_clip: float | None = number(None, least=1, above=True, whole=False)
     aggregate: Aggregate = Aggregate.token_mean
     aggregate_over: AggregateOver = AggregateOver.micro_batch
-    constant_tokens: int = 2048
+    constant_tokens: int = number(2048, least=1)
     kl: Kl = Kl.in_loss
-    kl_coef: float = 0.001
+    kl_coef: float = number(0.001, least=0)
     kl_kind: KlKind = KlKind.k3
-    entropy_coef: float = 0.001
+    entropy_coef: float = number(0.001, least=0)
     mismatch: Correction = Correction.off
     mismatch_level: Ratio = Ratio.token
-    mismatch_low: float = 0.5
-    mismatch_high: float = 2.0
+    mismatch_low: float = number(0.5, least=0, most=1, below=True)
+    mismatch_high: float = number(2.0, least=1)
 
     @property
     def uses_reference(self) -> bool:
@@ -219,20 +219,7 @@ def check_algorithm(config: AlgorithmConfig) -> None:
         ConfigError: naming the key.
     """
     preset_named(config.preset)
-    ranges = (
-        ("clip_low", 0 <= config.clip_low < 1, "at least 0 and below 1"),
-        ("clip_high", config.clip_high >= 0, "at least 0"),
-        ("dual_clip", config.dual_clip is None or config.dual_clip > 1, "above 1, or null"),
-        ("constant_tokens", config.constant_tokens > 0, "above 0"),
-        ("kl_coef", 0 <= config.kl_coef < math.inf, "a number of at least 0"),
-        ("entropy_coef", 0 <= config.entropy_coef < math.inf, "a number of at least 0"),
-        ("tie_tolerance", config.tie_tolerance > 0, "above 0"),
-        ("mismatch_low", 0 <= config.mismatch_low < 1, "at least 0 and below 1"),
-        ("mismatch_high", config.mismatch_high >= 1, "at least 1"),
-    )
-    for key, holds, words in ranges:
-        if not holds:
-            raise ConfigError(f"algorithm.{key}: must be {words}, got {getattr(config, key)}")
+    check_numbers("algorithm", config)
     for keys, needed, values in _MEANINGLESS_WITHOUT:
         for key in keys:
             if getattr(config, needed) not in values and getattr(config, key) != getattr(_AMPO, key):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config import STAGES, default_keys, fill_preset
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import shipped
+from nemo_ampo.overrides import as_typed
 
 CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
 """Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. ``model`` itself is
@@ -37,6 +39,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
     if not (where / f"{name}.yaml").is_file():
         known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
         raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
+    overrides = [as_typed(given, lambda key: _is_text(stage, key)) for given in overrides]
     try:
         with initialize_config_dir(str(where), version_base=None):
             cfg = hydra_compose(name, list(overrides))
@@ -45,6 +48,15 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
     _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"), overrides)
     fill_preset(cfg)
     return cfg
+
+
+def _is_text(stage: str, key: str) -> bool:
+    """Whether a key of our own sections holds text."""
+    section, _, rest = key.partition(".")
+    hint = get_type_hints(STAGES[stage]).get(section)
+    for name in rest.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return hint is str or hint == str | None
 
 
 def _refuse_unknown_keys(cfg: DictConfig, base: Any, overrides: Sequence[str]) -> None:

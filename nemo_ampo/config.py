@@ -12,19 +12,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_ampo import ranges
 from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, JudgeFailure, check_algorithm, preset_named
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.store import check_config as check_checkpoint
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.files import file_name_problem
+from nemo_ampo.files import check_folder, file_name_problem, is_file, look_alike, missing
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.modes import bias_problem
-from nemo_ampo.ranges import check_ranges
+from nemo_ampo.nemo_keys import check_nemo, check_schedule
+from nemo_ampo.ranges import LARGEST_SEED, check_numbers, number, seconds
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.sotopia.config import SotopiaConfig
 
@@ -53,15 +52,15 @@ class RunConfig:
     """
 
     dir: str = MISSING
-    seed: int = 1
+    seed: int = number(1, least=1, most=LARGEST_SEED)
     device: str = "auto"
     verbose: bool = False
     init_from: str = MISSING
-    log_rollouts: int = -1
+    log_rollouts: int = number(-1, least=-1)
     allow_changed: list[str] = field(default_factory=list)
     wandb: bool = False
     mlflow: bool = False
-    rank_timeout_s: float = 300.0
+    rank_timeout_s: float = seconds(300, above=False)
 
 
 class OnTooLong(StrEnum):
@@ -86,10 +85,10 @@ class BcDataConfig:
 
     train: str = MISSING
     heldout: str = MISSING
-    max_tokens: int = 8192
+    max_tokens: int = number(8192, least=1)
     on_too_long: OnTooLong = OnTooLong.error
-    heldout_replies: int = 64
-    max_new_tokens: int = 2048
+    heldout_replies: int = number(64, least=0)
+    max_new_tokens: int = number(2048, least=1)
     allow_evaluation_scenarios: bool = False
 
 
@@ -121,9 +120,9 @@ class ProbeConfig:
         max_gap: largest mean |log-probability of engine - of trainer| on them; above it the run stops.
     """
 
-    prompts: int = 2
-    new_tokens: int = 16
-    max_gap: float = 0.1
+    prompts: int = number(2, least=1)
+    new_tokens: int = number(16, least=1)
+    max_gap: float = number(0.1, least=0, above=True)
 
 
 @dataclass
@@ -154,9 +153,9 @@ class TrtLlmServerConfig:
 
     url: str = ""
     weights_dir: str | None = None
-    keep_versions: int = 2
-    timeout_s: float = 1800.0
-    load_timeout_s: float = 600.0
+    keep_versions: int = number(2, least=1)
+    timeout_s: float = seconds(1800)
+    load_timeout_s: float = seconds(600)
 
 
 @dataclass
@@ -179,15 +178,15 @@ class RolloutConfig:
     """
 
     engine: str = "megatron"
-    prompts_per_step: int = 16
-    group_size: int = 16
-    max_prompt_tokens: int = 6144
-    max_new_tokens: int = 2048
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    prompts_per_step: int = number(16, least=1)
+    group_size: int = number(16, least=1)
+    max_prompt_tokens: int = number(6144, least=1)
+    max_new_tokens: int = number(2048, least=1)
+    temperature: float = number(1.0, least=0, most=100, above=True)
+    top_p: float = number(1.0, least=0, most=1, above=True)
+    top_k: int = number(0, least=0)
     allow_unreproducible_sampling: bool = False
-    batch_size: int = 128
+    batch_size: int = number(128, least=1)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trtllm: TrtLlmConfig = field(default_factory=TrtLlmConfig)
     trtllm_server: TrtLlmServerConfig = field(default_factory=TrtLlmServerConfig)
@@ -205,8 +204,8 @@ class EvaluateDataConfig:
     """
 
     turns: str = MISSING
-    limit: int = -1
-    samples: int = 1
+    limit: int = number(-1, least=1, or_else=(-1,))
+    samples: int = number(1, least=1)
     system_prompt: str | None = None
 
 
@@ -221,10 +220,10 @@ class GenerateConfig:
         mode_bias: the mode dial: mode to a number added to the logit of its digit where the mode is chosen; null for none.
     """
 
-    max_new_tokens: int = 2048
-    temperature: float = 0.7
-    batch_size: int = 64
-    mode_bias: dict[int, float] | None = None
+    max_new_tokens: int = number(2048, least=1)
+    temperature: float = number(0.7, least=0, most=100)
+    batch_size: int = number(64, least=1)
+    mode_bias: dict[int, float] | None = number(None, least=-1e6, most=1e6, whole=False)
 
 
 @dataclass
@@ -242,7 +241,7 @@ class EvaluateRunConfig:
     dir: str = MISSING
     name: str = MISSING
     checkpoint: str = MISSING
-    seed: int = 1
+    seed: int = number(1, least=0, most=LARGEST_SEED)
     device: str = "auto"
 
 
@@ -302,17 +301,36 @@ def read_config(raw: DictConfig, schema: type[C]) -> C:
         raise ConfigError(
             f"{unknown[0]}: unknown section; this stage has {', '.join(sorted(ours))} and NeMo's {', '.join(NEMO_SECTIONS)}"
         )
-    return schema(**{f.name: _read_section(f.name, f.type, raw.get(f.name)) for f in fields(_resolved(schema))})
+    return schema(**{f.name: read_section(f.name, f.type, raw.get(f.name)) for f in fields(_resolved(schema))})
 
 
-def _read_section(name: str, section: Any, given: Any) -> Any:
+def read_section(name: str, section: Any, given: Any) -> Any:
+    """One section as an object, its numbers within their ranges.
+
+    Raises:
+        ConfigError: as :func:`read_config`.
+    """
+    _no_endless_integer(name, given)
     try:
-        return _section(name, section, given)
+        values = _section(name, section, given)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", None) or name)
         # Inside a list OmegaConf forgets where it is.
         where = key if key.partition(".")[0] == name else f"{name}, {key}"
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from None
+    check_numbers(name, values)
+    return values
+
+
+def _no_endless_integer(key: str, value: Any) -> None:
+    """Python's integers have no end; one that is no float ends OmegaConf with an error that names no key."""
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _no_endless_integer(f"{key}.{name}", inner)
+    elif isinstance(value, int) and abs(value) > 2**64:
+        raise ConfigError(f"{key}: a number of {len(str(abs(value)))} digits is too large")
 
 
 def default_keys(schema: type[Any]) -> dict[str, Any]:
@@ -386,10 +404,10 @@ def check_bc(config: BcConfig, nemo: DictConfig, world_size: int) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    check_ranges(nemo, ranges.BC)
-    _device(config.run.device)
-    check_checkpoint(config.checkpoint)
-    _data_parallel_size(nemo, world_size)
+    _check_training(config.run, config.checkpoint, nemo, "bc")
+    data_parallel_size(nemo, world_size)
+    sft = nemo.trainer.sft
+    check_steps(nemo, None if isinstance(sft.limit_train_batches, float) else sft.limit_train_batches)
     _file("run.init_from", config.run.init_from)
     _file("data.train", config.data.train)
     _file("data.heldout", config.data.heldout)
@@ -408,11 +426,10 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     """
     from nemo_ampo.rollout import check_rollout
 
-    check_ranges(nemo, ranges.AMPO)
-    _device(config.run.device)
+    _check_training(config.run, config.checkpoint, nemo, "ampo")
+    check_schedule(nemo.model.optim, nemo.trainer.reinforce.max_steps)
     check_algorithm(config.algorithm)
     check_rollout(config.rollout)
-    check_checkpoint(config.checkpoint)
     _file("run.init_from", config.run.init_from)
     if (config.data.train is None) == (config.data.sotopia_dir is None):
         raise ConfigError("data.train, data.sotopia_dir: give exactly one of the two")
@@ -442,7 +459,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             "reward"
         )
     _check_filters(rollout)
-    data_size = _data_parallel_size(nemo, world_size)
+    data_size = data_parallel_size(nemo, world_size)
     samples, global_batch = rollout.prompts_per_step * rollout.group_size, nemo.model.global_batch_size
     if samples % global_batch:
         raise ConfigError(
@@ -457,7 +474,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
         )
 
 
-def _data_parallel_size(nemo: DictConfig, world_size: int) -> int:
+def data_parallel_size(nemo: DictConfig, world_size: int) -> int:
     """Replicas of the model in this job.
 
     Raises:
@@ -479,6 +496,60 @@ def _data_parallel_size(nemo: DictConfig, world_size: int) -> int:
     return data_size
 
 
+def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConfig, stage: str) -> None:
+    """Rules that both training stages share."""
+    check_nemo(nemo, stage)
+    _device(run.device)
+    check_folder("run.dir", run.dir)
+    if checkpoint.dir is not None:
+        check_folder("checkpoint.dir", checkpoint.dir)
+    granularity, method, layers = (
+        nemo.model[f"activations_checkpoint_{key}"] for key in ("granularity", "method", "num_layers")
+    )
+    if granularity == "full" and (method is None or layers is None):
+        raise ConfigError(
+            "model.activations_checkpoint_granularity: full needs model.activations_checkpoint_method and "
+            "model.activations_checkpoint_num_layers"
+        )
+    for key, value in (("method", method), ("num_layers", layers)):
+        if granularity != "full" and value is not None:
+            raise ConfigError(
+                f"model.activations_checkpoint_{key}: {value} is for model.activations_checkpoint_granularity=full, "
+                f"got {granularity}"
+            )
+
+
+def check_steps(nemo: DictConfig, steps_per_epoch: int | None) -> None:
+    """Rules between the intervals of the BC stage, as far as they can be known.
+
+    Args:
+        nemo: the whole composed config.
+        steps_per_epoch: of the rows; None before they are read.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    sft = nemo.trainer.sft
+    if steps_per_epoch is not None and isinstance(sft.limit_train_batches, float):
+        steps_per_epoch = int(steps_per_epoch * sft.limit_train_batches)
+        if steps_per_epoch < 1:
+            raise ConfigError(f"trainer.sft.limit_train_batches: {sft.limit_train_batches} of an epoch is not one step")
+    every = sft.val_check_interval
+    if isinstance(every, float):
+        if steps_per_epoch is None:
+            return
+        every = int(every * steps_per_epoch)
+        if every < 1:
+            raise ConfigError(f"trainer.sft.val_check_interval: {sft.val_check_interval} of an epoch is not one step")
+    if every and sft.save_interval % every:
+        raise ConfigError(
+            f"trainer.sft.save_interval: {sft.save_interval} is no multiple of trainer.sft.val_check_interval={every}; what "
+            "is saved must have been validated"
+        )
+    known = None if steps_per_epoch is None else steps_per_epoch * sft.max_epochs
+    check_schedule(nemo.model.optim, sft.max_steps if sft.max_steps > 0 else known)
+
+
 def _device(device: str) -> None:
     if device not in DEVICES:
         raise ConfigError(f"run.device: expected {', '.join(DEVICES)}, got {device!r}")
@@ -486,10 +557,6 @@ def _device(device: str) -> None:
 
 def _check_filters(rollout: RolloutConfig) -> None:
     """Filters draw from another distribution than the one that is trained; the loss cannot tell."""
-    if not 0 < rollout.top_p <= 1:
-        raise ConfigError(f"rollout.top_p: must be above 0 and at most 1, got {rollout.top_p}")
-    if rollout.top_k < 0:
-        raise ConfigError(f"rollout.top_k: must be 0 or more, got {rollout.top_k}")
     for key, off in (("top_p", 1.0), ("top_k", 0)):
         value = getattr(rollout, key)
         if value != off and not rollout.allow_unreproducible_sampling:
@@ -510,18 +577,20 @@ def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    check_ranges(raw, ranges.EVALUATE)
     _device(config.run.device)
     problem = file_name_problem(raw.run.name)
     if raw.run.name == "provenance":
         problem = "stands for another file of a run folder; choose another name"
     if problem is not None:
         raise ConfigError(f"run.name: {problem}")
+    check_folder("run.dir", config.run.dir)
     _file("data.turns", config.data.turns)
     if config.data.system_prompt is not None:
         _file("data.system_prompt", config.data.system_prompt)
-    if not (Path(config.run.checkpoint) / "config.json").is_file():
-        raise ConfigError(f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}")
+    if not is_file(Path(config.run.checkpoint) / "config.json"):
+        raise ConfigError(
+            f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}{look_alike(config.run.checkpoint)}"
+        )
     problem = bias_problem(config.generate.mode_bias or {})
     if problem is not None:
         raise ConfigError(f"generate.mode_bias: {problem}")
@@ -546,5 +615,5 @@ def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> 
 
 
 def _file(key: str, path: str) -> None:
-    if not Path(path).is_file():
-        raise ConfigError(f"{key}: no such file: {path}")
+    if not is_file(path):
+        raise ConfigError(f"{key}: {missing(path)}")

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.errors import DataError, DiskError
+from nemo_ampo.errors import ConfigError, DataError, DiskError
 from nemo_ampo.text import one_line, printable
 
 MAX_NAME_BYTES = 120
@@ -25,6 +26,10 @@ def shipped(folder: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 3800
+"""Bytes of one part of a path, and of a run folder's whole path, which leaves room for the files below it."""
 
 
 @contextlib.contextmanager
@@ -289,3 +294,60 @@ def sha256_of(path: str | Path) -> str:
     """
     with disk_errors(f"cannot read {path}"), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False too for a name that no file can have."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there; False too for a name that no folder can have."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def missing(path: str | Path) -> str:
+    """In words, that there is no such file, and what looks like it to a person's eye."""
+    return f"no such file: {path}{look_alike(path)}"
+
+
+def look_alike(path: str | Path) -> str:
+    """In words, a name that is there and looks the same as one that is not; empty when there is none.
+
+    Letters with accents have two spellings in Unicode, and systems differ in which they write.
+    """
+    place = Path(path)
+    try:
+        while not place.parent.exists() and place.parent != place:
+            place = place.parent
+        twins = [entry.name for entry in place.parent.iterdir() if entry.name != place.name]
+    except (OSError, ValueError):
+        return ""
+    twin = next((name for name in twins if same_to_the_eye(name, place.name)), None)
+    return "" if twin is None else f"; {place.parent} has {twin!a}, which looks the same as {place.name!a}"
+
+
+def same_to_the_eye(one: str, other: str) -> bool:
+    """Whether two texts differ in nothing but the Unicode form of their letters (NFC, NFD, compatibility, width)."""
+    return unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other)
+
+
+def check_folder(key: str, path: str) -> None:
+    """Could this be a folder of ours, whether or not it is there already?
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not path.strip():
+        raise ConfigError(f"{key}: must not be empty")
+    whole = Path(path).absolute()
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in whole.parts) or len(os.fsencode(whole)) > LONGEST_PATH:
+        raise ConfigError(f"{key}: {path[:40]}… is longer than a file system takes")
+    if is_file(path):
+        raise ConfigError(f"{key}: {path} is a file, not a folder")

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nemo_ampo.errors import ConfigError
 from nemo_ampo.modes import MODES
+from nemo_ampo.ranges import check_numbers, number, seconds
 
 MISMATCH = "mismatch/kl"
 SKIPPED = "policy/skipped_updates"
@@ -38,26 +38,18 @@ class GuardConfig:
         stop_on_collapse: end the run at that alarm instead of warning.
     """
 
-    min_valid: int = 2
-    max_failed_fraction: float = 0.25
-    step_retries: int = 3
-    retry_pause_s: float = 30.0
-    max_mismatch_kl: float | None = 0.1
-    abort_steps: int = 5
-    min_mode_share: float = 0.01
-    collapse_steps: int = 20
+    min_valid: int = number(2, least=1)
+    max_failed_fraction: float = number(0.25, least=0, most=1)
+    step_retries: int = number(3, least=0)
+    retry_pause_s: float = seconds(30, above=False)
+    max_mismatch_kl: float | None = number(0.1, least=0, above=True)
+    abort_steps: int = number(5, least=1)
+    min_mode_share: float = number(0.01, least=0, most=1)
+    collapse_steps: int = number(20, least=1)
     stop_on_collapse: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("min_valid", "abort_steps", "collapse_steps"):
-            _check(key, getattr(self, key) >= 1, f"must be at least 1, got {getattr(self, key)}")
-        for key in ("max_failed_fraction", "min_mode_share"):
-            _check(key, 0 <= getattr(self, key) <= 1, f"must lie in 0..1, got {getattr(self, key)}")
-        _check("step_retries", self.step_retries >= 0, f"must not be negative, got {self.step_retries}")
-        pause = self.retry_pause_s
-        _check("retry_pause_s", math.isfinite(pause) and pause >= 0, f"must be 0 or more seconds, got {pause}")
-        limit = self.max_mismatch_kl
-        _check("max_mismatch_kl", limit is None or limit > 0, f"must be above 0 or null, got {limit}")
+        check_numbers("guard", self)
 
 
 def too_many_failed(failed: int, asked: int, config: GuardConfig) -> bool:
@@ -150,8 +142,3 @@ def _collapse_words(modes: Sequence[int], config: GuardConfig) -> str:
         f"{names}: under {config.min_mode_share:.2%} of the samples for {config.collapse_steps} steps in a row; "
         "AMPO cannot compare a mode that is no longer drawn"
     )
-
-
-def _check(key: str, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"guard.{key}: {rule}")

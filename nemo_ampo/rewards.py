@@ -6,7 +6,6 @@ score has no reward at all; nothing here invents one for it. Everything is plain
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +13,7 @@ from enum import StrEnum
 from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import NO_MODE
+from nemo_ampo.ranges import check_numbers, number
 from nemo_ampo.types import DialogueTurn, Verdict
 
 MAX_GOAL = 10.0
@@ -46,31 +46,21 @@ class RewardConfig:
     """
 
     combine: Combine = Combine.product
-    length_weight: float = 1.0
-    min_answer_tokens: int = 0
-    answer_midpoint_tokens: float = 250.0
-    answer_half_width_tokens: float = 75.0
-    format_failure_reward: float = -2.0
+    length_weight: float = number(1.0, least=0)
+    min_answer_tokens: int = number(0, least=0)
+    answer_midpoint_tokens: float = number(250.0, least=0, above=True)
+    answer_half_width_tokens: float = number(75.0, least=0, above=True)
+    format_failure_reward: float = number(-2.0, least=-1e6, most=0)
     strict_format: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("answer_midpoint_tokens", "answer_half_width_tokens"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"reward.{key}: must be a positive number of tokens, got {value}")
-        if not (math.isfinite(self.length_weight) and self.length_weight >= 0):
-            raise ConfigError(f"reward.length_weight: must be 0 or more, got {self.length_weight}")
+        check_numbers("reward", self)
         if self.length_weight != 1 and self.combine != Combine.additive:
             raise ConfigError(f"reward.length_weight: has no effect with reward.combine={self.combine}, only with additive")
-        if not 0 <= self.min_answer_tokens < self.answer_midpoint_tokens:
+        if self.min_answer_tokens >= self.answer_midpoint_tokens:
             raise ConfigError(
-                "reward.min_answer_tokens: must be at least 0 and below reward.answer_midpoint_tokens="
+                "reward.min_answer_tokens: must be below reward.answer_midpoint_tokens="
                 f"{self.answer_midpoint_tokens:g}, got {self.min_answer_tokens}"
-            )
-        if not (math.isfinite(self.format_failure_reward) and self.format_failure_reward <= 0):
-            raise ConfigError(
-                "reward.format_failure_reward: must be 0 or less, the lowest reward of a good reply, "
-                f"got {self.format_failure_reward}"
             )
 
 

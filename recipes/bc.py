@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, read_config
+from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, check_steps, read_config
 from nemo_ampo.lock import hold_run_with_all_ranks
 from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.watchdog import watch_ranks
@@ -59,6 +59,8 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
         raise ConfigError(
             f"model.global_batch_size: {cfg.model.global_batch_size} exceeds the {len(train.examples)} rows of data.train"
         )
+
+    check_steps(cfg, len(train.examples) // cfg.model.global_batch_size)
 
     hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
     settings = identity(cfg, inputs(hashes, config.run.init_from, [e.tokens for e in train.examples]))

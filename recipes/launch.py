@@ -65,7 +65,7 @@ def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
     parser.add_argument("--config-dir", type=Path, help=f"read configs from here instead of configs/{stage}")
     parser.add_argument("--print-config", action="store_true", help="print the composed config and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     stop_while_nothing_is_lost()
     try:
         settle_ranks()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def run_stages(stages: Sequence[Stage], environment: Mapping[str, str]) -> dict[
         if stage.output.exists():
             print(f"{label}: done before ({stage.output})", flush=True)
             continue
-        print(f"{label}: {' '.join(stage.command)}", flush=True)
+        print(f"{label}: {shlex.join(stage.command)}", flush=True)
         begin = time.monotonic()
         status = run_command(stage.command, environment, stage.ranks)
         seconds[stage.name] = time.monotonic() - begin
@@ -123,6 +124,11 @@ def hold_folder(folder: Path, patience_s: float = 0.0) -> Lock:
         UserError: another pipeline runs there.
     """
     return Lock(folder / ".running", str(folder), patience_s)
+
+
+def run_folder(path: Path) -> Path:
+    """The folder as the stages' command lines take it: whole where its name would read as an option or as a home folder."""
+    return path.absolute() if str(path).startswith(("-", "~")) else path
 
 
 def remember_settings(folder: Path, settings: Mapping[str, object]) -> None:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_ampo.overrides import override
 from nemo_ampo.terminal import show
-from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_stages
+from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
 
 
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
@@ -28,14 +29,25 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
         bc, ampo: further Hydra overrides of the two training stages.
     """
     world, heldout = root / "world", root / "world" / "rl_heldout.jsonl"
-    judge = f"judge.base_url={judge_url}"
+    judge = override("judge.base_url", judge_url)
 
     def evaluate(name: str) -> Stage:
         return Stage(
             f"evaluate {name}",
             (
-                *("recipes.evaluate", "--config-name", "tiny", f"run.dir={root / 'evaluate'}", f"run.name={name}"),
-                *(f"run.checkpoint={root / 'hf' / name}", f"data.turns={heldout}", f"run.seed={seed}", judge),
+                *(
+                    "recipes.evaluate",
+                    "--config-name",
+                    "tiny",
+                    override("run.dir", root / "evaluate"),
+                    override("run.name", name),
+                ),
+                *(
+                    override("run.checkpoint", root / "hf" / name),
+                    override("data.turns", heldout),
+                    f"run.seed={seed}",
+                    judge,
+                ),
             ),
             root / "evaluate" / f"{name}.json",
         )
@@ -67,11 +79,11 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
         Stage(
             "clone modes (BC)",
             (
-                *("recipes.bc", "--config-name", "tiny", f"run.dir={root / 'bc'}", f"run.init_from={base}"),
+                *("recipes.bc", "--config-name", "tiny", override("run.dir", root / "bc"), override("run.init_from", base)),
                 *(
                     f"run.seed={seed}",
-                    f"data.train={world / 'bc_train.jsonl'}",
-                    f"data.heldout={world / 'bc_heldout.jsonl'}",
+                    override("data.train", world / "bc_train.jsonl"),
+                    override("data.heldout", world / "bc_heldout.jsonl"),
                 ),
                 *bc,
             ),
@@ -81,8 +93,13 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
         Stage(
             "train (AMPO)",
             (
-                *("recipes.ampo", "--config-name", "tiny", f"run.dir={root / 'ampo'}", f"run.seed={seed}"),
-                *(f"run.init_from={root / 'bc' / 'policy.nemo'}", f"data.train={world / 'rl_train.jsonl'}", judge, *ampo),
+                *("recipes.ampo", "--config-name", "tiny", override("run.dir", root / "ampo"), f"run.seed={seed}"),
+                *(
+                    override("run.init_from", root / "bc" / "policy.nemo"),
+                    override("data.train", world / "rl_train.jsonl"),
+                    judge,
+                    *ampo,
+                ),
             ),
             root / "ampo" / "policy.nemo",
             ranks,
@@ -110,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")
     parser.add_argument("--ampo", nargs="*", default=[], metavar="key=value", help="overrides of the AMPO stage")
     args = parser.parse_args(argv)
+    args.dir = run_folder(args.dir)
 
     from nemo_ampo.demo_judge import demo_judge_process
 

@@ -19,6 +19,7 @@ from nemo_ampo.compose import compose
 from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.outcome import EXIT_USER_ERROR
+from nemo_ampo.overrides import override
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output, show
 from recipes.launch import is_main_process, world_size
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settle_ranks()
             if world_size() > 1 and not any(o.startswith("run.dir=") for o in args.overrides):
                 raise ConfigError("run.dir: several ranks need one folder that all of them see")
-            return 0 if run(compose("ampo", args.config_name, [f"run.dir={folder}", *args.overrides])) else 1
+            return 0 if run(compose("ampo", args.config_name, [override("run.dir", folder), *args.overrides])) else 1
         except UserError as error:
             if is_main_process():
                 print(f"error: {error}", file=sys.stderr)

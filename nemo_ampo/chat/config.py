@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.ranges import check_numbers, number, seconds
 
 STRUCTURED = ("auto", "on", "off")
 
@@ -40,8 +40,8 @@ class Price:
         input_per_million, output_per_million: US dollars per million prompt and completion tokens.
     """
 
-    input_per_million: float
-    output_per_million: float
+    input_per_million: float = number(least=0, whole=False)
+    output_per_million: float = number(least=0, whole=False)
 
     def usd(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Dollars for one call."""
@@ -86,20 +86,20 @@ class EndpointConfig:
     model: str
     api_key_env: str = ""
     endpoints: list[PoolMember] = field(default_factory=list)
-    max_tokens: int = 2048
-    timeout_s: float = 60.0
-    max_concurrency: int = 64
-    requests_per_minute: int = 0
-    tokens_per_minute: int = 0
-    connection_retries: int = 4
-    backoff_initial_s: float = 1.0
-    backoff_max_s: float = 30.0
-    retry_after_max_s: float = 300.0
+    max_tokens: int = number(2048, least=1)
+    timeout_s: float = seconds(60)
+    max_concurrency: int = number(64, least=1, most=65536)
+    requests_per_minute: int = number(0, least=0)
+    tokens_per_minute: int = number(0, least=0)
+    connection_retries: int = number(4, least=0)
+    backoff_initial_s: float = seconds(1)
+    backoff_max_s: float = seconds(30)
+    retry_after_max_s: float = seconds(300)
     structured: str = "auto"
     extra_body: dict[str, Any] = field(default_factory=dict)
     price: dict[str, Price] = field(default_factory=dict)
-    max_usd: float | None = None
-    max_calls: int | None = None
+    max_usd: float | None = number(None, least=0, above=True, whole=False)
+    max_calls: int | None = number(None, least=1, whole=True)
     cache: str | None = None
     replay: str | None = None
 
@@ -115,14 +115,7 @@ class EndpointConfig:
             # No message repeats the value: what is no name may be a key.
             is_name = not variable or _VARIABLE.fullmatch(variable) is not None
             self._check(key, is_name, "must be the name of an environment variable; the key belongs into that variable")
-        for key in ("max_tokens", "max_concurrency"):
-            self._check(key, getattr(self, key) >= 1, f"must be at least 1, not {getattr(self, key)}")
-        for key in ("connection_retries", "requests_per_minute", "tokens_per_minute"):
-            self._check(key, getattr(self, key) >= 0, f"must not be negative ({getattr(self, key)})")
-        for key in ("timeout_s", "backoff_initial_s", "backoff_max_s", "retry_after_max_s"):
-            seconds = getattr(self, key)
-            positive = math.isfinite(seconds) and seconds > 0
-            self._check(key, positive, f"must be a positive number of seconds, not {seconds}")
+        check_numbers(self.section, self)
         self._check(
             "backoff_max_s",
             self.backoff_max_s >= self.backoff_initial_s,
@@ -160,20 +153,12 @@ class EndpointConfig:
         return [("base_url", self.base_url), *pool]
 
     def _check_budget(self) -> None:
-        for model, price in self.price.items():
-            for key in ("input_per_million", "output_per_million"):
-                usd = getattr(price, key)
-                sound = math.isfinite(usd) and usd >= 0
-                self._check(f"price.{model}.{key}", sound, f"must be dollars per million tokens, not {usd}")
         priced = ", ".join(self.price) or "none"
         for model in dict.fromkeys(str(member.model) for member in self.members):
             named = not self.price or model in self.price
             self._check("price", named, f"the table has no entry for model {model}; it has {priced}")
         if self.max_usd is not None:
-            self._check("max_usd", math.isfinite(self.max_usd) and self.max_usd > 0, f"must be positive, not {self.max_usd}")
             self._check("max_usd", bool(self.price), f"needs {self.section}.price, or nothing says what a call costs")
-        if self.max_calls is not None:
-            self._check("max_calls", self.max_calls >= 1, f"must be at least 1, not {self.max_calls}")
 
     def _check_url(self, key: str, base_url: str) -> None:
         # No message repeats the value: what should not stand in it may be a key.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from nemo_ampo.ranges import number
+
 
 class BestMode(StrEnum):
     """Which end of a metric is the good one."""
@@ -28,9 +30,9 @@ class CheckpointConfig:
     """
 
     dir: str | None = None
-    keep_last: int = 2
-    keep_every: int = 0
-    keep_best: int = 1
+    keep_last: int = number(2, least=1)
+    keep_every: int = number(0, least=0)
+    keep_best: int = number(1, least=0)
     best_metric: str = "reward/mean"
     best_mode: BestMode = BestMode.max
-    max_failed_saves: int = 3
+    max_failed_saves: int = number(3, least=1)

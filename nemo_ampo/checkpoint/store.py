@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.checkpoint.config import BestMode, CheckpointConfig
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import UserError
 from nemo_ampo.files import sha256_of
 
 MANIFEST = "manifest.json"
@@ -225,17 +225,6 @@ def steps_to_keep(scores: Mapping[int, float | None], config: CheckpointConfig) 
     ranked = sorted(((sign * value, step) for step, value in scores.items() if value is not None), reverse=True)
     kept = set(steps[-config.keep_last :]) | {step for _, step in ranked[: config.keep_best]}
     return kept | {step for step in steps if config.keep_every and step % config.keep_every == 0}
-
-
-def check_config(config: CheckpointConfig) -> None:
-    """Rules of the ``checkpoint`` section.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    for key, least in (("keep_last", 1), ("keep_every", 0), ("keep_best", 0), ("max_failed_saves", 1)):
-        if getattr(config, key) < least:
-            raise ConfigError(f"checkpoint.{key}: at least {least}, got {getattr(config, key)}")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -125,3 +125,22 @@ def _optional_extra_states() -> None:
         return upstream(wanted, checkpoint_dir, *args, **kwargs)
 
     dist_checkpointing.load = load
+
+
+@FRAMEWORKS.add(
+    "ModelPT.setup_megatron_optimization",
+    "nemo 2.2.1",
+    "hands Megatron's optimizer lr, decay and betas, but not eps, so that model.optim.eps would change nothing",
+)
+def _adam_eps() -> None:
+    from nemo.core.classes.modelPT import ModelPT
+
+    upstream = ModelPT.setup_megatron_optimization
+
+    @functools.wraps(upstream)
+    def setup(self: Any, optim_config: Any) -> Any:
+        config = upstream(self, optim_config)
+        config.adam_eps = float(optim_config.get("eps", config.adam_eps))
+        return config
+
+    ModelPT.setup_megatron_optimization = setup

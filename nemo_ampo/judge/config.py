@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.ranges import LARGEST_SEED, number
 
 
 # Not frozen: OmegaConf makes an optional entry read-only while it still fills it.
@@ -24,8 +25,8 @@ class SecondJudgeConfig:
     model: str
     api_key_env: str = ""
     prompt: str | None = None
-    every: int = 10
-    samples: int = 32
+    every: int = number(10, least=1)
+    samples: int = number(32, least=1)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class JudgeConfig(EndpointConfig):
     section: ClassVar[str] = "judge"
 
     prompt: str = "judge"
-    temperatures: list[float] = field(default_factory=lambda: [0.0, 0.0, 1.0, 1.0, 1.0])
-    seed: int | None = None
+    temperatures: list[float] = number([0.0, 0.0, 1.0, 1.0, 1.0], least=0, most=2, whole=False)
+    seed: int | None = number(None, least=0, most=LARGEST_SEED, whole=True)
     explain_parse_error: bool = True
     second: SecondJudgeConfig | None = None
 
@@ -53,12 +54,7 @@ class JudgeConfig(EndpointConfig):
         super().__post_init__()
         self._check("prompt", bool(self.prompt.strip()), "must not be empty")
         self._check("temperatures", len(self.temperatures) > 0, "must name at least one try")
-        for temperature in self.temperatures:
-            self._check("temperatures", 0 <= temperature <= 2, f"must lie in 0..2, not {temperature}")
         if self.second is not None:
-            for key in ("every", "samples"):
-                count = getattr(self.second, key)
-                self._check(f"second.{key}", count >= 1, f"must be at least 1, not {count}")
             self.second_judge()
 
     def second_judge(self) -> JudgeConfig:

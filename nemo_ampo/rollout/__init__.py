@@ -97,13 +97,9 @@ def check_rollout(rollout: RolloutConfig) -> None:
             f"rollout.temperature: {rollout.engine} knows the policy's log-probabilities only at temperature 1, got "
             f"{rollout.temperature}"
         )
-    if rollout.probe.prompts < 1 or rollout.probe.new_tokens < 1 or rollout.probe.max_gap <= 0:
-        raise ConfigError("rollout.probe: prompts and new_tokens must be at least 1 and max_gap above 0")
     server = rollout.trtllm_server
     if rollout.engine == "trtllm_server" and not server.url:
         raise ConfigError("rollout.trtllm_server.url: a value is required with rollout.engine=trtllm_server")
-    if server.keep_versions < 1:
-        raise ConfigError(f"rollout.trtllm_server.keep_versions: at least 1, got {server.keep_versions}")
 
 
 def require_engine(name: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.ranges import check_numbers, number, seconds
 
 
 class ServeEngine(StrEnum):
@@ -42,8 +43,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     device: str = "auto"
     dtype: str = "auto"
-    max_batch: int = 32
-    start_timeout_s: float = 1200.0
+    max_batch: int = number(32, least=1, most=65536)
+    start_timeout_s: float = seconds(1200)
     extra_args: list[str] = field(default_factory=list)
 
 
@@ -56,10 +57,7 @@ def check_serve(config: ServeConfig) -> None:
     for key, allowed in (("device", ("auto", "cpu", "gpu")), ("dtype", ("auto", "float32", "bfloat16", "float16"))):
         if getattr(config, key) not in allowed:
             raise ConfigError(f"serve.{key}: expected one of {', '.join(allowed)}, got {getattr(config, key)!r}")
-    if config.max_batch < 1:
-        raise ConfigError(f"serve.max_batch: at least 1, got {config.max_batch}")
-    if config.start_timeout_s <= 0:
-        raise ConfigError(f"serve.start_timeout_s: must be positive, got {config.start_timeout_s}")
+    check_numbers("serve", config)
     if config.extra_args and config.engine is ServeEngine.embedded:
         raise ConfigError("serve.extra_args: the embedded server takes none")
 

@@ -20,9 +20,10 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import policy_hash, system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.files import read_text
+from nemo_ampo.files import is_file, is_folder, look_alike, missing, read_text
 from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
+from nemo_ampo.ranges import check_numbers, number, seconds
 
 SILENT = "silent"
 """Why a reply could not be heard: nothing in it may be spoken."""
@@ -56,20 +57,19 @@ class AgentConfig(EndpointConfig):
 
     base_url: str = ""
     model: str = ""
-    timeout_s: float = 600.0
+    timeout_s: float = seconds(600)
     checkpoint: str = ""
     modes: bool = False
     system_prompt: str | None = None
     tokenizer: str = ""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    mode_bias: dict[int, float] | None = None
+    temperature: float = number(0.7, least=0, most=2)
+    top_p: float = number(1.0, least=0, most=1, above=True)
+    mode_bias: dict[int, float] | None = number(None, least=-1e6, most=1e6, whole=False)
 
     def __post_init__(self) -> None:
         if self.base_url:
             super().__post_init__()
-        self._check("temperature", 0 <= self.temperature <= 2, f"must lie in 0..2, not {self.temperature}")
-        self._check("top_p", 0 < self.top_p <= 1, f"must lie in 0..1 and not be 0, not {self.top_p}")
+        check_numbers(self.section, self)
         problem = bias_problem(self.mode_bias or {})
         self._check("mode_bias", problem is None, problem or "")
         self._check("mode_bias", self.modes or not self.mode_bias, f"needs {self.section}.modes=true")
@@ -106,12 +106,13 @@ def check_agent(config: AgentConfig) -> None:
     if bool(config.base_url) == bool(config.checkpoint):
         given = "both" if config.base_url else "neither"
         raise ConfigError(f"{section}.checkpoint, {section}.base_url: give exactly one of the two, not {given}")
-    if config.checkpoint and not (Path(config.checkpoint) / "config.json").is_file():
-        raise ConfigError(f"{section}.checkpoint: no Hugging Face folder at {config.checkpoint}")
-    if config.tokenizer and not Path(config.tokenizer).is_dir():
-        raise ConfigError(f"{section}.tokenizer: no folder at {config.tokenizer}")
-    if config.system_prompt is not None and not Path(config.system_prompt).is_file():
-        raise ConfigError(f"{section}.system_prompt: no such file: {config.system_prompt}")
+    if config.checkpoint and not is_file(Path(config.checkpoint) / "config.json"):
+        at = f"{config.checkpoint}{look_alike(config.checkpoint)}"
+        raise ConfigError(f"{section}.checkpoint: no Hugging Face folder at {at}")
+    if config.tokenizer and not is_folder(config.tokenizer):
+        raise ConfigError(f"{section}.tokenizer: no folder at {config.tokenizer}{look_alike(config.tokenizer)}")
+    if config.system_prompt is not None and not is_file(config.system_prompt):
+        raise ConfigError(f"{section}.system_prompt: {missing(config.system_prompt)}")
 
 
 def system_text(config: AgentConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +12,8 @@ from omegaconf import MISSING
 
 from nemo_ampo.chat import EndpointConfig
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import check_folder, is_folder, look_alike
+from nemo_ampo.ranges import LARGEST_SEED, number
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
 from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
 from nemo_ampo.sotopia.dimensions import PROMPT, TEMPERATURES, load_score_prompt
@@ -45,12 +47,12 @@ class SotopiaRunConfig:
     """
 
     dir: str = MISSING
-    seeds: list[int] = field(default_factory=lambda: [1])
+    seeds: list[int] = number([1], least=0, most=LARGEST_SEED, whole=True)
     subset: Subset = Subset.all
-    limit: int = -1
+    limit: int = number(-1, least=1, or_else=(-1,))
     judge_only: bool = False
     estimate_only: bool = False
-    episodes_in_flight: int = 128
+    episodes_in_flight: int = number(128, least=1, most=65536)
 
 
 class ScenarioSet(StrEnum):
@@ -94,8 +96,8 @@ class EpisodeConfig:
     pairing: Pairing = Pairing.self_play
     view: ViewName = ViewName.sotopia
     leave_rule: LeaveRule = LeaveRule.strict
-    max_turns: int = 20
-    max_prompt_tokens: int = 6144
+    max_turns: int = number(20, least=1)
+    max_prompt_tokens: int = number(6144, least=1)
     prompts: str | None = None
 
 
@@ -113,18 +115,16 @@ class ScoreJudgeConfig(EndpointConfig):
 
     section: ClassVar[str] = "judge"
 
-    max_tokens: int = 4096
+    max_tokens: int = number(4096, least=1)
     name: str = "default"
     prompt: str = PROMPT
-    temperatures: list[float] = field(default_factory=lambda: list(TEMPERATURES))
-    seed: int | None = None
+    temperatures: list[float] = number(list(TEMPERATURES), least=0, most=2, whole=False)
+    seed: int | None = number(None, least=0, most=LARGEST_SEED, whole=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("name", bool(_JUDGE_NAME.fullmatch(self.name)), "letters, digits, dot, dash and underscore only")
         self._check("temperatures", len(self.temperatures) > 0, "must name at least one try")
-        for temperature in self.temperatures:
-            self._check("temperatures", 0 <= temperature <= 2, f"must lie in 0..2, not {temperature}")
 
 
 @dataclass
@@ -147,19 +147,12 @@ def check_sotopia(config: SotopiaConfig) -> None:
         ConfigError: naming the key.
     """
     run, episode = config.run, config.episode
-    if not run.seeds or len(set(run.seeds)) != len(run.seeds) or min(run.seeds) < 0:
+    if not run.seeds or len(set(run.seeds)) != len(run.seeds):
         raise ConfigError(f"run.seeds: different numbers from 0 up, at least one, got {run.seeds}")
-    if run.limit == 0 or run.limit < -1:
-        raise ConfigError(f"run.limit: -1 or at least 1, got {run.limit}")
-    for key, value in (
-        ("run.episodes_in_flight", run.episodes_in_flight),
-        ("episode.max_turns", episode.max_turns),
-        ("episode.max_prompt_tokens", episode.max_prompt_tokens),
-    ):
-        if value < 1:
-            raise ConfigError(f"{key}: at least 1, got {value}")
-    if not Path(config.data.sotopia_dir).is_dir():
-        raise ConfigError(f"data.sotopia_dir: no such folder: {config.data.sotopia_dir}")
+    check_folder("run.dir", run.dir)
+    for key, folder in (("data.sotopia_dir", config.data.sotopia_dir), ("episode.prompts", episode.prompts)):
+        if folder is not None and not is_folder(folder):
+            raise ConfigError(f"{key}: no such folder: {folder}{look_alike(folder)}")
     check_pairing(episode.pairing, config.policy, config.partner)
     check_serve(config.serve)
     local = config.policy.checkpoint or config.partner.checkpoint

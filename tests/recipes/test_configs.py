@@ -122,7 +122,7 @@ def ampo(tmp_path: Path, *overrides: str) -> None:
         ("rollout.temperature=0.7", "rollout.temperature"),
         ("rollout.top_p=0.9", "rollout.top_p: 0.9 draws from a cut-off distribution"),
         ("rollout.top_k=50", "rollout.top_k: 50 draws from a cut-off distribution"),
-        ("rollout.top_p=0", "rollout.top_p: must be above 0"),
+        ("rollout.top_p=0", "rollout.top_p: must be a number above 0"),
         ("rollout.repetition_penalty=1.1", "rollout.repetition_penalty"),
         ("rollout.engine=vllm", "rollout.engine"),
         ("+rollout.trtllm.engine_folder=x", "rollout.trtllm.engine_folder"),
