@@ -130,7 +130,12 @@ def score(
         raise UserError("--before, --after: give both scores or neither")
     if answer_tokens is not None and tokenizer is not None:
         raise UserError("--answer-tokens, --tokenizer: give one of the two")
-    text = (sys.stdin.read() if file is None else file.read_text(encoding="utf-8")).removesuffix("\n")
+    # As bytes: the reward sees a reply's line ends as they are.
+    raw = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    try:
+        text = raw.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file or 'stdin'}: not UTF-8 text (byte {error.start})") from None
     try:
         reply = parse_reply(text, strict=strict)
     except FormatError as error:

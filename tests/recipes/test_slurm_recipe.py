@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_ampo.compose import CONFIGS
+from nemo_ampo.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
 from recipes.quickstart import stages as quickstart_stages
@@ -111,3 +111,42 @@ def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, cap
     assert main([*command[:2], "judge.base_url=http://elsewhere:2/v1", "--record"]) == 0
     assert main([*command[:2], "seed=2", "--record"]) == 2
     assert "was made with seed=1, now 2" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options_as_the_help_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY), "--ranks", "2", f"run_dir={tmp_path / 'r'}", "ampo.rollout.group_size=4"]) == 0
+    assert "rollout.group_size=4" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(TINY), f"run_dir={tmp_path / 'r'}", "--rank-s", "2"])
+    assert "unrecognized arguments: --rank-s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lr=1e-4",
+        "新加卷",
+        "e\u0301te\u0301",
+        "run (2)",
+        "a,b",
+        "a#b #c",
+        "a: b",
+        "[x]",
+        "~x",
+        "${seed}",
+        "it's",
+        "1e5",
+        " x",
+    ],
+)
+def test_any_path_reaches_the_stages(name: str, tmp_path: Path) -> None:
+    recipe = read_recipe(TINY, [f"run_dir={tmp_path}/{name}"])
+    assert recipe.run_dir == f"{tmp_path}/{name}"
+    bc = next(stage for stage in stages(recipe, URL) if stage.name == "bc")
+    assert compose("bc", "tiny", bc.command[3:]).run.dir == f"{tmp_path}/{name}/bc"
+    assert read_recipe(TINY, [f"run_dir={name}"]).run_dir == name
+
+
+def test_a_path_no_batch_script_can_pass_on_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run_dir: .*line break"):
+        read_recipe(TINY, ["run_dir=a\nb"])

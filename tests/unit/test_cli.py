@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 from nemo_ampo.cli import COMMANDS, PASS_THROUGH, make_app
 from nemo_ampo.config import STAGES
+from nemo_ampo.errors import FormatError
+from nemo_ampo.grammar import parse_reply
 
 ROOT = Path(__file__).resolve().parents[2]
 VALID = 'Thinking Level: 1\n<|begin_of_answer|>\n"Hi there."\n<|end_of_answer|>\n'
@@ -117,6 +119,20 @@ def test_score_of_a_broken_reply_names_the_rule_and_fails() -> None:
     assert result.exit_code == 1
     assert "broken, rule level" in result.output
     assert result.output.splitlines()[-1].split() == ["reward", "-2"]
+
+
+def test_score_sees_line_ends_as_the_reward_does(tmp_path: Path) -> None:
+    file = tmp_path / "reply.txt"
+    for reply in (VALID, VALID.replace("\n", "\r\n"), f"{VALID}\r"):
+        file.write_bytes(reply.encode())
+        try:
+            parse_reply(reply)
+        except FormatError:
+            assert invoke("score", str(file)).exit_code == 1
+        else:
+            assert invoke("score", str(file)).exit_code == 0
+    file.write_bytes(b"\xff")
+    assert invoke("score", str(file)).exit_code != 0
 
 
 def test_score_reads_a_file_and_ignores_one_final_line_feed(tmp_path: Path) -> None:
