@@ -503,6 +503,11 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
     check_folder("run.dir", run.dir)
     if checkpoint.dir is not None:
         check_folder("checkpoint.dir", checkpoint.dir)
+    if nemo.model.megatron_amp_O2 and not str(nemo.trainer.precision).startswith("bf16"):
+        raise ConfigError(
+            f"model.megatron_amp_O2: keeps the weights in half precision; set it to false with "
+            f"trainer.precision={nemo.trainer.precision}"
+        )
     granularity, method, layers = (
         nemo.model[f"activations_checkpoint_{key}"] for key in ("granularity", "method", "num_layers")
     )

@@ -104,7 +104,7 @@ def imported() -> set[str]:
     return names - set(sys.stdlib_module_names) - set(OURS)
 
 
-USED_BY_OTHERS = {"tensorboard", "httptools"}  # Lightning's logger and uvicorn look for them by name.
+USED_BY_OTHERS = {"setuptools", "httptools"}  # TensorBoard and uvicorn look for them by name.
 NOT_ON_PYPI = {"tensorrt", "tensorrt_llm"}  # of the container, where an engine needs them
 
 
