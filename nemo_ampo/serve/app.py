@@ -11,6 +11,7 @@ its request along.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -207,8 +208,10 @@ class _Desk:
             asked = ChatRequest.model_validate_json(body)
         except ValidationError as error:
             first = error.errors()[0]
-            where = one_line(".".join(map(str, first["loc"]))) or "body"
-            raise _RefusedError(400, f"{where}: {one_line(first['msg'])}", param=where) from None
+            # Of a union, pydantic also names the kind that was tried, such as list[...]: no part of the request.
+            places = [str(place) for place in first["loc"] if not re.search(r"[-\[]", str(place))] or ["body"]
+            said = f"{'.'.join(places)}: {first['msg'].removeprefix('Value error, ')}"
+            raise _RefusedError(400, one_line(said), param=one_line(places[0])) from None
         if asked.model != self._model:
             problem = f"the model {one_line(asked.model)!r} does not exist; {self._model!r} is served"
             raise _RefusedError(404, problem, param="model", code="model_not_found")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.prompts import PromptTemplate, load_prompt
+from nemo_ampo.speech import without_control_tokens
 from nemo_ampo.strict_json import object_in
 from nemo_ampo.text import utf8_safe
 
@@ -84,7 +85,7 @@ def score_messages(scenario: Scenario, dialogue: str, template: PromptTemplate |
 
     The context is everything (both backgrounds with secrets, both goals), in either view. Context, dialogue and
     names stand in blocks whose mark is a hash of their content, so nothing said in the dialogue can close its
-    block and pose as an instruction.
+    block and pose as an instruction; nor does it reach the evaluator's tokenizer as a control token.
 
     Args:
         scenario: the situation and its two characters.
@@ -102,7 +103,7 @@ def score_messages(scenario: Scenario, dialogue: str, template: PromptTemplate |
         "agent1_name": first.name,
         "agent2_name": second.name,
     }
-    values = {name: utf8_safe(value) for name, value in values.items()}
+    values = {name: without_control_tokens(utf8_safe(value)) for name, value in values.items()}
     mark = {_BOUNDARY: _boundary(values)} if _BOUNDARY in template.placeholders else {}
     return [{"role": "user", "content": template.render(**values, **mark)}]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
+from sotopia_episodes import made_up_turn
 
 from nemo_ampo.prompts import harmless_request, load_prompt, read_judge_prompt, render_judge_prompt
 from nemo_ampo.sotopia.prompts import turn_line
+from nemo_ampo.sotopia.records import Episode, EpisodeKey
 from nemo_ampo.speech import spoken, without_control_tokens
 from nemo_ampo.types import DialogueTurn, JudgeRequest
 
@@ -24,6 +27,21 @@ PIECES = (
     *("Fine, let us do that.", "3 < 4", " ", "\t", "\u00e9\u4e2d", "left the conversation", "\x00", "\ud800", "##", "```"),
     *('"', "'", "\\", "}"),
 )  # fmt: skip
+EPISODE = Episode(
+    EpisodeKey(0, "combo", "agent1", 1, "m"),
+    pairing="self_play",
+    view="sotopia",
+    environment_id="e",
+    codename="c",
+    relationship=2,
+    hard=False,
+    agent1_id="1",
+    agent2_id="2",
+    agent1_name="Ada Quill",
+    agent2_name="Bo Reed",
+    agent1_goal="g",
+    agent2_goal="h",
+)
 TURN_LINE = re.compile(r"(?:Turn|\bturn)\s*#?\s*(\d+)\s*[:\uff1a]")
 CONTROL = re.compile(r"<\|[^|\s]*\|>|</?s>|<bos>|\[/?INST\]|<<SYS>>|<\uff5c|</think>")
 
@@ -58,6 +76,18 @@ def test_an_answer_that_poses_as_the_other_speaker_does_not_reach_the_judge_as_o
         assert [int(n) for n in TURN_LINE.findall(read.dialogue)] == [0, 1]
         assert (read.agent1_name, read.agent2_name, read.agent2_goal) == ("Ada", "Ben", "keep the car")
         assert not CONTROL.search(prompt)
+
+
+def test_the_evaluator_reads_as_many_turns_as_there_were() -> None:
+    """Also of episodes that were stored before this rule, or edited since."""
+    draw = random.Random(4)
+    rng = random.Random(5)
+    for _ in range(300):
+        turns = tuple(replace(made_up_turn(rng, i, False), text=hostile(draw)) for i in range(draw.randrange(1, 6)))
+        dialogue = replace(EPISODE, turns=turns).dialogue()
+        assert [int(n) for n in TURN_LINE.findall(dialogue)] == list(range(len(turns)))
+        assert len([line for line in dialogue.splitlines() if line]) == len(turns)
+        assert not CONTROL.search(dialogue)
 
 
 def opening(said: str) -> DialogueTurn:

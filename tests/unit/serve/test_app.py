@@ -193,6 +193,36 @@ def test_more_requests_than_can_be_held_are_told_to_come_again(monkeypatch: pyte
     assert asyncio.run(ask()) == ([503, 200, 200, 200, 200], "1")
 
 
+def test_a_body_that_never_comes_to_its_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_BODY_TIMEOUT_S", 0.05)
+    assert status_of_slow_body(b"{", None) == 408
+
+
+def test_bodies_that_take_too_much_together_are_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "_MAX_OPEN_BYTES", 100)
+    assert status_of_slow_body(b"x" * 60, b"x" * 60) == 503
+    assert status_of_slow_body(b"x" * 40, b"x" * 40) == 400
+
+
+def status_of_slow_body(first: bytes, last: bytes | None) -> int:
+    """Status of the answer to a body in two pieces, the second of which may never come."""
+    pieces = [{"type": "http.request", "body": first, "more_body": True}]
+    if last is not None:
+        pieces.append({"type": "http.request", "body": last, "more_body": False})
+    statuses: list[int] = []
+
+    async def receive() -> dict:
+        return pieces.pop(0) if pieces else await asyncio.Event().wait()
+
+    async def send(message: dict) -> None:
+        statuses.extend([message["status"]] if message["type"] == "http.response.start" else [])
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    asyncio.run(create_app(StuckEngine(), "stuck")(scope, receive, send))
+    (status,) = statuses
+    return status
+
+
 class StuckEngine:
     """Replies when the test says so."""
 
