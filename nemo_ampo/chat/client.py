@@ -35,7 +35,7 @@ from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
-from nemo_ampo.chat.transport import Transport
+from nemo_ampo.chat.transport import TRANSIENT_STATUSES, Transport
 from nemo_ampo.errors import BudgetError, ChatError, ConfigError, DiskError, UserError
 from nemo_ampo.text import one_line
 
@@ -504,7 +504,10 @@ class ChatClient:
                 return await self._call(endpoint, question)
             except CallError as error:
                 failure = error
-            if question.schema is not None and endpoint.structured is None and failure.transient and not must:
+            suspect = (
+                failure.transient and failure.status not in TRANSIENT_STATUSES
+            )  # an address that asks for a pause gets it
+            if question.schema is not None and endpoint.structured is None and suspect and not must:
                 try:
                     completion = await self._send(endpoint, question, structured=False)
                 except CallError:

@@ -466,6 +466,15 @@ def test_one_bad_moment_at_the_start_does_not_cost_the_schema(tools: Any) -> Non
     assert ["response_format" in call.payload for call in server.calls] == [True, False, True, True]
 
 
+def test_an_endpoint_that_asks_for_a_pause_at_the_start_gets_it_and_keeps_the_schema(tools: Any) -> None:
+    busy = tools.Answer(status=429, headers={"Retry-After": "0.4"})
+    server = tools.serve(lambda number, call: busy if number == 0 else tools.verdict())
+    begin = time.monotonic()
+    check(tools.config(server.base_url, temperatures=[0.0]))
+    assert ["response_format" in call.payload for call in server.calls] == [True, True]
+    assert time.monotonic() - begin >= 0.4
+
+
 def test_an_endpoint_that_stays_out_of_order_is_told_and_left_to_the_patience_of_the_run(
     tools: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
