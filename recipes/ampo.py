@@ -78,7 +78,7 @@ def run(cfg: DictConfig) -> bool:
 def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.policy_files import check_vocabulary, record_stop_tokens, stop_token_ids, system_prompt
-    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
+    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.judge import open_judge
     from nemo_ampo.model_folder.loading import load_tokenizer
@@ -99,7 +99,8 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     system = system_prompt(assets, config.data.system_prompt)
     turns, data_hashes = read_training_turns(config)
     prompts = encode_turns(turns, tokenizer, system, config)
-    settings = identity(cfg, inputs(data_hashes, config.run.init_from, [p.token_ids for p in prompts]))
+    read = inputs(data_hashes, config.run.init_from, [p.token_ids for p in prompts])
+    settings = identity(cfg, read | verdict_identity(config.judge))
     check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(

@@ -14,6 +14,8 @@ from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import sha256_of
+from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.judge.client import verdict_protocol
 
 WATCHED = (
     "run.seed",
@@ -31,18 +33,20 @@ WATCHED = (
     "trainer.gradient_clip_val",
 )
 """Keys and sections that decide a run's numbers."""
+SUPERSEDED = {"judge.prompt": "judge.prompt.text"}
+"""A name, and the content that tells more: the name only counts where an older version wrote no content down."""
 HARMLESS = ("rollout.batch_size", "rollout.probe", "rollout.trtllm", "rollout.trtllm_server")
 """Below a watched section, yet without influence on results."""
 FREE_FORM = ("model.optim",)
 """Sections without a fixed set of keys: a key that appears is a change, not a newer version's default."""
 
 
-def identity(cfg: DictConfig, hashes: Mapping[str, str]) -> dict[str, Any]:
+def identity(cfg: DictConfig, hashes: Mapping[str, Any]) -> dict[str, Any]:
     """The watched settings, flat, with the hashes of what the run reads.
 
     Args:
         cfg: composed config, before NeMo changes it.
-        hashes: of :func:`inputs`; a moved file is the same file.
+        hashes: of :func:`inputs` and :func:`verdict_identity`; a moved file is the same file.
     """
     flat = _flatten(OmegaConf.to_container(cfg, resolve=True), "")
     watched = {key: value for key, value in flat.items() if _below(key, WATCHED) and not _below(key, HARMLESS)}
@@ -68,6 +72,17 @@ def inputs(data_hashes: Mapping[str, str], init_from: str, token_ids: Iterable[S
         "data.tokens": tokens.hexdigest(),
         "run.init_from": sha256_of(init_from),
     }
+
+
+def verdict_identity(judge: JudgeConfig) -> dict[str, Any]:
+    """What decides a verdict, as :func:`identity` takes it: of the prompt its text, of the pool its models.
+
+    Raises:
+        ConfigError: no such prompt.
+    """
+    asked = verdict_protocol(judge)
+    text = asked.pop("prompt")
+    return {f"judge.{name}": value for name, value in asked.items()} | {"judge.prompt.text": text}
 
 
 def check_resume(run_dir: Path, config: CheckpointConfig, settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
@@ -96,6 +111,7 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
     Raises:
         ConfigError: naming each key that differs and may not.
     """
+    old = {key: value for key, value in old.items() if SUPERSEDED.get(key) not in old}
     changed = sorted(key for key in old if key in new and old[key] != new[key])
     changed += sorted(key for key in old if key not in new)
     changed += sorted(key for key in new if key not in old and _below(key, FREE_FORM))

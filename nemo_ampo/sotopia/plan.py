@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.checkpoint.policy_files import policy_hash
 from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
 from nemo_ampo.sotopia.config import ScenarioSet, ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt
@@ -131,6 +132,8 @@ def judge_protocol(judge: ScoreJudgeConfig) -> dict[str, Any]:
         "max_tokens": judge.max_tokens,
         "seed": judge.seed,
         "extra_body": judge.extra_body,
+        "models": judge.models,
+        "structured": "off" if judge.structured == "off" else "auto or on",
     }
 
 
@@ -151,6 +154,8 @@ def _agent(config: AgentConfig) -> dict[str, Any]:
         "max_tokens": config.max_tokens,
         "mode_bias": {str(mode): bias for mode, bias in (config.mode_bias or {}).items()},
         "extra_body": config.extra_body,
+        "models": config.models if config.base_url else [],
+        "tokenizer": policy_hash(Path(config.tokenizer)) if config.tokenizer else None,
     }
 
 

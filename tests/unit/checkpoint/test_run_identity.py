@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.run_identity import check_resume, check_unchanged, identity, inputs
+from nemo_ampo.checkpoint.run_identity import check_resume, check_unchanged, identity, inputs, verdict_identity
 from nemo_ampo.checkpoint.store import Layout, Manifest, Store
 from nemo_ampo.compose import compose
+from nemo_ampo.config import AmpoConfig, read_config
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.prompts import load_prompt
 
 PATHS = ["run.dir=/run", "run.init_from=/m.nemo", "data.train=/rows.jsonl", "judge.base_url=http://localhost:1/v1"]
 
@@ -104,3 +106,54 @@ def test_a_run_folder_is_checked_against_its_newest_checkpoint(tmp_path: Path) -
     check_resume(tmp_path, CheckpointConfig(), settings(), [])
     with pytest.raises(ConfigError, match=r"^run\.seed: 1 -> 7: .*step-000005 was written under other settings"):
         check_resume(tmp_path, CheckpointConfig(), settings("run.seed=7"), [])
+
+
+def judged(tmp_path: Path, *overrides: str) -> dict[str, object]:
+    raw = compose("ampo", "tiny", [*PATHS, f"run.dir={tmp_path}", *overrides])
+    return identity(raw, verdict_identity(read_config(raw, AmpoConfig).judge))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("judge.max_tokens=7", "judge.max_tokens"),
+        ("judge.seed=7", "judge.seed"),
+        ("judge.temperatures=[0.5]", "judge.temperatures"),
+        ("judge.explain_parse_error=false", "judge.explain_parse_error"),
+        ("+judge.extra_body.top_p=0.5", "judge.extra_body"),
+        ("judge.structured=off", "judge.structured"),
+        ("judge.endpoints=[{base_url: 'http://h/v1', model: other}]", "judge.models"),
+    ],
+)
+def test_what_decides_a_verdict_is_refused_by_name(tmp_path: Path, override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: .*run\.allow_changed=\[{key}"):
+        check_unchanged(judged(tmp_path), judged(tmp_path, override), [], "step-000005")
+    assert check_unchanged(judged(tmp_path), judged(tmp_path, override), ["judge"], "")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("judge.base_url=http://other:2/v1", "judge.timeout_s=3", "judge.max_concurrency=3", "judge.structured=on"),
+        *("judge.endpoints=[{base_url: 'http://h/v1'}]", "judge.connection_retries=9", "judge.max_calls=7"),
+    ],
+)
+def test_where_and_how_patiently_a_judge_is_asked_may_change(tmp_path: Path, override: str) -> None:
+    assert check_unchanged(judged(tmp_path), judged(tmp_path, override), [], "") == []
+
+
+def test_of_a_prompt_its_text_counts_and_not_its_name(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    for path in (one, two):
+        path.write_text(load_prompt("judge").text)
+    old = judged(tmp_path, f"judge.prompt={one}")
+    assert check_unchanged(old, judged(tmp_path, f"judge.prompt={two}"), [], "") == []
+    one.write_text(load_prompt("judge").text + " Be strict.")
+    with pytest.raises(ConfigError, match=r"^judge\.prompt\.text: "):
+        check_unchanged(old, judged(tmp_path, f"judge.prompt={one}"), [], "")
+    assert check_unchanged(old, judged(tmp_path, f"judge.prompt={one}"), ["judge.prompt"], "") == ["judge.prompt.text"]
+    # An older version wrote only the name down.
+    older = {key: value for key, value in old.items() if key in settings()}
+    assert check_unchanged(older, judged(tmp_path, f"judge.prompt={one}"), [], "") == []
+    with pytest.raises(ConfigError, match=r"^judge\.prompt: "):
+        check_unchanged(older, judged(tmp_path, f"judge.prompt={two}"), [], "")
