@@ -60,6 +60,9 @@ def check_same_view(runs: Sequence[RunSummary]) -> None:
 NOT_PROTOCOL = ("policy", "subsets", "episodes")
 """Keys in which two runs may differ: what is evaluated, and how much of it."""
 
+LATER_KEYS = ("models", "structured", "tokenizer")
+"""Keys that the first folders do not have, so that nothing can be said of a difference."""
+
 
 def unlike(first: RunSummary, second: RunSummary) -> list[str]:
     """What but the policy differs in how two runs were made and scored, one sentence each; such scores do not tell the
@@ -81,10 +84,13 @@ def _differing(
     key: str, first: RunSummary, second: RunSummary, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str = ""
 ) -> str:
     one, other = ours.get(key), theirs.get(key)
-    if one == other:
+    if one == other or (key in LATER_KEYS and not (key in ours and key in theirs)):
         return ""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         parts = sorted(part for part in {*one, *other} if one.get(part) != other.get(part))
+        parts = [part for part in parts if part not in LATER_KEYS or (part in one and part in other)]
+        if not parts:
+            return ""
         return f"{whose}{key} differs between {first.name} and {second.name} ({', '.join(parts)})"
     if isinstance(one, Mapping) or isinstance(other, Mapping):
         return f"{whose}{key} differs between {first.name} and {second.name}"

@@ -31,9 +31,12 @@ from typing import Any
 from nemo_ampo.errors import ConfigError, DataError, UserError
 from nemo_ampo.files import disk_errors, strict_json
 from nemo_ampo.lock import hold_run
+from nemo_ampo.modes import MODES
 from nemo_ampo.protocol import keep_protocol, read_protocol
+from nemo_ampo.sotopia.dimensions import DIMENSIONS
 from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.speech import spoken
+from nemo_ampo.text import one_line
 from nemo_ampo.types import Seat
 
 FORMAT = 1
@@ -265,7 +268,7 @@ class EpisodeStore:
             episode = _episode(records, path)
             for record in records:
                 if episode is not None and record["record"] == "scores":
-                    yield episode.key, _scores(record)
+                    yield episode.key, _from(Scores, record, path)
 
     def results(self, judge: str | None = None) -> Iterator[EpisodeResult]:
         """Episodes with their scores.
@@ -438,8 +441,53 @@ def _read(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: not a record of an episode") from None
         if kind not in ("start", "turn", "end", "scores", "score_error"):
             raise DataError(f"{path}, line {number}: unknown kind of record {kind!r}")
+        problem = _problem(kind, record)
+        if problem is not None:
+            raise DataError(f"{path}, line {number}: {problem}; the file was damaged or edited")
         records.append(record)
     return records
+
+
+def _problem(kind: str, record: Mapping[str, Any]) -> str | None:
+    """What in a record no run writes, None if nothing."""
+    if kind == "end" and record.get("terminated_by") not in list(Termination):
+        return f"'terminated_by' is none of {', '.join(Termination)}"
+    if kind == "end" and not isinstance(record.get("error", False), str | None):
+        return "'error' is no text"
+    if kind == "start":
+        bad = [name for name in ("pairing", "view", "environment_id", "codename") if not isinstance(record.get(name), str)]
+        bad += [] if _is_whole(record.get("relationship")) else ["relationship"]
+        bad += [] if isinstance(record.get("hard"), bool) else ["hard"]
+        key = record.get("key")
+        bad += [] if isinstance(key, dict) and key.get("seat") in SEATS and _is_whole(key.get("env_id")) else ["key"]
+        return f"{bad[0]!r} holds what no run writes" if bad else None
+    if kind == "turn":
+        whole = ("index", "prompt_tokens", "completion_tokens")
+        bad = [name for name in whole if not _is_whole(record.get(name, 0)) or record.get(name, 0) < 0]
+        bad += [name for name in ("seat", "speaker", "text", "raw") if not isinstance(record.get(name), str)]
+        bad += ["seat"] if record.get("seat") not in SEATS else []
+        bad += ["mode"] if record.get("mode") not in (None, *range(len(MODES) + 1)) else []
+        return f"{bad[0]!r} holds what no run writes" if bad else None
+    if kind not in ("scores", "score_error"):
+        return None
+    if not isinstance(record.get("judge"), str):
+        return "'judge' is no name"
+    if kind == "score_error":
+        texts = (record.get("kind"), record.get("message"))
+        return None if all(isinstance(text, str) for text in texts) else "'kind' or 'message' is no text"
+    for agent in SEATS:
+        scores = record.get(agent)
+        if not isinstance(scores, dict) or set(scores) != set(DIMENSIONS):
+            return f"{agent!r} does not hold the seven dimensions"
+        for name, (low, high) in DIMENSIONS.items():
+            value = scores[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                return f"{agent}.{name} is no number from {low} to {high}"
+    return None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _cut_torn_line(file: FileIO) -> int:
@@ -459,7 +507,7 @@ def _result(records: list[dict[str, Any]], path: Path, judge: str | None) -> Epi
     result = EpisodeResult(episode)
     for record in records:
         if record["record"] == "scores" and judge in (None, record["judge"]):
-            result = EpisodeResult(episode, scores=_scores(record))
+            result = EpisodeResult(episode, scores=_from(Scores, record, path))
         elif record["record"] == "score_error" and judge in (None, record["judge"]) and result.scores is None:
             result = EpisodeResult(episode, score_error=_from(ScoreError, record, path))
     return result
@@ -483,12 +531,8 @@ def _episode(records: list[dict[str, Any]], path: Path) -> Episode | None:
     return replace(episode, terminated_by=Termination(last["terminated_by"]), error=last["error"])
 
 
-def _scores(record: dict[str, Any]) -> Scores:
-    return Scores(**{name: value for name, value in record.items() if name != "record"})
-
-
 def _from(kind: type[Any], values: Mapping[str, Any], path: Path) -> Any:
     try:
         return kind(**{name: value for name, value in values.items() if name != "record"})
     except TypeError as error:
-        raise DataError(f"{path}: not a record of format {FORMAT}: {error}") from None
+        raise DataError(f"{path}: not a record of format {FORMAT}: {one_line(str(error))}; was it edited?") from None

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -246,3 +247,53 @@ def test_reading_holds_one_episode_at_a_time(store):
         return size
 
     assert peak(60) < 1.5 * peak(5)
+
+
+ZEROS = dict.fromkeys(DIMENSIONS, 0)
+JUNK = b'"{}[],:\\0-9e\xff\x00tn'
+
+
+@pytest.mark.parametrize(
+    ("record", "change"),
+    [
+        *(("scores", {"agent1": value}) for value in (None, {}, [], {"goal": 5}, dict.fromkeys([*DIMENSIONS, "more"], 0))),
+        *(
+            ("scores", {"agent2": dict.fromkeys(DIMENSIONS, 0) | {"goal": v}})
+            for v in (11, -1, "7", None, True, float("nan"))
+        ),
+        *(("turn", {name: value}) for name, value in (("mode", 5), ("mode", "2"), ("seat", "me"), ("text", None))),
+        *(("end", {"terminated_by": value}) for value in ("done", None, ["left"])),
+        *(("start", {name: value}) for name, value in (("hard", "yes"), ("relationship", "2"), ("key", []), ("view", 3))),
+    ],
+)
+def test_an_edited_line_is_named_and_no_number_comes_of_it(store, record, change):
+    path = filled(store, key())
+    store.end(key(), Termination.max_turns)
+    store.add_scores(key(), scores())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    number = next(i for i, row in enumerate(rows) if row["record"] == record)
+    rows[number] |= change
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=rf"0000\.jsonl, line {number + 1}: "):
+        list(store.results())
+
+
+def test_whatever_bytes_are_changed_it_is_named_or_a_score_in_its_range(store):
+    path = filled(store, key())
+    store.end(key(), Termination.max_turns)
+    store.add_scores(key(), scores())
+    whole, rng = path.read_bytes(), random.Random(1)
+    for _ in range(1500):
+        content = bytearray(whole)
+        place = rng.randrange(len(content))
+        content[place : place + rng.randrange(3)] = bytes(rng.choice(JUNK) for _ in range(rng.randrange(1, 4)))
+        path.write_bytes(content)
+        try:
+            found = list(store.results())
+        except DataError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            continue
+        for result in found:
+            for seat in ("agent1", "agent2") if result.scores else ():
+                for name, (low, high) in DIMENSIONS.items():
+                    assert low <= result.scores.of(seat)[name] <= high
