@@ -150,6 +150,16 @@ def check_supported(reader: GGUFReader, source: Path) -> None:
     scaled += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_freqs")]
     if scaled:
         raise UserError(f"{source}: {scaled[0]}: scaled rotary embeddings cannot be converted")
+    known = {*REQUIRED_FIELDS, "llama.attention.head_count_kv", "llama.rope.freq_base", "llama.vocab_size"}
+    width = _field(reader, "llama.embedding_length", source) // _field(reader, "llama.attention.head_count", source)
+    for key in reader.fields:
+        of_a_head = key in ("llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length")
+        if of_a_head and _field(reader, key, source) != width:
+            raise UserError(
+                f"{source}: {key} is {_field(reader, key, source)!r}; only {width}, a whole head, can be converted"
+            )
+        if key.startswith("llama.") and not of_a_head and key not in known:
+            raise UserError(f"{source}: field {key} is not known; it may change what the model computes")
 
 
 def _field(reader: GGUFReader, key: str, source: Path) -> Any:

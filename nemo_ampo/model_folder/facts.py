@@ -47,6 +47,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "use_bfloat16": (False,),
     "pruned_heads": ({},),
     "is_llama_config": (True,),
+    "use_mrope": (False,),
 }
 """Keys that change the arithmetic unless they hold one of these values or null."""
 _CURES = {
@@ -62,6 +63,7 @@ _HARMLESS = frozenset(
     decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label label2id length_penalty
     max_length max_new_tokens max_window_layers min_length name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    max_sequence_length
     num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
     problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torchscript transformers.js_config

@@ -28,9 +28,11 @@ class SafetensorsFolder:
 
         Raises:
             UserError: there are none, one is absent or torn, the index names what is not there, or two files without
-                an index hold the same tensor.
+                an index hold the same tensor; or an adapter lies beside.
         """
         self._handles: dict[str, Any] = {}
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{folder}: has an adapter (adapter_config.json) beside its weights; merge it into them first")
         if (folder / INDEX_NAME).is_file():
             self._read_indexed(folder)
         elif (folder / SINGLE_NAME).is_file():

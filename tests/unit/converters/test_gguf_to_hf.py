@@ -185,6 +185,8 @@ def test_the_tokenizer_is_the_files_own(write_gguf, tmp_path):
         ({"drop": ["tokenizer.ggml.eos_token_id"]}, "field tokenizer.ggml.eos_token_id is missing"),
         ({"drop": ["llama.block_count"]}, "field llama.block_count is missing"),
         ({"fields": {"llama.rope.scaling.type": "linear"}}, "llama.rope.scaling.type: scaled rotary"),
+        ({"fields": {"llama.logit_scale": "2"}}, "field llama.logit_scale is not known"),
+        ({"fields": {"llama.rope.dimension_count": "4"}}, "llama.rope.dimension_count is '4'; only"),
         ({"extra": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rope_freqs.weight: scaled rotary"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, "tensor blk.0.attn_q.bias has no place"),
         (

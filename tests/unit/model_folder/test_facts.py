@@ -130,6 +130,8 @@ def test_what_real_files_hold_beside_is_accepted() -> None:
         "is_llama_config": True,
         "transformers.js_config": {"dtype": "q4"},
         "unsloth_fixed": True,
+        "use_mrope": False,
+        "max_sequence_length": 2048,
         "layer_types": ["full_attention"] * 2,
         "use_sliding_window": False,
         "quantization_config": None,

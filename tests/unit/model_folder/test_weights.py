@@ -51,6 +51,13 @@ def test_without_an_index_the_single_file_is_the_model(folder_of) -> None:
     assert torch.equal(read(folder), before)
 
 
+def test_an_adapter_that_would_be_left_out_is_refused(folder_of) -> None:
+    folder = folder_of("qwen2")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it into them first"):
+        SafetensorsFolder(folder)
+
+
 def test_shards_without_an_index_are_all_read_and_must_not_overlap(folder_of) -> None:
     folder = folder_of("qwen2")
     places = split_in_two(folder)
