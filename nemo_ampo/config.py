@@ -501,6 +501,9 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
     check_nemo(nemo, stage)
     _device(run.device)
     check_folder("run.dir", run.dir)
+    for key, path in (("run.dir", run.dir), ("run.init_from", run.init_from)):
+        if "${" in path:
+            raise ConfigError(f"{key}: {path} holds ${{, which NeMo would take for an interpolation; choose another name")
     if checkpoint.dir is not None:
         check_folder("checkpoint.dir", checkpoint.dir)
     if nemo.model.megatron_amp_O2 and not str(nemo.trainer.precision).startswith("bf16"):
@@ -508,6 +511,8 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
             f"model.megatron_amp_O2: keeps the weights in half precision; set it to false with "
             f"trainer.precision={nemo.trainer.precision}"
         )
+    if nemo.model.sequence_parallel and nemo.model.tensor_model_parallel_size == 1:
+        raise ConfigError("model.sequence_parallel: needs model.tensor_model_parallel_size of at least 2")
     granularity, method, layers = (
         nemo.model[f"activations_checkpoint_{key}"] for key in ("granularity", "method", "num_layers")
     )

@@ -28,9 +28,10 @@ def open_actor() -> tuple[Any, Any]:
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
-    overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4"]
+    overrides = ["model.optim.lr=0.01", "model.global_batch_size=8", "model.micro_batch_size=4", "model.optim.eps=2e-8"]
     cfg = compose("ampo", "tiny", overrides)
     nemo = str(FOLDER / "model.nemo")
+    (FOLDER / "run").mkdir()
     prepare_config(cfg, FOLDER / "run", nemo, unpack_assets(nemo, FOLDER / "assets"), "cpu")
     session = open_session(cfg, "reinforce", AmpoActor, nemo, 8, keep_reference=True)
     return session, AutoModelForCausalLM.from_pretrained(FOLDER / "hf").eval()
@@ -287,6 +288,7 @@ def reference_checks(session: Any, hf: Any) -> dict[str, Any]:
 def main() -> None:
     session, hf = open_actor()
     results = {
+        "eps": [group["eps"] for group in session.optimizer.param_groups],
         "engine": engine_checks(session, hf),
         "work": work_checks(session),
         "leaving": leaving_checks(session),

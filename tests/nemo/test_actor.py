@@ -36,3 +36,7 @@ def test_reference_policy_stays_put(measured: dict[str, Any]) -> None:
     assert row["moved"] > 0.1
     assert row["reference_error"] < 2e-5
     assert row["policy_untouched"]
+
+
+def test_eps_reaches_the_optimizer(measured: dict[str, Any]) -> None:
+    assert set(measured["eps"]) == {2e-8}
