@@ -14,7 +14,10 @@ from fault_judge import MODEL, FaultJudge, fault_judge
 from tiny_hf import write_model
 
 from nemo_ampo import evaluation
+from nemo_ampo.compose import compose
+from nemo_ampo.config import EvaluateConfig, read_config
 from nemo_ampo.data.episodes import read_turns
+from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge.client import _FIRST_REQUEST
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.world.pack import make_pack
@@ -174,13 +177,9 @@ def test_contents_count_and_places_do_not(
         (["judge.prompt=/no/such.txt"], "prompt '/no/such.txt': no such file"),
         (["run.name=org/model"], "run.name: must be a file name without a path, got 'org/model'"),
         (["run.name=../x"], "run.name: must be a file name"),
-        (["run.name=1e3"], "run.name: YAML reads a number, 1000.0,"),
-        (["run.name=100"], "run.name: expected a name, got 100, which YAML does not read as text"),
-        (["run.name=true"], "run.name: expected a name, got True"),
         (["run.name=''"], "run.name: must not be empty"),
         (["run.name=.x"], "run.name: must not begin with a dot"),
         (["run.name=provenance"], "run.name: stands for another file"),
-        (["judge.model=1e3"], "judge.model: YAML reads a number, 1000.0, where text is expected"),
     ],
 )
 def test_what_would_be_silently_another_evaluation_is_refused(
@@ -211,3 +210,14 @@ def test_a_second_start_of_the_same_evaluation_is_refused(
         assert run() == 2
         assert "run.name: " in (err := capsys.readouterr().err) and "is in use by another job" in err
         assert run(name="two") == 0, "another checkpoint may be evaluated into the folder meanwhile"
+
+
+def test_a_name_is_what_was_typed_and_a_number_of_a_file_is_none(run: Evaluate, tmp_path: Path) -> None:
+    assert run(name="1e3") == 0 and (tmp_path / "1e3.json").exists()
+    raw = compose("evaluate", "tiny", [f"run.dir={tmp_path}", "run.name=x", "run.checkpoint=c", "data.turns=t"])
+    raw.judge.base_url = "http://h/v1"
+    for section, key in (("run", "name"), ("judge", "model")):
+        changed = raw.copy()
+        changed[section][key] = 1000.0
+        with pytest.raises(ConfigError, match=rf"^{section}\.{key}: YAML reads a number, 1000\.0, where text is expected"):
+            read_config(changed, EvaluateConfig)
