@@ -36,7 +36,11 @@ ASSETS_FOLDER = "hf_assets"
 WEIGHTS_FOLDER = "model_weights"
 CONFIG_NAME = "model_config.yaml"
 HASHES_NAME = "hashes.json"
-MODEL_CLASSES = ("nemo.collections.nlp.models.language_modeling.", "nemo_aligner.models.nlp.gpt.")
+MODEL_CLASSES = (
+    "nemo.collections.nlp.models.language_modeling.",
+    "nemo_aligner.models.nlp.gpt.",
+    "nemo_ampo.training.actor.",
+)
 """Where a ``target`` of model_config.yaml may lie: NeMo imports and calls what it names."""
 _EXECUTED = re.compile(r"_target_|cls|_partial_|_args_")
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")

@@ -24,14 +24,19 @@ from nemo_aligner.utils.train_script_utils import (
     resolve_and_create_trainer,
 )
 from nemo_aligner.utils.utils import (
-    load_and_override_model_config,
     load_from_nemo,
     retrieve_model_state_dict_in_cpu,
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER, load_overrides, temporary_files_in, unpack_weights
+from nemo_ampo.checkpoint.nemo_file import (
+    WEIGHTS_FOLDER,
+    load_overrides,
+    read_model_config,
+    temporary_files_in,
+    unpack_weights,
+)
 from nemo_ampo.checkpoint.pickles import check_folder
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
@@ -109,15 +114,17 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         assets: unpacked tokenizer files.
         device: ``cpu`` or ``gpu``.
     """
-    with open_dict(cfg), temporary_files_in(run_dir):
+    # Read by us and not by NeMo, so that what was looked through is what counts.
+    stored = read_model_config(nemo_file)
+    for name in ("target", "nemo_version"):
+        stored.pop(name, None)
+    with open_dict(cfg):
         cfg.trainer.accelerator = device
         cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
         # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
         cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
-        cfg.model = OmegaConf.merge(
-            load_and_override_model_config(nemo_file, cfg.model), load_overrides(nemo_file, assets, device)
-        )
+        cfg.model = OmegaConf.merge(stored, cfg.model, load_overrides(nemo_file, assets, device))
 
 
 def _unpack_once(nemo_file: Path, run_dir: Path) -> Path:

@@ -270,3 +270,18 @@ def test_any_folder_can_hold_the_tokenizer(tmp_path: Path, name: str) -> None:
     for _ in range(3):
         config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
     assert Path(config["tokenizer"]["type"], "config.json").samefile(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
+        "nemo_aligner.models.nlp.gpt.gpt_sft_model.GPTSFTModel",
+        "nemo_ampo.training.actor.AmpoActor",
+    ],
+)
+def test_what_converters_and_stages_write_is_read(tmp_path: Path, target: str) -> None:
+    (tmp_path / "config").write_text(yaml.safe_dump({"target": target, "a": "${b}", "b": 1}))
+    with tarfile.open(tmp_path / "ours.nemo", "w:") as tar:
+        tar.add(tmp_path / "config", arcname="./model_config.yaml")
+    assert read_model_config(tmp_path / "ours.nemo")["target"] == target
