@@ -132,10 +132,12 @@ class TrtLlmConfig:
     Attributes:
         engine_dir: where the built engine is written; null takes ``trtllm_engine`` in the run folder. Best on a local disk.
         unload_during_training: free the engine's memory while the trainer works, at the price of loading it every step.
+        max_num_tokens: prompt tokens of one batch together: what the engine reserves memory for. A batch of more is split.
     """
 
     engine_dir: str | None = None
     unload_during_training: bool = True
+    max_num_tokens: int = number(16384, least=1)
 
 
 @dataclass

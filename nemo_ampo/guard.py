@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from nemo_ampo.modes import MODES
 from nemo_ampo.ranges import check_numbers, number, seconds
+from nemo_ampo.ranks import COLLECTIVE_TIMEOUT_S
 
 MISMATCH = "mismatch/kl"
 SKIPPED = "policy/skipped_updates"
@@ -31,6 +32,9 @@ class GuardConfig:
         step_retries: how often they are, before the run stops at a checkpoint.
         retry_pause_s: wait before each time, seconds; the judge's own retries come on top. A run that was asked to stop
             waits no longer than this for the verdicts on their way, and asks for none again.
+        max_wait_s: longest wait for the verdicts of a step, seconds, whatever the endpoint asks for (``Retry-After``); what
+            has not come by then has failed. The other ranks wait in a collective meanwhile, which gives up by itself after
+            :data:`nemo_ampo.ranks.COLLECTIVE_TIMEOUT_S`.
         max_mismatch_kl: limit of ``mismatch/kl`` (rollout engine against trainer), nats per token; null for none.
         abort_steps: so many steps in a row over ``max_mismatch_kl``, or with a skipped update, end the run.
         min_mode_share: a mode with a smaller share of the samples is about to die out, 0..1.
@@ -42,6 +46,7 @@ class GuardConfig:
     max_failed_fraction: float = number(0.25, least=0, most=1)
     step_retries: int = number(3, least=0)
     retry_pause_s: float = seconds(30, above=False)
+    max_wait_s: float = number(900.0, 0, COLLECTIVE_TIMEOUT_S, above=True, below=True)
     max_mismatch_kl: float | None = number(0.1, least=0, above=True)
     abort_steps: int = number(5, least=1)
     min_mode_share: float = number(0.01, least=0, most=1)

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 from nemo_ampo.errors import ConfigError
 
 T = TypeVar("T")
+COLLECTIVE_TIMEOUT_S = 1800
+"""After so long a collective that a rank does not join ends the job, seconds; set for every process group."""
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, ``slurm/rank.sh`` and every other starter of ranks set, all of them."""
 _OF_A_STARTER = re.compile(

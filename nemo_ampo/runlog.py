@@ -20,6 +20,7 @@ import yaml
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import append_whole, disk_errors, read_jsonl, write_once
+from nemo_ampo.ranks import COLLECTIVE_TIMEOUT_S
 
 if TYPE_CHECKING:
     from nemo_ampo.trackers import Tracker
@@ -142,6 +143,7 @@ def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) 
         "packages": {name: installed(name) for name in packages},
         "data": dict(data_hashes),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "collective_timeout_s": COLLECTIVE_TIMEOUT_S,
     }
     write_once(folder / "provenance.json", json.dumps(record, indent=2))
 

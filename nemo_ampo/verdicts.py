@@ -63,6 +63,8 @@ class Judged:
     hopeless: str | None = None
 
 
+TOO_LATE = "too_late"
+"""Kind of failure of a verdict that had not come after ``guard.max_wait_s``."""
 GIVEN_UP = "given_up"
 """Kind of failure of a verdict that was no longer waited for, because the run was asked to stop."""
 
@@ -75,11 +77,15 @@ class PendingVerdict:
         self._begin = time.monotonic()
         self._end: float | None = None
         self._future: Future[Verdict] | None = None
+        self._too_late = False
         self.ask()
 
     def ask(self) -> None:
         """Put the question, for the first time or once more."""
         if self._judge is not None and self._request is not None:
+            if self._future is not None:
+                self._future.cancel()  # one that came too late must not be paid for twice
+            self._too_late = False
             self._future = self._judge.submit(self._request)
             self._future.add_done_callback(self._stop_clock)
 
@@ -96,10 +102,16 @@ class PendingVerdict:
         if self._future is not None:
             wait_for([self._future], seconds)
 
+    def no_longer(self) -> None:
+        """It is not waited for any more, because it came too late."""
+        self._too_late = self.is_open
+
     def result(self) -> Judged:
         """What became of it; a failed call is a missing value, and so is one that has not ended."""
         if self._future is None:
             return Judged()
+        if self._too_late:
+            return Judged(error=TOO_LATE)
         if self.is_open:
             return Judged(error=GIVEN_UP)
         try:
@@ -131,7 +143,7 @@ def all_verdicts(
             failed and the run was asked to stop, or some were no longer waited for; on every rank.
     """
     for rounds in count():
-        mine: list[Judged] = ranks.share(_outcomes(pending, guard.retry_pause_s, stop) if ranks.is_leader else None)
+        mine: list[Judged] = ranks.share(_outcomes(pending, guard, stop) if ranks.is_leader else None)
         asked = [judged for judged in ranks.gather(mine) if judged.verdict is not None or judged.error is not None]
         spent = next((judged.stop for judged in asked if judged.stop is not None), None)
         if spent is not None:
@@ -162,14 +174,21 @@ def all_verdicts(
     raise AssertionError("unreachable: the loop ends by return or raise")
 
 
-def _outcomes(pending: Sequence[PendingVerdict], patience_s: float, stop: StopAsked) -> list[Judged]:
-    """Of every verdict; once asked to stop, those still on their way ``patience_s`` later are given up."""
-    give_up_at = math.inf
+def _outcomes(pending: Sequence[PendingVerdict], guard: GuardConfig, stop: StopAsked) -> list[Judged]:
+    """Of every verdict.
+
+    After ``guard.max_wait_s`` those on their way are too late; once asked to stop, those that are still on their way
+    ``guard.retry_pause_s`` later are given up.
+    """
+    late_at, give_up_at = time.monotonic() + guard.max_wait_s, math.inf
     for verdict in pending:
-        while verdict.is_open and time.monotonic() < give_up_at:
-            verdict.wait(LOOK_S)
+        while verdict.is_open and (now := time.monotonic()) < min(late_at, give_up_at):
+            verdict.wait(min(LOOK_S, late_at - now))
             if stop():
-                give_up_at = min(give_up_at, time.monotonic() + patience_s)
+                give_up_at = min(give_up_at, time.monotonic() + guard.retry_pause_s)
+    if time.monotonic() >= late_at and not stop():
+        for verdict in pending:
+            verdict.no_longer()
     return [verdict.result() for verdict in pending]
 
 

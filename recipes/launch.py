@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.watchdog import leave_ranks
 
+MAIN_RANK_FIRST_S = 3.0
+"""How long an error of another rank waits for the main rank's, seconds."""
 AT_A_CHECKPOINT = "stopped at a checkpoint; the same command continues"
 
 
@@ -80,15 +83,10 @@ def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
         with full_or_read_only():
             finished = run(cfg)
         _leave_together(finished)
-    except UserError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except EngineError as error:
-        if error.is_bug:
+    except (UserError, EngineError) as error:
+        if isinstance(error, EngineError) and error.is_bug:
             raise
-        # An engine may fail one replica alone, so that each of its ranks speaks.
-        print(f"error: {error}" if is_main_process() else f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        _say(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
@@ -99,6 +97,16 @@ def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | No
         print(unfinished, file=sys.stderr)
         return EXIT_UNFINISHED
     return 0
+
+
+def _say(error: Exception) -> None:
+    """One line, from the main rank where it fails too: its end has the starter end this process before it speaks."""
+    if is_main_process():
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(MAIN_RANK_FIRST_S)
+        print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
 
 
 def _leave_together(finished: bool) -> None:

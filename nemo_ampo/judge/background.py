@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 import threading
+import time
 from collections.abc import Coroutine, Iterable
 from types import TracebackType
 from typing import Any, TypeVar
@@ -77,13 +79,23 @@ class JudgeThread:
         """Score ``requests`` concurrently and wait: one entry each, in order; no failure stops another."""
         return [_outcome(future) for future in [self.submit(request) for request in requests]]
 
-    def score_all_by_second(self, requests: Iterable[JudgeRequest]) -> list[Verdict | JudgeError | BudgetError]:
-        """The second judge's :meth:`score_all`. A spent budget is a failure here; the first judge reports it."""
+    def score_all_by_second(
+        self, requests: Iterable[JudgeRequest], max_wait_s: float = math.inf
+    ) -> list[Verdict | JudgeError | BudgetError]:
+        """The second judge's :meth:`score_all`. A spent budget is a failure here; the first judge reports it.
+
+        What has not come after ``max_wait_s`` seconds has failed.
+        """
         assert self._second is not None
+        late_at = time.monotonic() + max_wait_s
         outcomes: list[Verdict | JudgeError | BudgetError] = []
         for future in [self._schedule(self._second.score(request)) for request in requests]:
             try:
-                outcomes.append(future.result())
+                left = late_at - time.monotonic()
+                outcomes.append(future.result(None if math.isinf(left) else max(left, 0.0)))
+            except concurrent.futures.TimeoutError:
+                future.cancel()
+                outcomes.append(JudgeError("timeout", f"no verdict after {max_wait_s:g} s"))
             except (JudgeError, BudgetError) as error:
                 outcomes.append(error)
         return outcomes

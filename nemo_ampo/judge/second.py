@@ -54,15 +54,15 @@ class SecondJudge:
         """Whether this step (0-based) is one to compare."""
         return step % self._config.every == 0
 
-    def compare(self, step: int, opinions: Sequence[FirstOpinion]) -> dict[str, float]:
-        """The ``judge/second_*`` metrics of some of a step's replies; waits for the second judge.
+    def compare(self, step: int, opinions: Sequence[FirstOpinion], max_wait_s: float = math.inf) -> dict[str, float]:
+        """The ``judge/second_*`` metrics of some of a step's replies; waits for the second judge, at most so long.
 
         ``rank_correlation`` is Spearman's, left out where either judge gives all replies the same score; ``mean_gap`` is
         the second judge's score minus the first's.
         """
         draw = random.Random(f"{self._seed} {step}")
         chosen = draw.sample(list(opinions), min(self._config.samples, len(opinions)))
-        outcomes = self._judge.score_all_by_second(opinion.request for opinion in chosen)
+        outcomes = self._judge.score_all_by_second((opinion.request for opinion in chosen), max_wait_s)
         pairs = [
             (opinion.score, outcome.of(opinion.seat))
             for opinion, outcome in zip(chosen, outcomes, strict=True)

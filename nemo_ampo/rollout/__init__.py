@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ def _trtllm(setup: EngineSetup) -> Engine:
         max_prompt=setup.rollout.max_prompt_tokens,
         max_new_tokens=setup.rollout.max_new_tokens,
         unload_during_training=own.unload_during_training,
+        max_num_tokens=own.max_num_tokens,
         decode=setup.decode,
     )
 
@@ -97,6 +99,12 @@ def check_rollout(rollout: RolloutConfig) -> None:
             f"rollout.temperature: {rollout.engine} knows the policy's log-probabilities only at temperature 1, got "
             f"{rollout.temperature}"
         )
+    budget = rollout.trtllm.max_num_tokens
+    if rollout.engine == "trtllm" and budget < rollout.max_prompt_tokens:
+        raise ConfigError(
+            f"rollout.trtllm.max_num_tokens: {budget} is less than one prompt of rollout.max_prompt_tokens="
+            f"{rollout.max_prompt_tokens}"
+        )
     server = rollout.trtllm_server
     if rollout.engine == "trtllm_server" and not server.url:
         raise ConfigError("rollout.trtllm_server.url: a value is required with rollout.engine=trtllm_server")
@@ -109,6 +117,7 @@ def require_engine(name: str) -> None:
         ConfigError: saying what is missing.
     """
     if name == "trtllm":
-        from nemo_ampo.rollout.trtllm_version import require_tensorrt_llm
+        from nemo_ampo.rollout.trtllm_version import require_mpi_ranks, require_tensorrt_llm
 
         require_tensorrt_llm()
+        require_mpi_ranks(os.environ)

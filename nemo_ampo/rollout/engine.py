@@ -269,15 +269,25 @@ def _check_sampling(sampling: SamplingSpec, caps: Caps) -> None:
         )
 
 
-def batches_by_length(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+def batches_by_length(requests: Sequence[Request], size: int, max_tokens: int | None = None) -> Iterator[list[Request]]:
     """Batches of at most ``size`` requests, longest prompts first, equal prompts side by side.
+
+    ``max_tokens`` bounds the prompt tokens of a batch together; a prompt longer than that is a batch of its own.
 
     A static batch pads to its longest prompt, so neighbours in length waste least; and the largest batch coming first
     shows at once whether memory suffices.
     """
     ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.prompt_ids, r.request_id))
-    for begin in range(0, len(ordered), size):
-        yield ordered[begin : begin + size]
+    batch: list[Request] = []
+    tokens = 0
+    for request in ordered:
+        tokens += len(request.prompt_ids)
+        if batch and (len(batch) == size or (max_tokens is not None and tokens > max_tokens)):
+            yield batch
+            batch, tokens = [], len(request.prompt_ids)
+        batch.append(request)
+    if batch:
+        yield batch
 
 
 def finish_response(

@@ -33,7 +33,8 @@ from nemo.export.trt_llm.converter.utils import init_model_parallel_from_nemo
 from nemo.export.utils import torch_dtype_from_precision
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.rollout.engine import UnavailableError, WeightMismatchError
+from nemo_ampo.rollout.collective import refuse_together
+from nemo_ampo.rollout.engine import WeightMismatchError
 
 _BUFFERS = ("embed_positions", "rotary_inv_freq")
 """Named constants of an engine that follow from its config: TensorRT-LLM lists them as refittable, training never changes
@@ -115,14 +116,17 @@ class RepairedExporter(TensorRTLLM):
         engine_dir: where the engine is written; each replica takes a folder of its own below it.
         model_config: of the NeMo model.
         max_prompt, max_new_tokens, max_batch: what the engine is built for.
+        max_num_tokens: prompt tokens of one batch together.
     """
 
-    def __init__(self, engine_dir: Path, model_config: Any, max_prompt: int, max_new_tokens: int, max_batch: int) -> None:
+    def __init__(
+        self, engine_dir: Path, model_config: Any, max_prompt: int, max_new_tokens: int, max_batch: int, max_num_tokens: int
+    ) -> None:
         super().__init__(str(engine_dir), load_model=False)
         self.model_dir: str = str(engine_dir)
         self._config = {k: v for k, v in model_config.items() if not (k == "num_moe_experts" and v is None)}
         self._dtype = torch_dtype_from_precision(model_config.precision)
-        self._limits = (max_prompt, max_new_tokens, max_batch)
+        self._limits = (max_prompt, max_new_tokens, max_batch, max_num_tokens)
         self._helper: RepairedHelper | None = None
         self._shapes: dict[str, torch.Size] = {}
         self._own_decoder: Any = None
@@ -143,25 +147,23 @@ class RepairedExporter(TensorRTLLM):
         """Convert the model's weights, build the engine from them, write and load it. Returns the converted weights.
 
         Raises:
-            UnavailableError: the processes were not started through MPI.
+            ConfigError: on every rank, when the processes of one were not started through MPI, or when the exporter cannot
+                convert this model at this layout.
         """
-        if tensorrt_llm.mpi_rank() != torch.distributed.get_rank():
-            raise UnavailableError(
-                f"TensorRT-LLM sees MPI rank {tensorrt_llm.mpi_rank()} where torch has {torch.distributed.get_rank()}: "
-                "start the job with `srun --mpi=pmix` or `mpirun`, torchrun gives no MPI ranks"
-            )
+        refuse_together(self._problem())
         reshard = parallel_state.get_pipeline_model_parallel_world_size() > 1
         self.mp_rank, dp_rank, self.tp_size, self.pp_size, dp_size = init_model_parallel_from_nemo(reshard)
         if dp_size > 1:
             self.model_dir = str(Path(self.model_dir) / f"replica_{dp_rank}")
         self._helper = self._make_helper()
         weights, config = self._first_conversion(model)
+        _make_room()
         if reshard:
             config.pp_size, config.world_size = 1, self.tp_size
             config.mapping = tensorrt_llm.Mapping(
                 world_size=self.tp_size, rank=self.mp_rank, tp_size=self.tp_size, pp_size=1
             )
-        max_prompt, max_new_tokens, max_batch = self._limits
+        max_prompt, max_new_tokens, max_batch, max_num_tokens = self._limits
         engine = self._helper.build_and_save_engine(
             engine_dir=self.model_dir,
             trtllm_model_weights=weights,
@@ -170,6 +172,8 @@ class RepairedExporter(TensorRTLLM):
             max_output_len=max_new_tokens,
             max_seq_len=max_prompt + max_new_tokens,
             max_batch_size=max_batch,
+            # Without it an engine takes max_batch x max_seq_len tokens: more elements than an int32 counts for a 7B model.
+            max_num_tokens=max_num_tokens,
             use_refit=True,
         )
         torch.distributed.barrier()
@@ -178,6 +182,20 @@ class RepairedExporter(TensorRTLLM):
         self._shapes = {name: tensor.shape for name, tensor in weights.items()}
         check_names(weights, engine_weights(self.decoder))
         return weights
+
+    def _problem(self) -> str | None:
+        """Why no engine can be built on this rank."""
+        mine, mpi = torch.distributed.get_rank(), tensorrt_llm.mpi_rank()
+        if mpi != mine:
+            return (
+                f"rollout.engine: TensorRT-LLM sees MPI rank {mpi} where torch has {mine}: start the job with "
+                "`srun --mpi=pmix` or `mpirun`, torchrun gives no MPI ranks"
+            )
+        try:
+            check_exportable(self._config, parallel_state.get_tensor_model_parallel_world_size())
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def refit_engine(self, model: Any) -> dict[str, torch.Tensor]:
         """Load the engine if it was unloaded and give it the model's current weights, all of them. Returns the weights.
@@ -194,12 +212,8 @@ class RepairedExporter(TensorRTLLM):
                 f"refit: {changed[0]} is {list(shapes[changed[0]])}, the engine was built with "
                 f"{list(self._shapes[changed[0]])}"
             )
+        _make_room()
         self._load()
-        gc.collect()
-        if torch.cuda.is_available():
-            # The conversion copies to pinned memory without waiting; the refit reads it from the host.
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         strict_refit(self.decoder, weights)
         return weights
 
@@ -265,6 +279,17 @@ class RepairedExporter(TensorRTLLM):
         with _device_as_index():
             tensorrt_llm_run.load_distributed(self.model_dir, self.mp_rank, self.gpus_per_node)
         self._own_decoder = context.decoder
+
+
+def _make_room() -> None:
+    """Between a conversion and what is built or loaded from it.
+
+    The conversion copies to pinned memory without waiting, and the engine is read from there. And an engine allocates past
+    torch, whose cache holds what the trainer used last: freed after the load it would come too late.
+    """
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -100,6 +100,7 @@ class TrtLlmRefitEngine:
         model: the NeMo model being trained.
         engine_dir: where the built engine is written.
         max_batch, max_prompt, max_new_tokens: what the engine is built for.
+        max_num_tokens: prompt tokens of one batch together, which the engine is built for and every batch keeps to.
         unload_during_training: free the engine's memory in :meth:`release`.
         decode: tokens to text, only needed for stop strings.
 
@@ -115,14 +116,16 @@ class TrtLlmRefitEngine:
         max_prompt: int,
         max_new_tokens: int,
         unload_during_training: bool,
+        max_num_tokens: int,
         decode: Decode | None = None,
     ) -> None:
         require_tensorrt_llm()
         self._model = model
         self._decode = decode
         self._unload = unload_during_training
+        self._max_num_tokens = max_num_tokens
         self._weight_version: int | None = None
-        self._exporter = RepairedExporter(engine_dir, model.cfg, max_prompt, max_new_tokens, max_batch)
+        self._exporter = RepairedExporter(engine_dir, model.cfg, max_prompt, max_new_tokens, max_batch, max_num_tokens)
         self._sampler = _Sampler(
             self._exporter,
             model_cfg=model.cfg,
@@ -164,7 +167,7 @@ class TrtLlmRefitEngine:
         check_equal_on_replica(requests, sampling)
         check_requests(requests, sampling, self.caps)
         finished: dict[int, Response] = {}
-        for batch in batches_by_length(requests, self.caps.max_batch):
+        for batch in batches_by_length(requests, self.caps.max_batch, self._max_num_tokens):
             ids_BT, lengths_B, logprobs_BT = self._sampler.sample(batch, sampling)
             if len(ids_BT) != len(batch):
                 raise ReplyError(f"{len(batch)} requests, {len(ids_BT)} rows from TensorRT-LLM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 
 from nemo_ampo.errors import ConfigError
@@ -9,6 +10,8 @@ from nemo_ampo.errors import ConfigError
 REFIT_SERIES = "0.17"
 """NeMo 2.2.1 passes ``multi_block_mode`` to ``ModelRunner.from_engine``, which 0.13 refuses and 0.17 takes; later
 releases drop the engine API that NeMo's exporter builds on."""
+_MPI_RANK = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""Set by what starts processes through MPI: ``mpirun``, ``srun --mpi=pmix`` or ``pmi2``."""
 SERVER_MINIMUM = (1, 2)
 """The first series whose ``AsyncLLM`` can reload weights in place."""
 
@@ -36,6 +39,21 @@ def require_tensorrt_llm() -> str:
     if found.split(".")[:2] != REFIT_SERIES.split("."):
         raise ConfigError(f"rollout.engine: trtllm needs TensorRT-LLM {REFIT_SERIES}.x, found {found}; {advice}")
     return found
+
+
+def require_mpi_ranks(environment: Mapping[str, str]) -> None:
+    """Several ranks must have been started through MPI, which TensorRT-LLM asks for its rank.
+
+    Answered alike on every rank, before anything is loaded.
+
+    Raises:
+        ConfigError: they were not, such as under torchrun, where each would be MPI's rank 0.
+    """
+    if int(environment.get("WORLD_SIZE", "1")) > 1 and not any(name in environment for name in _MPI_RANK):
+        raise ConfigError(
+            "rollout.engine: trtllm asks MPI for each process's rank, and these were not started through MPI; start them "
+            "with `srun --mpi=pmix` (slurm/ampo.sh) or `mpirun`, or set rollout.engine=megatron, which torchrun can start"
+        )
 
 
 def require_server_version(version: str) -> None:

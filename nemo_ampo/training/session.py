@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from nemo_ampo.checkpoint.pickles import check_folder
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.lock import Lock
+from nemo_ampo.ranks import COLLECTIVE_TIMEOUT_S
 from nemo_ampo.staging import place_with_room
 from nemo_ampo.training.padding import mask_padded_vocab
 
@@ -179,6 +182,8 @@ def open_session(
         keep: None neither restores nor saves.
     """
     trainer = resolve_and_create_trainer(cfg, algorithm)
+    # Of the default group and of Megatron's: NeMo passes it on. Lightning takes it in a constructor that NeMo calls without.
+    trainer.strategy._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     exp_manager(trainer, cfg.exp_manager)
     # Unpacked once for all ranks, beside the run: NeMo would do it twice on each, in the system's temporary folder.
     run_dir = Path(cfg.exp_manager.explicit_log_dir).parent
@@ -192,6 +197,8 @@ def open_session(
         model.init_policy_state_dict = retrieve_model_state_dict_in_cpu(
             model, megatron_amp_O2=cfg.model.get("megatron_amp_O2", False)
         )
+    if os.environ.get("RANK", "0") == "0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(f"ranks: a collective that a rank does not join ends the job after {COLLECTIVE_TIMEOUT_S} s", file=sys.stderr)
     init_distributed(trainer, model, cfg.model.get("transformer_engine", False))
     rows = _SizedRows(num_rows)
     loader: Any = torch.utils.data.DataLoader(rows, batch_size=cfg.model.global_batch_size)

@@ -187,7 +187,7 @@ class AmpoTrainer(ReinforceTrainer):
             for sample in result.samples
             if sample.verdict is not None
         ]
-        return self.second.compare(self.step, opinions)
+        return self.second.compare(self.step, opinions, self.parts.guard.max_wait_s)
 
     def _stop_if_wrong(self, progress: Progress) -> None:
         """Warn of a mode that dies out.

@@ -66,6 +66,14 @@ def test_model_files_hold_only_differences(stage: str, model: str) -> None:
     assert repeated(own, base) == []
 
 
+@pytest.mark.parametrize(("stage", "model"), SHIPPED)
+def test_small_models_run_on_the_cpu_even_where_a_gpu_is_visible(stage: str, model: str) -> None:
+    run = compose(stage, model, []).get("run", {})
+    if stage in ("bc", "ampo"):
+        assert run.device == ("cpu" if model in ("tiny", "smollm2_135m") else "auto")
+        assert compose(stage, model, ["run.device=gpu"]).run.device == "gpu"
+
+
 @pytest.mark.parametrize("model", ["tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b"])
 def test_batch_arithmetic_of_shipped_configs(model: str, tmp_path: Path) -> None:
     file = tmp_path / "x"

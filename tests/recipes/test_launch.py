@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.rollout.engine import Caps, Request, SamplingSpec, UnavailableError
 from nemo_ampo.rollout.engine import check_requests as refuse
+from recipes import launch
 from recipes.launch import main
 
 CAPS = Caps("raw", True, 8, 5, 9, 300, True, False)
@@ -40,15 +41,16 @@ def test_an_engine_that_fails_is_one_line_and_status_2(capsys: pytest.CaptureFix
     assert (status, capsys.readouterr().err) == (2, "error: rollout server: no answer\n")
 
 
-def test_an_engine_that_fails_another_rank_says_which(
+def test_what_fails_another_rank_alone_is_said_by_that_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(launch, "MAIN_RANK_FIRST_S", 0.0)
     for name, text in torchrun_environment(3, 4, 4711).items():
         monkeypatch.setenv(name, text)
     assert main("evaluate", raising(EngineError("worn out")), STAGE) == 2
     assert capsys.readouterr().err == "error: rank 3: worn out\n"
-    assert main("evaluate", raising(UserError("seen by all")), STAGE) == 2
-    assert capsys.readouterr().err == ""
+    assert main("evaluate", raising(UserError("full here")), STAGE) == 2
+    assert capsys.readouterr().err == "error: rank 3: full here\n"
 
 
 def test_a_prompt_too_long_for_the_engine_is_the_user_s_a_repeated_request_id_ours(

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from nemo_ampo.errors import JudgeError, JudgeOutageError, UserError
+from nemo_ampo.errors import ConfigError, JudgeError, JudgeOutageError, UserError
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.ranks import OneProcess
@@ -61,3 +61,36 @@ def test_what_may_pass_is_an_outage() -> None:
     judge = Scripted([LATE], [LATE], [None], [None])
     with pytest.raises(JudgeOutageError, match=r"asked for 3 times \(mostly: timeout\)"):
         all_verdicts(judge.pending(), OneProcess(), GUARD, lambda: False)
+
+
+class Silent(Scripted):
+    """Never answers; keeps what it was asked."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(*([None] for _ in range(size)))
+        self.futures: list[Future[Verdict]] = []
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_what_has_not_come_after_the_longest_wait_is_asked_for_again_and_then_stops_the_run() -> None:
+    judge = Silent(3)
+    guard = GuardConfig(step_retries=1, retry_pause_s=0.0, max_wait_s=0.05)
+    with pytest.raises(JudgeOutageError, match=r"3 of 3 verdicts .* asked for 2 times \(mostly: too_late\)"):
+        all_verdicts(judge.pending(), OneProcess(), guard, lambda: False)
+    assert [future.cancelled() for future in judge.futures] == [True] * 3 + [False] * 3, "none is paid for twice"
+
+
+def test_a_few_late_ones_are_left_out() -> None:
+    judge, late = Scripted([None], [None], [None]), Silent(1)
+    pending = [*judge.pending(), *late.pending()]
+    judged, rounds = all_verdicts(pending, OneProcess(), GuardConfig(max_wait_s=0.05), lambda: False)
+    assert [j.error for j in judged] == [None, None, None, "too_late"] and rounds == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1800.0, float("inf"), float("nan")])
+def test_the_wait_ends_before_the_other_ranks_give_up(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"guard\.max_wait_s: must be a number above 0 and below 1800"):
+        GuardConfig(max_wait_s=seconds)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_ampo.config import ProbeConfig, RolloutConfig, TrtLlmServerConfig
+from nemo_ampo.config import ProbeConfig, RolloutConfig, TrtLlmConfig, TrtLlmServerConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.rollout import check_rollout, require_engine, trtllm_version
 from nemo_ampo.rollout.engine import (
@@ -25,6 +25,7 @@ from nemo_ampo.rollout.engine import (
     requests_digest,
 )
 from nemo_ampo.rollout.probe import duplicate_fraction
+from nemo_ampo.rollout.trtllm_version import require_mpi_ranks
 
 CAPS = Caps("raw", True, 4, 8, 12, 100, True, True)
 SPEC = SamplingSpec(4, (0,))
@@ -98,6 +99,13 @@ def test_batches_keep_lengths_and_equal_prompts_together() -> None:
     assert [[r.request_id for r in batch] for batch in batches] == [[1, 4, 3, 5], [0, 2]]
 
 
+def test_batches_keep_to_a_budget_of_prompt_tokens() -> None:
+    requests = [Request(i, (1,) * n, i) for i, n in enumerate((3, 5, 1, 9, 2))]
+    batches = list(batches_by_length(requests, 3, max_tokens=8))
+    assert [[len(r.prompt_ids) for r in batch] for batch in batches] == [[9], [5, 3], [2, 1]]
+    assert [len(batch) for batch in batches_by_length(requests, 3)] == [3, 2]
+
+
 def test_equal_calls_have_equal_digests() -> None:
     assert requests_digest(REQUESTS, SPEC) == requests_digest(list(REQUESTS), replace(SPEC))
     assert requests_digest(REQUESTS, SPEC) != requests_digest(REQUESTS[::-1], SPEC)
@@ -168,6 +176,8 @@ def test_duplicates_count_within_a_prompt_only() -> None:
 def test_engine_names_and_their_keys() -> None:
     check_rollout(RolloutConfig())
     check_rollout(RolloutConfig(engine="trtllm"))
+    with pytest.raises(ConfigError, match=r"rollout.trtllm.max_num_tokens: 100 is less than one prompt"):
+        check_rollout(RolloutConfig(engine="trtllm", trtllm=TrtLlmConfig(max_num_tokens=100)))
     with pytest.raises(ConfigError, match=r"rollout.engine: expected one of megatron, trtllm, trtllm_server, got 'vllm'"):
         check_rollout(RolloutConfig(engine="vllm"))
     with pytest.raises(ConfigError, match=r"rollout.trtllm_server.url: a value is required"):
@@ -203,3 +213,13 @@ def test_old_servers_are_refused() -> None:
     for bad in ("1.1.0", "0.21.0", "main"):
         with pytest.raises(ConfigError, match="rollout server"):
             trtllm_version.require_server_version(bad)
+
+
+@pytest.mark.parametrize("started_by", [{"OMPI_COMM_WORLD_RANK": "1"}, {"PMIX_RANK": "1"}])
+def test_several_ranks_of_tensorrt_llm_must_be_started_through_mpi(started_by: dict[str, str]) -> None:
+    torchrun = {"WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}
+    with pytest.raises(ConfigError, match=r"rollout\.engine: trtllm asks MPI .* `srun --mpi=pmix`"):
+        require_mpi_ranks(torchrun)
+    require_mpi_ranks(torchrun | started_by)
+    require_mpi_ranks({"WORLD_SIZE": "1"})
+    require_mpi_ranks({})

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import io
 import json
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def _rank() -> int:
 
 
 def mpi_rank() -> int:
-    return _rank()
+    return int(os.environ.get("STAND_IN_MPI_RANK", _rank()))  # under torchrun every process is MPI's rank 0
 
 
 def mpi_world_size() -> int:
@@ -134,7 +135,8 @@ def torch_to_numpy(x: torch.Tensor) -> Any:
 
 
 def check_max_num_tokens(**limits: Any) -> tuple[int, int]:
-    return limits["max_batch_size"] * limits["max_input_len"], limits["max_batch_size"]
+    tokens = limits["max_num_tokens"] or limits["max_batch_size"] * limits["max_seq_len"]
+    return tokens, limits["opt_num_tokens"] or limits["max_batch_size"]
 
 
 def non_gated_version(activation: str) -> str:
@@ -259,6 +261,8 @@ class Engine:
 
 def build(model: LLaMAForCausalLM, build_config: BuildConfig) -> Engine:
     assert build_config.values["use_refit"], "built without refit support"
+    if build_config.values["max_num_tokens"] * model.config.hidden_size > 2**31 - 1:
+        raise RuntimeError("a tensor of the network has more than 2^31 - 1 elements")
     return Engine(EngineConfig(model.config, build_config), CudaEngine(model.weights, DataType(model.config.dtype)))
 
 
@@ -321,6 +325,8 @@ class ModelRunner:
         sampling = copy.deepcopy(sampling_config)
         rows, longest = len(batch_input_ids), max(map(len, batch_input_ids))
         self._check_inputs(rows, longest, sampling)
+        if sum(map(len, batch_input_ids)) > self.config.build_config.values["max_num_tokens"]:
+            raise RuntimeError("the prompts have more tokens together than the engine's max_num_tokens")
         width = longest + sampling.max_new_tokens
         ids = torch.full((rows, width), sampling.pad_id, dtype=torch.long)
         lengths = torch.tensor([len(row) for row in batch_input_ids])
