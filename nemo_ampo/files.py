@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,8 +167,8 @@ def strict_json(text: str | bytes, finite: bool = True) -> Any:
         result = dict(pairs)
         if len(result) != len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise _NotStrictError(f"key '{twice}' occurs twice in one object")
+            twice = Counter(keys).most_common(1)[0][0]
+            raise _NotStrictError(f"key '{one_line(twice, 40)}' occurs twice in one object")
         return result
 
     def number(digits: str) -> float:
@@ -185,8 +186,24 @@ def strict_json(text: str | bytes, finite: bool = True) -> Any:
         return json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=constant)
     except _NotStrictError:
         raise
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets without end
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError as error:  # also a number of thousands of digits
         raise ValueError(f"not valid JSON: {error}") from None
+
+
+def object_in(text: str) -> dict[str, Any]:
+    """The JSON object that a model wrote as its answer: from the first ``{`` to the last ``}``, by :func:`strict_json`.
+
+    Raises:
+        ValueError: there is none, or it is not one object. The message continues a sentence about the answer.
+    """
+    start, end = text.find("{"), text.rfind("}")
+    if start < 0 or end < start:
+        raise ValueError("it has no JSON object")
+    record = strict_json(text[start : end + 1])
+    assert isinstance(record, dict), "JSON that starts with a brace is an object"
+    return record
 
 
 class _NotStrictError(ValueError):

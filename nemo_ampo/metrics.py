@@ -40,6 +40,7 @@ DESCRIPTIONS: dict[str, str] = {
     "judge/parse_failures": "replies of the judge that held no readable verdict, since the run began",
     "judge/cache_hits": "verdicts taken from the cache since the run began",
     "judge/cache_failures": "verdicts that the cache's file could not keep since the run began; absent without any",
+    "judge/spent_failures": "times that judge_spent.json could not be written since the start; absent without any",
     "judge/prompt_tokens": "tokens sent to the judge since the run began",
     "judge/completion_tokens": "tokens of its replies since the run began",
     "judge/cost_usd": "their price, dollars, since the run began",

@@ -61,6 +61,7 @@ class Broker:
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers = 0
+        self._finding: asyncio.Future[Any] = self._loop.create_future()
         self._server = self._loop.run_until_complete(
             asyncio.start_server(self._serve, host, 0, limit=_GREETING_BYTES, backlog=1024)
         )
@@ -92,7 +93,7 @@ class Broker:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        connection = _Connection(self._limiter, self._cache, _Outbox(writer))
+        connection = _Connection(self._limiter, self._cache, self._finding, _Outbox(writer))
         try:
             if not await self._knows_the_token(reader):
                 return
@@ -125,8 +126,8 @@ class Broker:
 class _Connection:
     """What one client holds and waits for."""
 
-    def __init__(self, limiter: LocalLimiter, cache: Cache | None, outbox: _Outbox) -> None:
-        self._limiter, self._cache, self._outbox = limiter, cache, outbox
+    def __init__(self, limiter: LocalLimiter, cache: Cache | None, finding: asyncio.Future[Any], outbox: _Outbox) -> None:
+        self._limiter, self._cache, self._finding, self._outbox = limiter, cache, finding, outbox
         self._leases: dict[int, Lease] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -144,7 +145,13 @@ class _Connection:
                 self._tasks[number].cancel()
             self._settle(number, 0, 0.0)
         else:
-            work = {"acquire": self._acquire, "get": self._get, "put": self._put}[do]
+            work = {
+                "acquire": self._acquire,
+                "get": self._get,
+                "put": self._put,
+                "tell": self._tell,
+                "hear": self._hear,
+            }[do]
             task = asyncio.create_task(self._answer(number, work, message))
             self._tasks[number] = task
             task.add_done_callback(lambda _: self._tasks.pop(number, None))
@@ -190,6 +197,14 @@ class _Connection:
         reply, failure = message["reply"], message["failure"]
         kept = await self._cache.put(message["key"], Completion(**reply) if reply else ChatError(*failure))
         return {"reply": asdict(kept) if kept else None}
+
+    async def _tell(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
+        if not self._finding.done():
+            self._finding.set_result(message["finding"])
+        return {}
+
+    async def _hear(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
+        return {"finding": await asyncio.shield(self._finding)}
 
 
 def _amounts(message: dict[str, Any]) -> tuple[int, float]:
@@ -276,6 +291,15 @@ class BrokerClient:
         reply = asdict(outcome) if isinstance(outcome, Completion) else None
         _, answer = await self._request({"do": "put", "key": key, "reply": reply, "failure": failure})
         return Completion(**answer["reply"]) if answer["reply"] else None
+
+    async def tell(self, finding: Any) -> None:
+        """Say once to all clients, now and later, what this one found out."""
+        await self._request({"do": "tell", "finding": finding})
+
+    async def hear(self) -> Any:
+        """What another client has found out; waits for it."""
+        _, answer = await self._request({"do": "hear"})
+        return answer["finding"]
 
     async def aclose(self) -> None:
         """Hang up; closing twice, as limiter and as cache, does nothing."""

@@ -37,6 +37,7 @@ from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import TRANSIENT_STATUSES, Transport
 from nemo_ampo.errors import BudgetError, ChatError, ConfigError, DiskError, UserError
+from nemo_ampo.speech import without_control_tokens
 from nemo_ampo.text import one_line
 
 _log = logging.getLogger(__name__)
@@ -292,6 +293,32 @@ class ChatClient:
         """
         if self.config.replay is None:
             await asyncio.gather(*[self._check_endpoint(endpoint, questions) for endpoint in self._pool.endpoints])
+
+    async def reach(self) -> None:
+        """Ask every address for its models, which costs nothing: is it there, and does it let us in? A replay asks nobody.
+
+        Raises:
+            ConfigError: one line that names the address and what is wrong.
+        """
+
+        async def one(endpoint: Endpoint) -> None:
+            try:
+                await self._listed_models(endpoint)
+            except CallError as failure:
+                raise ConfigError(self._explain(endpoint, failure, None)) from None
+
+        if self.config.replay is None:
+            await asyncio.gather(*[one(endpoint) for endpoint in self._pool.endpoints])
+
+    @property
+    def takes_schema(self) -> list[bool | None]:
+        """Of every address, whether it takes a JSON schema; None until known. May be set to what another process found."""
+        return [endpoint.structured for endpoint in self._pool.endpoints]
+
+    @takes_schema.setter
+    def takes_schema(self, found: Sequence[bool | None]) -> None:
+        for endpoint, takes in zip(self._pool.endpoints, found, strict=True):
+            endpoint.structured = takes
 
     async def _try_each(
         self,
@@ -620,7 +647,11 @@ def _complaint(reply: str, reason: str) -> list[Message]:
     """What the second try adds to the conversation."""
     shown = reply[:_SHOWN_REPLY_CHARS].strip() or "(nothing)"
     request = f"This reply cannot be used: {reason}. Answer the question again, in exactly the form it asks for."
-    return [{"role": "assistant", "content": shown}, {"role": "user", "content": request}]
+    # A reply may quote whoever it is about, and the reason may quote the reply.
+    return [
+        {"role": "assistant", "content": without_control_tokens(shown)},
+        {"role": "user", "content": without_control_tokens(request)},
+    ]
 
 
 def _is_object_with(text: str, keys: Iterable[str]) -> bool:

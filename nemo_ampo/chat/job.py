@@ -45,6 +45,11 @@ class Shared:
 
     limiter: Limiter
     cache: Cache | None
+    is_main: bool = True
+    others: BrokerClient | None = None
+    """To speak with the other ranks; None for a process alone."""
+    spent_file: SpentFile | None = None
+    """Where the main rank notes what was spent."""
 
 
 @contextmanager
@@ -74,14 +79,15 @@ def shared(
     notice = folder / f"{name}_broker.json"
     start = {variable: env.get(variable, "") for variable in _START_VARIABLES}
     if rank > 0:
-        yield _both(_wait_for(notice, start, timeout_s), config)
+        yield _of_many(_wait_for(notice, start, timeout_s), config, None)
         return
     with disk_errors(f"cannot remove {notice}"):
         notice.unlink(missing_ok=True)  # of a start that was killed
-    limiter = LocalLimiter(Limits.of(config), SpentFile(folder / f"{name}_spent.json"))
+    spent_file = SpentFile(folder / f"{name}_spent.json")
+    limiter = LocalLimiter(Limits.of(config), spent_file)
     cache = open_cache(config, recording)
     if world == 1:
-        yield Shared(limiter, cache)
+        yield Shared(limiter, cache, spent_file=spent_file)
         return
     one_machine = int(env.get("LOCAL_WORLD_SIZE", str(world))) == world
     token = secrets.token_hex(16)
@@ -90,7 +96,7 @@ def shared(
     content = json.dumps({"host": host, "port": broker.port, "token": token, "start": start})
     try:
         write_once(notice, content, private=True)
-        yield _both(BrokerClient("127.0.0.1", broker.port, token), config)
+        yield _of_many(BrokerClient("127.0.0.1", broker.port, token), config, spent_file)
     finally:
         with contextlib.suppress(OSError):
             if notice.read_text(encoding="utf-8") == content:
@@ -98,8 +104,9 @@ def shared(
         broker.close()
 
 
-def _both(client: BrokerClient, config: EndpointConfig) -> Shared:
-    return Shared(client, client if config.cache is not None or config.replay is not None else None)
+def _of_many(client: BrokerClient, config: EndpointConfig, spent_file: SpentFile | None) -> Shared:
+    cache = client if config.cache is not None or config.replay is not None else None
+    return Shared(client, cache, is_main=spent_file is not None, others=client, spent_file=spent_file)
 
 
 def _wait_for(notice: Path, start: dict[str, str], timeout_s: float) -> BrokerClient:

@@ -47,12 +47,15 @@ class SpentFile:
 
     A disk that cannot be written is an alarm, said once: this process goes on counting, but a later one counts from the last
     figures that could be written.
+
+    Attributes:
+        failures: how often it could not be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._saved_at = 0.0
-        self._told = False
+        self.failures = 0
 
     def load(self) -> Spent:
         """The last saved figures; zeros before the first.
@@ -82,8 +85,8 @@ class SpentFile:
         try:
             write_once(self.path, json.dumps({"calls": spent.calls, "usd": spent.usd}) + "\n")
         except DiskError as error:
-            if not self._told:
-                self._told = True
+            self.failures += 1
+            if self.failures == 1:
                 _log.warning("%s; spending is counted on, but a run that is started again would not know of it", error)
 
 

@@ -27,6 +27,7 @@ class ChatStats:
         parse_failures: replies that could not be read, those asked for again included.
         cache_hits: replies taken from the cache instead of a call.
         cache_failures: how often the cache could not be written or read; the replies counted all the same.
+        spent_failures: how often the record of what the job spent could not be written; its main rank counts them.
         prompt_tokens, completion_tokens: as reported by the endpoint, also for replies that could not be read.
         cost_usd: their price, dollars; 0 without a price table.
         latencies_s: of the last answered calls, seconds, ascending.
@@ -40,6 +41,7 @@ class ChatStats:
     parse_failures: int = 0
     cache_hits: int = 0
     cache_failures: int = 0
+    spent_failures: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0

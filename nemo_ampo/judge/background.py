@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import math
 import threading
 import time
 from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from nemo_ampo.errors import BudgetError, JudgeError
+from nemo_ampo.chat.job import Shared
+from nemo_ampo.errors import BudgetError, ConfigError, JudgeError, UserError
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.types import JudgeRequest, Verdict
+
+_log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -37,11 +42,13 @@ class JudgeThread:
     Args:
         judge: whose verdicts count.
         second: another one for comparison, in the same event loop, so that both can share one limiter.
+        job: whose limiter that is, for a process of a job.
     """
 
-    def __init__(self, judge: Judge, second: Judge | None = None) -> None:
+    def __init__(self, judge: Judge, second: Judge | None = None, job: Shared | None = None) -> None:
         self._judge = judge
         self._second = second
+        self._job = job
         self._lock = threading.Lock()
         self._open = True
         self._stop = asyncio.Event()
@@ -60,7 +67,9 @@ class JudgeThread:
     @property
     def stats(self) -> JudgeStats:
         """Counts of the judge, at any time."""
-        return self._judge.stats
+        stats = self._judge.stats
+        spent_file = self._job.spent_file if self._job is not None else None
+        return stats if spent_file is None else replace(stats, spent_failures=spent_file.failures)
 
     @property
     def second_stats(self) -> JudgeStats | None:
@@ -101,9 +110,13 @@ class JudgeThread:
         return outcomes
 
     def check(self) -> None:
-        """See :meth:`Judge.check`; of both judges."""
-        for judge in filter(None, (self._judge, self._second)):
-            self._schedule(judge.check()).result()
+        """See :meth:`Judge.check`; of both judges. The first calls, which cost, are the main rank's; the others only see
+        whether they reach the judges from where they are, and hear how it went and whether a schema can be sent.
+
+        Raises:
+            UserError: on every rank, what a judge refuses; or on one, that it cannot be reached from there.
+        """
+        self._schedule(self._check()).result()
 
     def close(self) -> None:
         """Cancel what is unanswered, close the judge, end the thread. Closing twice does nothing."""
@@ -122,6 +135,32 @@ class JudgeThread:
                 work.close()
                 raise RuntimeError("the judge thread is closed")
             return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _check(self) -> None:
+        judges = [judge for judge in (self._judge, self._second) if judge is not None]
+        others = self._job.others if self._job is not None else None
+        if self._job is not None and others is not None and not self._job.is_main:
+            try:
+                for judge in judges:
+                    await judge.reach()
+            except UserError as error:
+                _log.warning("from this rank: %s", error)  # which only the main rank's end would tell
+                raise
+            found = await others.hear()
+            if found["refused"]:
+                raise ConfigError(found["refused"])
+            for judge, takes_schema in zip(judges, found["takes_schema"], strict=True):
+                judge.takes_schema = takes_schema
+            return
+        try:
+            for judge in judges:
+                await judge.check()
+        except UserError as error:
+            if others is not None:
+                await others.tell({"refused": str(error)})
+            raise
+        if others is not None:
+            await others.tell({"refused": "", "takes_schema": [judge.takes_schema for judge in judges]})
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

@@ -129,6 +129,19 @@ class Judge:
             ]
         )
 
+    async def reach(self) -> None:
+        """See :meth:`nemo_ampo.chat.ChatClient.reach`."""
+        await self._chat.reach()
+
+    @property
+    def takes_schema(self) -> list[bool | None]:
+        """See :attr:`nemo_ampo.chat.ChatClient.takes_schema`."""
+        return self._chat.takes_schema
+
+    @takes_schema.setter
+    def takes_schema(self, found: list[bool | None]) -> None:
+        self._chat.takes_schema = found
+
 
 def recording_of(config: JudgeConfig, template: PromptTemplate) -> dict[str, Any]:
     """The settings that decide what the judge is asked; a replay needs the same."""

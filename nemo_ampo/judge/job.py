@@ -25,5 +25,5 @@ def open_judge(config: JudgeConfig, run_dir: str | Path) -> Iterator[JudgeThread
         second = None
         if config.second is not None:
             second = Judge(config.second_judge(), limiter=job.limiter, cache=job.cache)
-        with JudgeThread(Judge(config, limiter=job.limiter, cache=job.cache), second) as judge:
+        with JudgeThread(Judge(config, limiter=job.limiter, cache=job.cache), second, job) as judge:
             yield judge

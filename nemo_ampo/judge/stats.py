@@ -28,7 +28,7 @@ class JudgeStats(ChatStats):
         """Cumulative metrics; a cause or kind that never occurred and a latency not yet known are left out."""
         counts = ("requests", "verdicts", "calls", "parse_failures", "cache_hits", "prompt_tokens", "completion_tokens")
         found: dict[str, float | None] = {name: float(getattr(self, name)) for name in counts}
-        found |= {"cache_failures": float(self.cache_failures) or None}
+        found |= {name: float(getattr(self, name)) or None for name in ("cache_failures", "spent_failures")}
         found |= {f"retries/{cause}": float(count) for cause, count in sorted(self.retries.items())}
         found |= {f"failures/{kind}": float(count) for kind, count in sorted(self.failures.items())}
         found |= {"cost_usd": self.cost_usd, "latency_p50_s": self.latency_p50_s, "latency_p95_s": self.latency_p95_s}

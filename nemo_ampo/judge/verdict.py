@@ -14,7 +14,7 @@ import math
 import re
 
 from nemo_ampo.errors import JudgeError
-from nemo_ampo.strict_json import object_in
+from nemo_ampo.files import object_in
 from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import Verdict
 

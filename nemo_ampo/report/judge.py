@@ -76,6 +76,8 @@ def alarms(log: MetricsLog) -> list[str]:
     unkept = _last(log, "judge/cache_failures")
     if unkept:
         found.append(f"{count(unkept)} replies of the judge could not be kept in judge.cache; a repetition asks again.")
+    if _last(log, "judge/spent_failures"):
+        found.append("What was spent could not be written at times; a run started again counts from older figures.")
     rounds = sum(log.counts("guard/judge_rounds").values)
     if rounds:
         found.append(f"The judge was out so often that {count(rounds)} further rounds of asking were needed.")

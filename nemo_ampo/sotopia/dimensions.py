@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nemo_ampo.files import object_in
 from nemo_ampo.prompts import PromptTemplate, load_prompt
 from nemo_ampo.speech import without_control_tokens
-from nemo_ampo.strict_json import object_in
 from nemo_ampo.text import utf8_safe
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from nemo_ampo.files import (
     file_name_problem,
     full_or_read_only,
     is_torn,
+    object_in,
     read_jsonl,
     strict_json,
     write_once,
@@ -188,6 +189,16 @@ def test_an_error_of_a_disk_that_no_other_rule_names_is_one_line() -> None:
 def test_what_is_no_json_is_said_in_a_few_words(text: str) -> None:
     with pytest.raises(ValueError, match=r"occurs twice|not a finite number|not valid JSON"):
         strict_json(text)
+
+
+def test_a_key_given_twice_is_found_among_many_and_cannot_stretch_the_message() -> None:
+    """Looking for each key among all others would take hours."""
+    text = ", ".join(f'"{n}": 0' for n in range(200_000))
+    with pytest.raises(ValueError, match="key 'kkk"):
+        strict_json("{" + text + f', "{"k" * 9999}": 0, "{"k" * 9999}": 0' + "}")
+    with pytest.raises(ValueError) as caught:
+        object_in(f'so: {{"{"k" * 9999}": 0, "{"k" * 9999}": 0}}')
+    assert len(str(caught.value)) < 100
 
 
 def test_an_appended_line_follows_a_whole_one(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_record_of_spending_on_a_full_disk_is_an_alarm_and_the_budget_still_ho
 
     with shared(settings, disk.path / "run", {}, {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": "0"}) as job:
         outcomes = asyncio.run(work(job))
+        assert job.spent_file is not None and job.spent_file.failures >= 1
     assert [type(outcome) for outcome in outcomes] == [Completion] * 3 + [BudgetError] * 2
     (alarm,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert "endpoint_spent.json: No space left on device" in alarm and "spending is counted on" in alarm

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_ampo.chat.limiter import SAVE_INTERVAL_S
 from nemo_ampo.errors import UserError
-from nemo_ampo.judge import Judge, JudgeError, JudgeThread, Verdict
+from nemo_ampo.judge import Judge, JudgeError, JudgeThread, Verdict, open_judge
 
 WAIT_S = 30
 """Only spent when a test fails."""
@@ -75,6 +77,71 @@ def test_check_is_the_judges(tools: Any) -> None:
     server = tools.serve(refuse, models=refuse)
     with JudgeThread(Judge(tools.config(server.base_url))) as judge, pytest.raises(UserError, match="401"):
         judge.check()
+
+
+RANK = """
+import sys, time
+from nemo_ampo.errors import UserError
+from nemo_ampo.judge import JudgeConfig, JudgeRequest, open_judge
+
+config = JudgeConfig(sys.argv[1], "referee", temperatures=[0.0, 0.5, 1.0], connection_retries=1, backoff_initial_s=0.001,
+                     backoff_max_s=0.002)
+with open_judge(config, sys.argv[2]) as judge:
+    try:
+        judge.check()
+    except UserError as error:
+        print(error, flush=True)
+    else:
+        score = judge.submit(JudgeRequest("d", "A", "B", "g", "h")).result().agent1
+        print("checked, and then", judge.stats.calls, "calls for", score, flush=True)
+    sys.stdin.readline()  # the main rank leaves last
+"""
+
+
+def lines_of_three_ranks(tools: Any, base_url: str, folder: Path) -> list[str]:
+    """What each rank of a job says after its check."""
+    job = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4712"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", RANK, base_url, str(folder)]
+    ranks = [
+        subprocess.Popen(command, env={**tools.child_environment(), **job, "RANK": str(rank)}, **pipes) for rank in range(3)
+    ]
+    try:
+        lines = [rank.stdout.readline().strip() for rank in ranks]
+        for rank in reversed(ranks):
+            rank.communicate("\n", timeout=WAIT_S)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return lines
+
+
+def test_the_first_calls_are_sent_by_the_main_rank_and_all_ranks_hear_what_it_found(tools: Any, tmp_path: Path) -> None:
+    """The server breaks at a schema, which one rank finds out for all."""
+    server = tools.serve(
+        lambda number, call: tools.Answer(status=500) if "response_format" in call.payload else tools.verdict()
+    )
+    lines = lines_of_three_ranks(tools, server.base_url, tmp_path)
+    first_calls = len(server.calls) - 3
+    assert lines == [f"checked, and then {first_calls + 1} calls for 7.0"] + ["checked, and then 1 calls for 7.0"] * 2
+    assert first_calls == 3 + 2, "one for each temperature, and two with the schema"
+
+
+def test_what_the_main_rank_is_refused_is_told_by_every_rank(tools: Any, tmp_path: Path) -> None:
+    server = tools.serve(lambda number, call: tools.Answer("no", status=422) if call.temperature > 0.9 else tools.verdict())
+    lines = lines_of_three_ranks(tools, server.base_url, tmp_path)
+    assert "status 422: no" in lines[0] and "temperature=1.0" in lines[0] and lines == [lines[0]] * 3
+
+
+def test_a_record_of_spending_that_cannot_be_written_is_a_metric(tools: Any, tmp_path: Path) -> None:
+    with open_judge(tools.config(tools.serve(tools.verdict()).base_url), tmp_path) as judge:
+        judge.submit(tools.request()).result(timeout=WAIT_S)
+        assert "judge/spent_failures" not in judge.stats.metrics()
+        (tmp_path / "judge_spent.json").unlink()
+        (tmp_path / "judge_spent.json").mkdir()
+        time.sleep(SAVE_INTERVAL_S)
+        judge.submit(tools.request()).result(timeout=WAIT_S)
+        assert judge.stats.metrics()["judge/spent_failures"] == 1
 
 
 def test_closing_cancels_what_is_unanswered_and_ends_the_thread(tools: Any) -> None:

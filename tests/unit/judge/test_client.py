@@ -112,6 +112,15 @@ def test_unreadable_verdicts_are_asked_for_again_at_the_scheduled_temperatures(t
     assert (stats.prompt_tokens, stats.completion_tokens) == (500, 100), "unreadable replies were paid for too"
 
 
+def test_what_an_unreadable_reply_quotes_is_shown_to_the_judge_without_control_tokens(tools: Any) -> None:
+    quoted = 'He said "<|im_end|>" and {"[INST]": 1, "[INST]": 2}'
+    server = tools.serve(lambda number, call: tools.verdict() if number else tools.says(quoted))
+    ask(tools.config(server.base_url), tools.request())
+    shown, request = (message["content"] for message in server.calls[1].payload["messages"][1:])
+    assert shown == 'He said "< |im_end|>" and {"[ INST]": 1, "[ INST]": 2}'
+    assert "key '[ INST]' occurs twice" in request
+
+
 @pytest.mark.parametrize(("content", "kind"), [("no idea", "parse"), (" \n", "empty"), (None, "empty")])
 def test_unreadable_to_the_end_is_a_failure(tools: Any, content: str | None, kind: str) -> None:
     server = tools.serve(tools.says(content))

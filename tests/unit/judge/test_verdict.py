@@ -122,12 +122,12 @@ AGENT1, AGENT2 = '"agent1": {"reasoning": "", "score": 1}', '"agent2": {"reasoni
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"agent1": {"reasoning": "", "score": 1, "score": 9}, ' + AGENT2 + "}", 'the key "score" twice'),
-        ("{" + f"{AGENT1}, {AGENT2}, {AGENT1.replace('1}', '9}')}" + "}", 'the key "agent1" twice'),
-        ("{" + f'{AGENT1}, {AGENT2}, "agent\\u0031": 3' + "}", 'the key "agent1" twice'),
-        ("{" + f'{AGENT1}, {AGENT2}, "note": {{"a": 1, "a": 1}}' + "}", 'the key "a" twice'),
-        ("{" + f'{AGENT1}, {AGENT2}, "note": -Infinity' + "}", "holds -Infinity, which is no JSON"),
-        (reply("5", reasoning='["", NaN]'), "holds NaN, which is no JSON"),
+        ('{"agent1": {"reasoning": "", "score": 1, "score": 9}, ' + AGENT2 + "}", "key 'score' occurs twice"),
+        ("{" + f"{AGENT1}, {AGENT2}, {AGENT1.replace('1}', '9}')}" + "}", "key 'agent1' occurs twice"),
+        ("{" + f'{AGENT1}, {AGENT2}, "agent\\u0031": 3' + "}", "key 'agent1' occurs twice"),
+        ("{" + f'{AGENT1}, {AGENT2}, "note": {{"a": 1, "a": 1}}' + "}", "key 'a' occurs twice"),
+        ("{" + f'{AGENT1}, {AGENT2}, "note": -Infinity' + "}", "-Infinity is not a finite number"),
+        (reply("5", reasoning='["", NaN]'), "NaN is not a finite number"),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_unreadable(text: str, why: str) -> None:
