@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.model_folder.facts import facts_of, read_object
+from nemo_ampo.training import STRETCH_ELEMENTS
 
 GB = 1e9
 FP32, BF16 = 4, 2
@@ -348,7 +349,8 @@ def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int
 
     Per token and layer, in elements: 4h of inputs and norms (divided by t with sequence parallelism), and
     [c(a + 2g) + ca + 3f]/t of attention and MLP; attention scores are never stored. With full recomputation 2h per
-    layer instead, plus one layer's worth. Logits: 2V/t fp32 per token. Pipeline stages hold p micro-batches of L/p layers.
+    layer instead, plus one layer's worth. Logits and their gradient: 2V/t per token, and four fp32 copies of the stretch
+    that the loss works on. Pipeline stages hold p micro-batches of L/p layers.
     """
     model = cfg.model
     element = BF16 if model.megatron_amp_O2 else FP32
@@ -359,7 +361,8 @@ def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int
     layers = shape.layers * layer
     if model.activations_checkpoint_granularity == "full":
         layers = shape.layers * 2 * shape.hidden * element + layer
-    return tokens * (layers + 2 * FP32 * shape.vocab / tensor)
+    logits = tokens * shape.vocab / tensor
+    return tokens * layers + 2 * element * logits + 4 * FP32 * min(logits, STRETCH_ELEMENTS)
 
 
 def engine_bytes(stage: str, cfg: DictConfig, shape: ModelShape) -> float:

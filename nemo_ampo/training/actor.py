@@ -10,25 +10,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
 from nemo.collections.nlp.parts.utils_funcs import get_last_rank
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
-from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
 from nemo_ampo.loss import (
     Totals,
-    entropy_from_logits,
     filled_micro_batches,
     token_loss,
     update_weights,
     weighted_sum,
 )
 from nemo_ampo.training.forward import token_logprobs
+from nemo_ampo.training.vocab_parallel import narrow_logits, next_token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""
@@ -59,15 +58,14 @@ class AmpoActor(MegatronGPTReinforceActorModel):
             batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
             tokens_BT = batch["tokens_BT"]
             positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device).expand_as(tokens_BT)
-            logits_BTV = model(tokens_BT, positions_BT, None, labels=None)
+            logits_BTV = narrow_logits(model, tokens_BT, positions_BT, None, labels=None)
 
             def loss_func(logits_BTV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 mask_BT, weights_BT = batch["mask_BT"], batch["weights_BT"]
-                logprobs_BT = from_parallel_logits_to_logprobs(
-                    vocab_parallel_logits=logits_BTV, target=tokens_BT, higher_stability=True
-                )
-                with torch.set_grad_enabled(torch.is_grad_enabled() and algorithm.entropy_coef != 0):
-                    entropy_BT = _entropy(logits_BTV)
+                logprobs_BT, entropy_BT = next_token_logprobs(logits_BTV, tokens_BT)
+                assert entropy_BT is not None
+                if algorithm.entropy_coef == 0:
+                    entropy_BT = entropy_BT.detach()
                 tokens = token_loss(logprobs_BT, entropy_BT, batch, algorithm)
                 loss = weighted_sum(tokens.loss_BT, weights_BT)
                 terms = torch.stack([loss, weighted_sum(tokens.policy.loss_BT, weights_BT)]).detach().double()
@@ -146,9 +144,3 @@ def _metrics_of_job(outputs: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         means = torch.cat([terms, sums / tokens.clamp(min=1), ratio_max[None]])
     torch.distributed.broadcast(means, get_last_rank())
     return dict(zip((*LOSS_TERMS, *TOKEN_MEANS, "ratio_max"), means.tolist(), strict=True))
-
-
-def _entropy(logits_BTV: torch.Tensor) -> torch.Tensor:
-    """Entropy of each next-token distribution, nats, [B, T-1]; vocabulary shards are gathered first."""
-    full = tensor_parallel.gather_from_tensor_model_parallel_region(logits_BTV)[:, :-1]
-    return entropy_from_logits(full.float())

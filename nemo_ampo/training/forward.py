@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_pp, from_parallel_logits_to_logprobs
+from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_pp
 from nemo_aligner.utils.train_utils import set_sync_funcs
+
+from nemo_ampo.training.vocab_parallel import narrow_logits, next_token_logprobs
 
 
 @contextmanager
@@ -47,12 +49,10 @@ def _logprobs_of_chunk(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
     def forward_step(data_iterator: Iterator[Any], module: Any) -> Any:
         tokens = tokens_BT.cuda(non_blocking=True)
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        logits = module(tokens, positions, None)
+        logits = narrow_logits(module, tokens, positions, None)
 
         def logprobs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return from_parallel_logits_to_logprobs(
-                vocab_parallel_logits=output, target=tokens, inference_only=True, higher_stability=True
-            ).float()
+            return next_token_logprobs(output, tokens, entropy=False)[0]
 
         return logits, logprobs
 

@@ -97,7 +97,9 @@ def test_what_grows_with_what() -> None:
     assert plan(ranks=16).memory.optimizer == base.memory.optimizer / 2
     assert plan(ranks=16).memory.weights == base.memory.weights
     assert plan(ranks=16).checkpoint_bytes == base.checkpoint_bytes
-    assert plan("model.micro_batch_size=2").memory.activations == base.memory.activations / 2
+    # All but the stretch of logits that the loss works on, at most 0.3 GB.
+    halved = plan("model.micro_batch_size=2").memory.activations
+    assert 0 < 2 * halved - base.memory.activations < 0.3e9
     assert plan("model.activations_checkpoint_granularity=full").memory.activations < base.memory.activations
     native, server = plan("rollout.engine=megatron").memory, plan("rollout.engine=trtllm_server").memory
     inside = plan("rollout.engine=trtllm", "rollout.trtllm.unload_during_training=false").memory
