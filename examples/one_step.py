@@ -8,14 +8,14 @@ from concurrent.futures import Future
 import torch
 
 from nemo_ampo import PRESETS, Verdict
-from nemo_ampo.config import RolloutConfig
 from nemo_ampo.grammar import render_reply
 from nemo_ampo.modes import MODES
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
+from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, Response, SyncReport
-from nemo_ampo.step import Parts, Prompt, ampo_step
-from nemo_ampo.types import DialogueTurn
+from nemo_ampo.step import Parts, ampo_step
+from nemo_ampo.types import DialogueTurn, Prompt
 
 ACHIEVED = {1: 4.0, 2: 5.0, 3: 8.0, 4: 9.0}  # what each mode's answer makes of the speaker's goal, 0 to 10
 TURN = DialogueTurn("chair", ("Turn 0: Ann said:",), 0, "Sell the chair.", "Ann", "Bo", "a high price", "a low price", 2, 2)

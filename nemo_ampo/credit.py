@@ -22,7 +22,7 @@ from nemo_ampo.modes import NO_MODE
 from nemo_ampo.ranks import Ranks, slice_for
 
 if TYPE_CHECKING:
-    from nemo_ampo.step import Sample, Tokenizer
+    from nemo_ampo.types import Sample, Tokenizer
 
 
 @dataclass(frozen=True)

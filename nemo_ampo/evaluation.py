@@ -26,9 +26,9 @@ from nemo_ampo.metrics import mean
 from nemo_ampo.modes import MODES
 from nemo_ampo.outcome import PARTIAL_FOLDER, Outcome
 from nemo_ampo.protocol import digest, keep_protocol
-from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
+from nemo_ampo.rewards import RewardConfig, score_reply
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
-from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+from nemo_ampo.types import DialogueTurn, JudgeRequest, RewardParts, Verdict
 
 if TYPE_CHECKING:
     from nemo_ampo.judge import JudgeThread

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from nemo_ampo.advantage import GroupReport
     from nemo_ampo.algorithm import JudgeFailure
-    from nemo_ampo.step import Sample
+    from nemo_ampo.types import Sample
 
 DESCRIPTIONS: dict[str, str] = {
     "reward/mean": "mean reward of samples with a valid reward (format failures included)",

@@ -14,7 +14,7 @@ from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import NO_MODE
 from nemo_ampo.ranges import check_numbers, number
-from nemo_ampo.types import DialogueTurn, Verdict
+from nemo_ampo.types import DialogueTurn, RewardParts, Verdict
 
 MAX_GOAL = 10.0
 """Top of the judge's scale of goal achievement; 0 is its bottom."""
@@ -62,27 +62,6 @@ class RewardConfig:
                 "reward.min_answer_tokens: must be below reward.answer_midpoint_tokens="
                 f"{self.answer_midpoint_tokens:g}, got {self.min_answer_tokens}"
             )
-
-
-@dataclass(frozen=True)
-class RewardParts:
-    """A reward and what it was made of.
-
-    Attributes:
-        reward: in [0, 1], or the penalty of a format failure; None when the judge failed.
-        goal: goal component in [0, 1], 0.5 means no change; None without a verdict.
-        length: answer-length component in [0, 1]; None when there is no answer.
-        mode: 1..4, 0 when the reply breaks the grammar.
-        valid: False when the judge failed, so that the sample takes part in no statistic.
-        format_rule: the rule a bad reply breaks first, None for a good one.
-    """
-
-    reward: float | None
-    goal: float | None
-    length: float | None
-    mode: int
-    valid: bool
-    format_rule: str | None = None
 
 
 def goal_gain(before: float, after: float) -> float:

@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
 from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure
-from nemo_ampo.config import RolloutConfig
 from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
 from nemo_ampo.grammar import answer_of
 from nemo_ampo.guard import GuardConfig, small_groups
@@ -24,7 +23,8 @@ from nemo_ampo.mismatch import importance_weights, mismatch_metrics
 from nemo_ampo.mode_choice import choice_metrics
 from nemo_ampo.modes import NO_MODE
 from nemo_ampo.ranks import Ranks, slice_for
-from nemo_ampo.rewards import RewardConfig, RewardParts, score_reply
+from nemo_ampo.rewards import RewardConfig, score_reply
+from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import (
     Engine,
     PackedRollouts,
@@ -36,105 +36,10 @@ from nemo_ampo.rollout.engine import (
     request_seed,
 )
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
-from nemo_ampo.types import DialogueTurn, JudgeRequest, Verdict
+from nemo_ampo.types import DialogueTurn, JudgeRequest, Policy, Prompt, Sample, Tokenizer, TrainBatch
 from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A dialogue turn and the exact tokens the policy is shown for it."""
-
-    turn: DialogueTurn
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One response of one prompt, scored. Small enough to be gathered from every replica.
-
-    Attributes:
-        group: index of the prompt within the step.
-        row_id: of the dialogue turn.
-        dialogue: what was said before, and the open line.
-        tag: the turn's label, for reports.
-        turn: index of the turn in its dialogue, 0 is the opening.
-        text: decoded response without special tokens.
-        num_tokens: response tokens, the stop token included.
-        answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
-        finish: why the engine stopped.
-        parts: reward and what it was made of.
-        mode_tokens: first and last-plus-one of the response tokens that name the mode; equal when none does.
-        verdict: None when the judge was not asked or failed.
-        judge_error: kind of the judge's failure.
-        judge_latency_s: from submission to verdict, seconds.
-    """
-
-    group: int
-    row_id: str
-    dialogue: str
-    tag: str | None
-    turn: int
-    text: str
-    num_tokens: int
-    answer_tokens: int
-    finish: str
-    parts: RewardParts
-    mode_tokens: tuple[int, int] = (0, 0)
-    verdict: Verdict | None = None
-    judge_error: str | None = None
-    judge_latency_s: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """What the policy is updated on: this replica's own samples and nobody else's.
-
-    Attributes:
-        tokens_BT: prompt, response, padding.
-        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
-            throughout a sample that is left out, so that it enters no mean.
-        advantages_BT: of each token, importance weight included, [B, T-1].
-        old_logprobs_BT: of the policy before the update, [B, T-1].
-        ref_logprobs_BT: of the reference policy, [B, T-1].
-        sampling_logprobs_BT: of the engine, [B, T-1].
-    """
-
-    tokens_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    advantages_BT: torch.Tensor
-    old_logprobs_BT: torch.Tensor
-    ref_logprobs_BT: torch.Tensor
-    sampling_logprobs_BT: torch.Tensor
-
-
-class Policy(Protocol):
-    """The model being trained, as one step sees it."""
-
-    def logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Log-probability of each next token under the current weights, [B, T-1]."""
-        ...
-
-    def reference_logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """The same under the frozen reference weights."""
-        ...
-
-    def update(self, batch: TrainBatch) -> dict[str, float]:
-        """Optimise on the batch; returns the ``policy/`` metrics."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """The two calls a step makes on a transformers tokenizer."""
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
-        """Text of the tokens."""
-        ...
-
-    def tokenize(self, text: str) -> list[str]:
-        """Tokens of the text, no special ones added."""
-        ...
 
 
 @dataclass(frozen=True)

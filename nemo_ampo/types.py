@@ -1,10 +1,16 @@
-"""Records handed from one stage to the next. All frozen; absent is ``None``, never a value in the score range."""
+"""Records that one stage hands to the next, and what a step asks of a policy and a tokenizer.
+
+All records are frozen; absent is ``None``, never a value in the score range. Legend: B samples, T tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 from nemo_ampo.speech import spoken
 
@@ -111,3 +117,119 @@ class Verdict:
     def of(self, seat: Seat) -> float:
         """The score of one seat."""
         return self.agent1 if seat == "agent1" else self.agent2
+
+
+@dataclass(frozen=True)
+class RewardParts:
+    """A reward and what it was made of.
+
+    Attributes:
+        reward: in [0, 1], or the penalty of a format failure; None when the judge failed.
+        goal: goal component in [0, 1], 0.5 means no change; None without a verdict.
+        length: answer-length component in [0, 1]; None when there is no answer.
+        mode: 1..4, 0 when the reply breaks the grammar.
+        valid: False when the judge failed, so that the sample takes part in no statistic.
+        format_rule: the rule a bad reply breaks first, None for a good one.
+    """
+
+    reward: float | None
+    goal: float | None
+    length: float | None
+    mode: int
+    valid: bool
+    format_rule: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue turn and the exact tokens the policy is shown for it."""
+
+    turn: DialogueTurn
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of one prompt, scored. Small enough to be gathered from every replica.
+
+    Attributes:
+        group: index of the prompt within the step.
+        row_id: of the dialogue turn.
+        dialogue: what was said before, and the open line.
+        tag: the turn's label, for reports.
+        turn: index of the turn in its dialogue, 0 is the opening.
+        text: decoded response without special tokens.
+        num_tokens: response tokens, the stop token included.
+        answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
+        finish: why the engine stopped.
+        parts: reward and what it was made of.
+        mode_tokens: first and last-plus-one of the response tokens that name the mode; equal when none does.
+        verdict: None when the judge was not asked or failed.
+        judge_error: kind of the judge's failure.
+        judge_latency_s: from submission to verdict, seconds.
+    """
+
+    group: int
+    row_id: str
+    dialogue: str
+    tag: str | None
+    turn: int
+    text: str
+    num_tokens: int
+    answer_tokens: int
+    finish: str
+    parts: RewardParts
+    mode_tokens: tuple[int, int] = (0, 0)
+    verdict: Verdict | None = None
+    judge_error: str | None = None
+    judge_latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What the policy is updated on: this replica's own samples and nobody else's.
+
+    Attributes:
+        tokens_BT: prompt, response, padding.
+        mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
+            throughout a sample that is left out, so that it enters no mean.
+        advantages_BT: of each token, importance weight included, [B, T-1].
+        old_logprobs_BT: of the policy before the update, [B, T-1].
+        ref_logprobs_BT: of the reference policy, [B, T-1].
+        sampling_logprobs_BT: of the engine, [B, T-1].
+    """
+
+    tokens_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    advantages_BT: torch.Tensor
+    old_logprobs_BT: torch.Tensor
+    ref_logprobs_BT: torch.Tensor
+    sampling_logprobs_BT: torch.Tensor
+
+
+class Policy(Protocol):
+    """The model being trained, as one step sees it."""
+
+    def logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each next token under the current weights, [B, T-1]."""
+        ...
+
+    def reference_logprobs(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """The same under the frozen reference weights."""
+        ...
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Optimise on the batch; returns the ``policy/`` metrics."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The two calls a step makes on a transformers tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = ...) -> str:
+        """Text of the tokens."""
+        ...
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens of the text, no special ones added."""
+        ...

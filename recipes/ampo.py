@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.lock import hold_run_with_all_ranks
-from nemo_ampo.step import Parts, Prompt
+from nemo_ampo.step import Parts
 from nemo_ampo.trackers import check_trackers, open_trackers
-from nemo_ampo.types import DialogueTurn
+from nemo_ampo.types import DialogueTurn, Prompt
 from nemo_ampo.watchdog import watch_ranks
 from recipes.launch import is_main_process, main, world_size
 

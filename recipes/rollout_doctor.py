@@ -16,11 +16,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.compose import compose
-from nemo_ampo.config import NEMO_SECTIONS, RolloutConfig, RunConfig, check_parallel_layout, read_config
+from nemo_ampo.config import NEMO_SECTIONS, RunConfig, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.outcome import EXIT_USER_ERROR
 from nemo_ampo.overrides import override
 from nemo_ampo.ranks import settle_ranks
+from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.terminal import printable_output, show
 from recipes.launch import is_main_process, world_size
 
@@ -45,7 +46,8 @@ def run(cfg: DictConfig) -> bool:
     """Examine the engine; True when nothing failed."""
     kept = {name: cfg[name] for name in ("run", "rollout", *NEMO_SECTIONS)}
     config = read_config(OmegaConf.create(kept), DoctorConfig)  # type: ignore[type-var]
-    from nemo_ampo.rollout import EngineSetup, check_rollout, make_engine, require_engine
+    from nemo_ampo.rollout import EngineSetup, make_engine, require_engine
+    from nemo_ampo.rollout.config import check_rollout
 
     check_rollout(config.rollout)
     require_engine(config.rollout.engine)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.rollout.config import EngineName
 
 if TYPE_CHECKING:
-    from nemo_ampo.config import RolloutConfig
     from nemo_ampo.ranks import Ranks
+    from nemo_ampo.rollout.config import RolloutConfig
     from nemo_ampo.rollout.engine import Decode, Engine
 
 
@@ -73,41 +73,17 @@ def _trtllm_server(setup: EngineSetup) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[EngineSetup], Engine]] = {
-    "megatron": _megatron,
-    "trtllm": _trtllm,
-    "trtllm_server": _trtllm_server,
+ENGINES: dict[EngineName, Callable[[EngineSetup], Engine]] = {
+    EngineName.megatron: _megatron,
+    EngineName.trtllm: _trtllm,
+    EngineName.trtllm_server: _trtllm_server,
 }
 """Name in ``rollout.engine`` to what makes it."""
 
 
 def make_engine(setup: EngineSetup) -> Engine:
     """The engine the run's config names."""
-    return ENGINES[setup.rollout.engine](setup)
-
-
-def check_rollout(rollout: RolloutConfig) -> None:
-    """Rules between the keys of the ``rollout`` section that need no engine.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    if rollout.engine not in ENGINES:
-        raise ConfigError(f"rollout.engine: expected one of {', '.join(ENGINES)}, got {rollout.engine!r}")
-    if rollout.engine != "megatron" and rollout.temperature != 1:
-        raise ConfigError(
-            f"rollout.temperature: {rollout.engine} knows the policy's log-probabilities only at temperature 1, got "
-            f"{rollout.temperature}"
-        )
-    budget = rollout.trtllm.max_num_tokens
-    if rollout.engine == "trtllm" and budget < rollout.max_prompt_tokens:
-        raise ConfigError(
-            f"rollout.trtllm.max_num_tokens: {budget} is less than one prompt of rollout.max_prompt_tokens="
-            f"{rollout.max_prompt_tokens}"
-        )
-    server = rollout.trtllm_server
-    if rollout.engine == "trtllm_server" and not server.url:
-        raise ConfigError("rollout.trtllm_server.url: a value is required with rollout.engine=trtllm_server")
+    return ENGINES[EngineName(setup.rollout.engine)](setup)
 
 
 def require_engine(name: str) -> None:

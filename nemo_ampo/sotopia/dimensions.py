@@ -12,15 +12,16 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.files import object_in
 from nemo_ampo.prompts import PromptTemplate, load_prompt
 from nemo_ampo.speech import without_control_tokens
 from nemo_ampo.text import utf8_safe
+from nemo_ampo.types import Seat
 
 if TYPE_CHECKING:
-    from nemo_ampo.sotopia.records import Scores
     from nemo_ampo.sotopia.scenarios import Scenario
 
 DIMENSIONS: dict[str, tuple[int, int]] = {
@@ -43,6 +44,48 @@ TEMPERATURES = (0.0, 0.0, 1.0)
 
 PROMPT = "sotopia_judge"
 """Shipped name of the evaluator's prompt."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one judge thinks of one episode.
+
+    Attributes:
+        judge: name of the scoring, see ``judge.name`` in the configuration.
+        agent1, agent2: dimension to number, all seven of :data:`DIMENSIONS`.
+        agent1_reasoning, agent2_reasoning: dimension to the judge's words.
+        prompt_tokens, completion_tokens: what it cost.
+        tries: replies read until one was usable.
+    """
+
+    judge: str
+    agent1: Mapping[str, float]
+    agent2: Mapping[str, float]
+    agent1_reasoning: Mapping[str, str] = field(default_factory=dict)
+    agent2_reasoning: Mapping[str, str] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tries: int = 1
+
+    def of(self, seat: Seat) -> Mapping[str, float]:
+        """Of one seat."""
+        return self.agent1 if seat == "agent1" else self.agent2
+
+
+@dataclass(frozen=True)
+class ScoreError:
+    """A judge that gave no usable scores: a missing value, asked for again by the next run.
+
+    Attributes:
+        judge: name of the scoring.
+        kind: of the failure, as the chat client names it.
+        message: one line.
+    """
+
+    judge: str
+    kind: str
+    message: str
+
 
 _FIELDS = ("context", "dialogue", "agent1_name", "agent2_name")
 _BOUNDARY = "boundary"
@@ -123,8 +166,6 @@ def parse_scores(text: str, judge: str = "") -> Scores:
     Raises:
         ScoresFormatError: for any other text.
     """
-    from nemo_ampo.sotopia.records import Scores
-
     if not text.strip():
         raise ScoresFormatError("the answer is empty")
     try:

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from io import FileIO
 from pathlib import Path
@@ -33,7 +33,7 @@ from nemo_ampo.files import disk_errors, strict_json
 from nemo_ampo.lock import hold_run
 from nemo_ampo.modes import MODES
 from nemo_ampo.protocol import keep_protocol, read_protocol
-from nemo_ampo.sotopia.dimensions import DIMENSIONS
+from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoreError, Scores
 from nemo_ampo.sotopia.scenarios import SEATS
 from nemo_ampo.speech import spoken
 from nemo_ampo.text import one_line
@@ -178,47 +178,6 @@ class Episode:
     def dialogue(self) -> str:
         """As the judge reads it: ``Turn k: NAME said: "..."``, a blank line between turns."""
         return "\n\n".join(f'Turn {turn.index}: {turn.speaker} said: "{spoken(turn.text)}"' for turn in self.turns)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one judge thinks of one episode.
-
-    Attributes:
-        judge: name of the scoring, see ``judge.name`` in the configuration.
-        agent1, agent2: dimension to number, all seven of :data:`nemo_ampo.sotopia.dimensions.DIMENSIONS`.
-        agent1_reasoning, agent2_reasoning: dimension to the judge's words.
-        prompt_tokens, completion_tokens: what it cost.
-        tries: replies read until one was usable.
-    """
-
-    judge: str
-    agent1: Mapping[str, float]
-    agent2: Mapping[str, float]
-    agent1_reasoning: Mapping[str, str] = field(default_factory=dict)
-    agent2_reasoning: Mapping[str, str] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    tries: int = 1
-
-    def of(self, seat: Seat) -> Mapping[str, float]:
-        """Of one seat."""
-        return self.agent1 if seat == "agent1" else self.agent2
-
-
-@dataclass(frozen=True)
-class ScoreError:
-    """A judge that gave no usable scores: a missing value, asked for again by the next run.
-
-    Attributes:
-        judge: name of the scoring.
-        kind: of the failure, as the chat client names it.
-        message: one line.
-    """
-
-    judge: str
-    kind: str
-    message: str
 
 
 @dataclass(frozen=True)

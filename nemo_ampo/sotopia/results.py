@@ -18,8 +18,8 @@ from nemo_ampo.data.rows import Record, read_records
 from nemo_ampo.errors import DataError, FormatError
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.modes import NO_MODE
-from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoresFormatError, whole_number
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeResult, ScoreError, Scores, Termination, Turn
+from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoreError, Scores, ScoresFormatError, whole_number
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeResult, Termination, Turn
 from nemo_ampo.sotopia.scenarios import SEATS, ScenarioPack
 from nemo_ampo.types import Seat
 

@@ -30,11 +30,11 @@ from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.sotopia.agents import Agent, AgentConfig, token_counter
 from nemo_ampo.sotopia.config import ScoreJudgeConfig
-from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, load_score_prompt, parse_scores, score_messages
+from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, ScoreError, Scores, load_score_prompt, parse_scores, score_messages
 from nemo_ampo.sotopia.episode import new_episode, play
 from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge
 from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol, scenario_set
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores, Termination, Turn
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, Termination, Turn
 from nemo_ampo.sotopia.replies import RepliesUnderWay
 from nemo_ampo.sotopia.scenarios import Scenario
 from nemo_ampo.sotopia.summary import SCENARIOS_FILE

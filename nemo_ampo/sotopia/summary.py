@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.sotopia.dimensions import DIMENSIONS
-from nemo_ampo.sotopia.records import EPISODES_FOLDER, PROTOCOL_FILE, EpisodeKey, EpisodeResult, EpisodeStore, Scores
+from nemo_ampo.sotopia.dimensions import DIMENSIONS, Scores
+from nemo_ampo.sotopia.records import EPISODES_FOLDER, PROTOCOL_FILE, EpisodeKey, EpisodeResult, EpisodeStore
 from nemo_ampo.sotopia.results import ImportedResults
 from nemo_ampo.sotopia.scenarios import OFFICIAL_COUNTS, SEATS, PackCounts, load_scenarios, unlike_published
 from nemo_ampo.sotopia.statistics import RESAMPLES, ScoredEpisode, SubsetSummary, summarise, with_overall

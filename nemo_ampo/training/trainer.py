@@ -29,9 +29,10 @@ from nemo_ampo.metrics import continued
 from nemo_ampo.progress import Progress
 from nemo_ampo.rollout.engine import UnavailableError
 from nemo_ampo.runlog import RunLog
-from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step
+from nemo_ampo.step import Parts, StepResult, ampo_step
 from nemo_ampo.training.optimise import optimise
 from nemo_ampo.training.sampler import SizedBatches, rows_of_step
+from nemo_ampo.types import Prompt, TrainBatch
 
 
 class AmpoTrainer(ReinforceTrainer):

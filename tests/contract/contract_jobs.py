@@ -64,9 +64,9 @@ class Engines:
         from serving import served
 
         from converters.live import publish_weights
-        from nemo_ampo.config import RolloutConfig, TrtLlmConfig, TrtLlmServerConfig
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import EngineSetup, make_engine
+        from nemo_ampo.rollout.config import RolloutConfig, TrtLlmConfig, TrtLlmServerConfig
 
         self._count += 1
         ranks = MegatronRanks()
@@ -476,11 +476,11 @@ class Trainer:
 
 def two_steps(session: Any, engines: Engines, name: str, count: int = 2) -> list[dict[str, float]]:
     """That many AMPO steps from the same weights and a fresh optimizer; the weights are put back afterwards."""
-    from nemo_ampo.config import RolloutConfig
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rewards import RewardConfig
-    from nemo_ampo.step import Parts, Prompt, ampo_step
-    from nemo_ampo.types import DialogueTurn
+    from nemo_ampo.rollout.config import RolloutConfig
+    from nemo_ampo.step import Parts, ampo_step
+    from nemo_ampo.types import DialogueTurn, Prompt
 
     def turn(i: int) -> Any:
         goals = {"agent1_goal": "sell", "agent2_goal": "buy", "agent1_state": 4.0, "agent2_state": 3.0}

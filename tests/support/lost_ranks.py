@@ -104,11 +104,11 @@ def step(ranks: Any, at: Callable[[str], None]) -> None:
     from opening_turn import turn
 
     from nemo_ampo.algorithm import AlgorithmConfig
-    from nemo_ampo.config import RolloutConfig
     from nemo_ampo.rewards import RewardConfig
+    from nemo_ampo.rollout.config import RolloutConfig
     from nemo_ampo.rollout.engine import Caps, Response, SyncReport
-    from nemo_ampo.step import Parts, Prompt, ampo_step
-    from nemo_ampo.types import Verdict
+    from nemo_ampo.step import Parts, ampo_step
+    from nemo_ampo.types import Prompt, Verdict
 
     class Engine:
         caps = Caps("raw", True, 8, 99, 99, 300, True, False)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nemo_ampo.grammar import render_reply
 from nemo_ampo.modes import MODES
-from nemo_ampo.sotopia.dimensions import DIMENSIONS
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, ScoreError, Scores, Termination, Turn
+from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoreError, Scores
+from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, Termination, Turn
 from nemo_ampo.sotopia.scenarios import SEATS
 
 NAMES = {"agent1": "Ada Quill", "agent2": "Bo Reed"}

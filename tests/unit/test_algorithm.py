@@ -18,8 +18,7 @@ from nemo_ampo.credit import assign_credit, kl_penalties
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.loss import AGGREGATES, KL_KINDS, Totals, token_loss, update_weights, weighted_sum
 from nemo_ampo.mismatch import importance_weights
-from nemo_ampo.rewards import RewardParts
-from nemo_ampo.step import Sample
+from nemo_ampo.types import RewardParts, Sample
 
 GIVEN = ["run.dir=r", "run.init_from=m", "data.train=t", "judge.base_url=http://localhost:1/v1"]
 

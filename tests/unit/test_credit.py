@@ -12,8 +12,7 @@ from nemo_ampo.algorithm import AlgorithmConfig
 from nemo_ampo.credit import Shares, assign_credit, mode_token_span
 from nemo_ampo.grammar import render_reply
 from nemo_ampo.ranks import OneProcess
-from nemo_ampo.rewards import RewardParts
-from nemo_ampo.step import Sample
+from nemo_ampo.types import RewardParts, Sample
 
 
 def sample(group: int, reward: float | None, goal: float | None = None, mode: int = 1) -> Sample:

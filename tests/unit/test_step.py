@@ -13,14 +13,14 @@ import torch
 from opening_turn import turn
 
 from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, ModeCredit
-from nemo_ampo.config import RolloutConfig
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rewards import RewardConfig
+from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.rollout.probe import Probe, ProbeError
-from nemo_ampo.step import Parts, Prompt, StepResult, TrainBatch, ampo_step, expand
-from nemo_ampo.types import JudgeRequest, Verdict
+from nemo_ampo.step import Parts, StepResult, ampo_step, expand
+from nemo_ampo.types import JudgeRequest, Prompt, TrainBatch, Verdict
 
 GOOD = 'Thinking Level: 1\n<|begin_of_answer|>\n"Deal at {}."\n<|end_of_answer|>'
 BAD = "I will not think."

@@ -23,8 +23,7 @@ from nemo_ampo.mode_choice import choice_metrics
 from nemo_ampo.modes import MODES
 from nemo_ampo.rewards import RewardConfig, score_reply
 from nemo_ampo.runlog import RunLog
-from nemo_ampo.step import Sample
-from nemo_ampo.types import DialogueTurn, Verdict
+from nemo_ampo.types import DialogueTurn, Sample, Verdict
 
 GROUP = 16
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.config import TrtLlmServerConfig
 from nemo_ampo.errors import EngineError
 from nemo_ampo.ranks import OneProcess
+from nemo_ampo.rollout.config import TrtLlmServerConfig
 from nemo_ampo.rollout.engine import Request, SamplingSpec, UnavailableError
 from nemo_ampo.rollout.trtllm_server import TrtLlmServerEngine
 

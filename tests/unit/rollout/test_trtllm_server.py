@@ -14,10 +14,10 @@ import httpx
 import pytest
 from serving import served
 
-from nemo_ampo.config import TrtLlmServerConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rollout import server_api
+from nemo_ampo.rollout.config import TrtLlmServerConfig
 from nemo_ampo.rollout.engine import ReplyError, Request, SamplingSpec, StaleWeightsError, UnavailableError
 from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State
 from nemo_ampo.rollout.trtllm_server import TrtLlmServerEngine
