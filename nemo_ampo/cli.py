@@ -7,10 +7,7 @@ is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +18,7 @@ from nemo_ampo.outcome import EXIT_USER_ERROR
 from nemo_ampo.terminal import printable_output, show
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from nemo_ampo.types import Reply
 
@@ -60,52 +57,18 @@ def check_config(
     from omegaconf.errors import OmegaConfBaseException
 
     # A program over both, like the recipes themselves: it must compose exactly what they compose.
+    from nemo_ampo.check import check_stage
     from nemo_ampo.compose import compose
-    from nemo_ampo.config import STAGES, read_config
+    from nemo_ampo.config import STAGES
 
     if stage not in STAGES:
         raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}")
     raw = compose(stage, config_name, overrides or [], config_dir)
-    config = read_config(raw, STAGES[stage])
-    with _with_existing_files(config) if no_files else nullcontext(config) as checked:
-        _check_rules(stage, checked, raw, ranks)
+    check_stage(stage, raw, ranks, files=not no_files)
     try:
         typer.echo(OmegaConf.to_yaml(raw, resolve=True), nl=False)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
-
-
-def _check_rules(stage: str, config: Any, raw: Any, ranks: int) -> None:
-    from nemo_ampo.config import check_ampo, check_bc, check_evaluate
-
-    if stage == "bc":
-        check_bc(config, raw, ranks)
-    elif stage == "ampo":
-        check_ampo(config, raw, ranks)
-    elif stage == "sotopia":
-        from nemo_ampo.sotopia.config import check_sotopia
-
-        check_sotopia(config)
-    else:
-        check_evaluate(config, raw)
-
-
-@contextmanager
-def _with_existing_files(config: Any) -> Iterator[Any]:
-    """The same config with paths that exist, so that all other rules still apply."""
-    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt")
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.touch()
-
-        def section(values: Any) -> Any:
-            given = {f.name for f in fields(values) if getattr(values, f.name)}
-            files = {name: str(file) for name in stand_ins if name in given}
-            folders = {name: folder for name in ("checkpoint", "sotopia_dir", "tokenizer") if name in given}
-            return replace(values, **files, **folders)
-
-        named = [f.name for f in fields(config) if f.name in ("run", "data", "policy", "partner")]
-        yield replace(config, **{name: section(getattr(config, name)) for name in named})
 
 
 def score(

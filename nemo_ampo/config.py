@@ -7,7 +7,7 @@ Section classes owned by a part (algorithm, judge, reward) are defined beside th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -23,7 +23,7 @@ from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.modes import bias_problem
 from nemo_ampo.nemo_keys import check_nemo, check_schedule
-from nemo_ampo.ranges import LARGEST_SEED, check_numbers, number, seconds
+from nemo_ampo.ranges import LARGEST_SEED, as_yaml, check_numbers, number, seconds
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.rollout.config import RolloutConfig, check_rollout
 from nemo_ampo.sotopia.config import SotopiaConfig
@@ -301,12 +301,15 @@ def _section(name: str, section: Any, given: Any) -> Any:
 
 
 def _refuse_numbers_as_text(name: str, section: Any, given: Any) -> None:
-    """YAML reads ``1e3`` as 1000.0, which as text is another word than the one that was written."""
+    """YAML reads ``2024_01`` as 202401 and ``yes`` as true, which as text are other words than those that were written."""
     hints = get_type_hints(section)
     plain: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
-    for key, value in plain.items():
-        if isinstance(value, float) and hints.get(str(key)) in (str, str | None):
-            raise ConfigError(f"{name}.{key}: YAML reads a number, {value!r}, where text is expected; put quotes around it")
+    for key, value in plain.items() if isinstance(plain, dict) else ():
+        hint = hints.get(str(key))
+        if is_dataclass(hint):
+            _refuse_numbers_as_text(f"{name}.{key}", hint, value)
+        elif isinstance(value, int | float) and hint in (str, str | None):
+            raise ConfigError(f"{name}.{key}: YAML reads {as_yaml(value)} where text is expected; put quotes around it")
 
 
 def _resolved(schema: type[Any]) -> type[Any]:
@@ -526,6 +529,27 @@ def check_parallel_layout(model: dict[str, Any], tensor: int, pipeline: int) -> 
             raise ConfigError(f"model.tensor_model_parallel_size: {tensor} does not divide {key}={count}")
     if int(model["num_layers"]) % pipeline:
         raise ConfigError(f"model.pipeline_model_parallel_size: {pipeline} does not divide num_layers={model['num_layers']}")
+
+
+def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str, Any]) -> None:
+    """Does the model that a training stage starts from fit its layout and lengths?
+
+    Args:
+        config: our part.
+        nemo: the whole composed config.
+        model: NeMo model config of the checkpoint.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    check_parallel_layout(model, nemo.model.tensor_model_parallel_size, nemo.model.pipeline_model_parallel_size)
+    if isinstance(config, AmpoConfig):
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+        if longest > model["max_position_embeddings"]:
+            raise ConfigError(
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
+                f"{model['max_position_embeddings']} positions"
+            )
 
 
 def _file(key: str, path: str) -> None:

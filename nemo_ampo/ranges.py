@@ -19,6 +19,7 @@ LARGEST_INT = 2**31 - 1
 """Counts, steps and seeds end up in 32-bit integers of one framework or another."""
 LARGEST_SEED = LARGEST_INT - 2**20
 """Ranks and purposes add small numbers to a seed, which numpy and Megatron must still take."""
+LARGEST_PORT = 65535
 YEAR_S = 365 * 24 * 3600.0
 """No wait is longer; the system's clocks overflow at a few hundred of them."""
 
@@ -94,7 +95,7 @@ def check_numbers(section: str, values: Any) -> None:
     """Hold every number of a dataclass, and of those below it, to its range; text must be something a system call takes.
 
     Args:
-        section: name of the config section, for error messages.
+        section: name of the config section, for error messages; empty for what holds sections.
         values: the section as an object.
 
     Raises:
@@ -131,7 +132,7 @@ def text_problem(text: str) -> str | None:
 def _leaves(key: str, value: Any, allowed: Range | None) -> Iterator[tuple[str, Any, Range | None]]:
     if is_dataclass(value):
         for f in fields(value):
-            yield from _leaves(f"{key}.{f.name}", getattr(value, f.name), f.metadata.get("range"))
+            yield from _leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name), f.metadata.get("range"))
     elif isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(f"{key}.{name}" if is_dataclass(inner) else key, inner, allowed)

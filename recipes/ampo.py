@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import AmpoConfig, check_ampo, check_parallel_layout, read_config
+from nemo_ampo.config import AmpoConfig, check_ampo, check_model, read_config
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.lock import hold_run_with_all_ranks
 from nemo_ampo.step import Parts
@@ -85,13 +85,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
-    check_parallel_layout(model_config, cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > model_config["max_position_embeddings"]:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
-            f"{model_config['max_position_embeddings']} positions"
-        )
+    check_model(config, cfg, model_config)
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
     tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import BcConfig, check_bc, check_parallel_layout, check_steps, read_config
+from nemo_ampo.config import BcConfig, check_bc, check_model, check_steps, read_config
 from nemo_ampo.lock import hold_run_with_all_ranks
 from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.watchdog import watch_ranks
@@ -40,15 +40,12 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.runlog import RunLog, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
-    check_parallel_layout(
-        read_model_config(config.run.init_from),
-        cfg.model.tensor_model_parallel_size,
-        cfg.model.pipeline_model_parallel_size,
-    )
+    model_config = read_model_config(config.run.init_from)
+    check_model(config, cfg, model_config)
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
     tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
-    check_vocabulary(tokenizer, read_model_config(config.run.init_from))
+    check_vocabulary(tokenizer, model_config)
     rows = read_bc_rows(data.train)
     if not data.allow_evaluation_scenarios:
         check_no_overlap(data.train)

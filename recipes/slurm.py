@@ -1,6 +1,6 @@
 """What a Slurm job runs: one small recipe file becomes a list of stages, which ``slurm/*.sh`` start one after the other.
 
-    python -m recipes.slurm plan configs/pipeline/tiny.yaml --ranks 2 run_dir=runs/mine ampo.rollout.group_size=4
+    python -m recipes.slurm plan configs/pipeline/tiny.yaml --ranks 2 run_dir=runs/mine ampo.rollout.group_size=32
 
 prints one line per stage, fields separated by tabs: name, ``one`` or ``all`` (processes), MPI or not, output, command. A
 stage is finished when its output exists. Everything a user can get wrong is said here, before anything is started.
@@ -12,19 +12,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
 from nemo_ampo.lock import RUN_PATIENCE_S
 from nemo_ampo.overrides import literal, override
+from nemo_ampo.ranges import LARGEST_PORT, LARGEST_SEED, YEAR_S, check_numbers, number
 from nemo_ampo.terminal import printable_output
+from nemo_ampo.text import one_line
 from recipes.pipeline import Stage, hold_folder, remember_settings
 
 TRAINING = ("bc", "ampo")
@@ -99,8 +102,8 @@ class JudgePlace:
     mode: JudgeMode = JudgeMode.external
     base_url: str | None = None
     model: str | None = None
-    port: int = 0
-    start_s: int = 900
+    port: int = number(0, most=LARGEST_PORT)
+    start_s: int = number(900, least=1, most=int(YEAR_S))
 
 
 @dataclass
@@ -112,8 +115,8 @@ class RolloutPlace:
         start_s: seconds it may take until the server answers.
     """
 
-    port: int = 0
-    start_s: int = 1800
+    port: int = number(0, most=LARGEST_PORT)
+    start_s: int = number(1800, least=1, most=int(YEAR_S))
 
 
 @dataclass
@@ -132,7 +135,7 @@ class PipelineConfig:
 
     run_dir: str = MISSING
     checkpoint: str | None = None
-    seed: int = 1
+    seed: int = number(1, least=1, most=LARGEST_SEED)
     data: DataFiles = field(default_factory=DataFiles)
     judge: JudgePlace = field(default_factory=JudgePlace)
     rollout: RolloutPlace = field(default_factory=RolloutPlace)
@@ -162,8 +165,8 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
         if missing:
             raise ConfigError(f"{missing[0]}: a value is required")
         recipe: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {one_line(str(error))}") from None
     _check(recipe)
     return recipe
 
@@ -196,6 +199,8 @@ def as_yaml_text(given: str) -> str:
 
 def _check(recipe: PipelineConfig) -> None:
     data = recipe.data
+    # The stages' own overrides may well start with ~, which takes a key out.
+    check_numbers("", replace(recipe, bc=StageConfig(), ampo=StageConfig(), evaluate=EvaluateStageConfig()))
     for key, path in (("run_dir", recipe.run_dir), ("checkpoint", recipe.checkpoint or "")):
         if not path.isprintable():
             raise ConfigError(f"{key}: {path!r} holds a tab or a line break, which a batch script cannot pass on")
@@ -360,9 +365,9 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
     Raises:
         ConfigError: naming stage and key.
     """
+    from nemo_ampo.check import check_stage
     from nemo_ampo.compose import compose
-    from nemo_ampo.config import STAGES, data_parallel_size, read_config
-    from nemo_ampo.nemo_keys import check_nemo
+    from nemo_ampo.config import STAGES
 
     with_mpi = set()
     for stage in plan:
@@ -371,10 +376,7 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
             continue
         try:
             raw = compose(name, stage.command[2], stage.command[3:])
-            read_config(raw, STAGES[name])
-            if name in TRAINING:
-                check_nemo(raw, name)
-                data_parallel_size(raw, ranks)
+            check_stage(name, raw, ranks if name in TRAINING else 1, files=False)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if "rollout" in raw and raw.rollout.engine == "trtllm":

@@ -15,10 +15,21 @@ from nemo_ampo.generate.job import JobConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.prompts import load_prompt
+from nemo_ampo.ranges import LARGEST_SEED, YEAR_S, Range, told
 from nemo_ampo.sotopia.prompts import View
 from nemo_ampo.terminal import printable_output
 
 FIRST_TEMPERATURES, LATER_TEMPERATURE = (0.7, 0.7), 1.0
+RANGES = {
+    "world": Range(1, 1_000_000),
+    "seed": Range(0, LARGEST_SEED),
+    **dict.fromkeys(("limit", "rollouts", "max_tokens", "max_calls"), Range(1)),
+    **dict.fromkeys(("max_turns", "tries"), Range(1, 1000)),
+    "max_concurrency": Range(1, 65536),
+    "timeout_s": Range(0, YEAR_S, whole=False, above=True),
+    "max_usd": Range(0, whole=False, above=True),
+}
+"""What the options may be."""
 
 
 @printable_output()
@@ -85,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _situations(args: argparse.Namespace) -> Situations:
-    for name in ("limit", "rollouts", "max_turns", "world", "tries", "max_calls", "max_concurrency"):
+    for name, allowed in RANGES.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and not allowed.holds(value):
+            raise ConfigError(f"--{name.replace('_', '-')}: must be {told(allowed, value)}")
     if args.world is not None:
         return from_world(args.world, args.seed)
     return from_sotopia(args.sotopia_dir, args.rollouts, args.max_turns, args.view, args.limit, args.seed)

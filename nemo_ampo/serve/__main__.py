@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.serve.config import ServeConfig
+from nemo_ampo.serve.config import ServeConfig, check_serve
 from nemo_ampo.serve.local import run_app
 from nemo_ampo.terminal import printable_output
 
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     name = args.model_name or args.checkpoint.resolve().name
     try:
+        check_serve(ServeConfig(host=args.host, device=args.device, dtype=args.dtype, max_batch=args.max_batch))
         if not (args.checkpoint / "config.json").is_file():
             raise UserError(f"CHECKPOINT: no Hugging Face folder at {args.checkpoint}")
 

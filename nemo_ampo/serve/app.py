@@ -54,13 +54,27 @@ def _temperature(value: float | None) -> float | None:
     return value
 
 
+class TextPart(BaseModel):
+    """A piece of a message's text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(BaseModel):
     """One message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it; parts of a text follow each other as they are."""
+        parts = self.content
+        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(part.text for part in parts)}
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
@@ -216,7 +230,7 @@ class _Desk:
             problem = f"the model {one_line(asked.model)!r} does not exist; {self._model!r} is served"
             raise _RefusedError(404, problem, param="model", code="model_not_found")
         try:
-            return asked, self._engine.encode([message.model_dump() for message in asked.messages])
+            return asked, self._engine.encode([message.plain() for message in asked.messages])
         except UserError as error:
             raise _refused_by_engine(error) from None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from nemo_ampo.check import check_stage
 from nemo_ampo.compose import CONFIGS, compose
 from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError
@@ -175,6 +177,26 @@ def test_layouts_that_do_not_divide(tensor: int, pipeline: int, words: str) -> N
         check_parallel_layout(model, tensor, pipeline)
 
 
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_what_the_model_cannot_do_is_known_before_the_stage(stage: str, tmp_path: Path) -> None:
+    model = {"num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96, "num_layers": 4}
+    model |= {"max_position_embeddings": 64, "tokenizer": {}}
+    with tarfile.open(tmp_path / "policy.nemo", "w") as tar:
+        (tmp_path / "model_config.yaml").write_text(OmegaConf.to_yaml(model))
+        tar.add(tmp_path / "model_config.yaml", "./model_config.yaml")
+    file = tmp_path / "policy.nemo"
+    given = [f"run.dir={tmp_path / 'run'}", f"run.init_from={file}", f"data.train={file}"]
+    given += [f"data.heldout={file}"] if stage == "bc" else ["judge.base_url=http://localhost:1/v1"]
+    too_much = {"model.tensor_model_parallel_size": ["model.tensor_model_parallel_size=4"]}
+    if stage == "ampo":
+        too_much["rollout.max_prompt_tokens"] = []
+    for key, overrides in too_much.items():
+        cfg = compose(stage, "tiny", [*given, *overrides])
+        check_stage(stage, cfg, 4, files=False)
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            check_stage(stage, cfg, 4)
+
+
 @pytest.mark.parametrize(
     ("stage", "config", "missing"), [*((s, "tiny", "run.") for s in STAGES if s != "sotopia"), ("sotopia", "api", "data.")]
 )
@@ -194,7 +216,7 @@ def test_production_rolls_out_on_tensorrt_llm_and_says_when_there_is_none(model:
     file.touch()
     given = [f"run.dir={tmp_path / 'run'}", f"run.init_from={file}", f"data.train={file}"]
     command = [sys.executable, "-m", "recipes.ampo", "--config-name", model, *given, "judge.base_url=http://localhost:1/v1"]
-    one_process = ["model.tensor_model_parallel_size=1"]
+    one_process = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
     process = subprocess.run([*command, *one_process], capture_output=True, text=True, cwd=CONFIGS.parent)
     assert process.returncode == 2
     (line,) = process.stderr.strip().splitlines()

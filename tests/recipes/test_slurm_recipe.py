@@ -65,6 +65,24 @@ def test_a_stage_s_own_keys_are_passed_on() -> None:
     assert [s.name for s in stages(recipe, URL)][-2:] == ["export-ampo", "evaluate-ampo"]
 
 
+PLACES = (("judge", {"base_url": URL}), ("rollout", {}))
+
+
+@pytest.mark.parametrize("given", [f"seed={'9' * 5000}", "judge.model=a\0b", "judge.model='", "judge.model=[1"])
+def test_an_override_that_yaml_cannot_read_is_one_line(given: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(written(tmp_path, files(tmp_path)), [given])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"seed: [1", b"\xff\xfe", b"- 1", b"seed: 1\nseed: !!python/none x"])
+def test_a_recipe_that_is_none_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        read_recipe(path, [])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -77,6 +95,14 @@ def test_a_stage_s_own_keys_are_passed_on() -> None:
         ({"evaluate": {"config": "tiny", "policies": ["base"]}}, "evaluate.policies: expected bc or ampo"),
         ({"ampo": {}}, "ampo.config: a value is required"),
         ({"colour": "red"}, "colour: "),
+        *(
+            ({place: {"port": port, **more}}, f"{place}.port: must be")
+            for place, more in PLACES
+            for port in (-1, 65536, 10**30)
+        ),
+        *(({place: {"start_s": s, **more}}, f"{place}.start_s: must be") for place, more in PLACES for s in (0, -5, 10**12)),
+        *(({"seed": seed}, "seed: must be") for seed in (0, -1, 2**31 - 1)),
+        ({"run_dir": "~/runs"}, "run_dir: "),
     ],
 )
 def test_a_bad_recipe_names_the_key(change: dict[str, object], words: str, tmp_path: Path) -> None:
@@ -114,8 +140,8 @@ def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, cap
 
 
 def test_overrides_may_stand_behind_options_as_the_help_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(TINY), "--ranks", "2", f"run_dir={tmp_path / 'r'}", "ampo.rollout.group_size=4"]) == 0
-    assert "rollout.group_size=4" in capsys.readouterr().out
+    assert main(["plan", str(TINY), "--ranks", "2", f"run_dir={tmp_path / 'r'}", "ampo.rollout.group_size=32"]) == 0
+    assert "rollout.group_size=32" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(TINY), f"run_dir={tmp_path / 'r'}", "--rank-s", "2"])
     assert "unrecognized arguments: --rank-s" in capsys.readouterr().err
@@ -144,7 +170,17 @@ def test_any_path_reaches_the_stages(name: str, tmp_path: Path) -> None:
     assert recipe.run_dir == f"{tmp_path}/{name}"
     bc = next(stage for stage in stages(recipe, URL) if stage.name == "bc")
     assert compose("bc", "tiny", bc.command[3:]).run.dir == f"{tmp_path}/{name}/bc"
-    assert read_recipe(TINY, [f"run_dir={name}"]).run_dir == name
+    if not name.startswith("~"):
+        assert read_recipe(TINY, [f"run_dir={name}"]).run_dir == name
+
+
+@pytest.mark.parametrize(
+    "given", ["ampo.guard.min_valid=99", "ampo.rollout.temperature=0.5", "bc.trainer.sft.save_interval=7"]
+)
+def test_a_rule_between_keys_of_a_later_stage_stops_the_job_before_it_starts(given: str) -> None:
+    plan = stages(read_recipe(TINY, ["run_dir=r", given]), URL)
+    with pytest.raises(ConfigError, match=given[: given.index("=")].replace(".", r"[.:].*", 1)):
+        check_stage_configs(plan, 2)
 
 
 def test_a_path_no_batch_script_can_pass_on_is_refused() -> None:

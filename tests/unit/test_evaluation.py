@@ -216,8 +216,8 @@ def test_a_name_is_what_was_typed_and_a_number_of_a_file_is_none(run: Evaluate, 
     assert run(name="1e3") == 0 and (tmp_path / "1e3.json").exists()
     raw = compose("evaluate", "tiny", [f"run.dir={tmp_path}", "run.name=x", "run.checkpoint=c", "data.turns=t"])
     raw.judge.base_url = "http://h/v1"
-    for section, key in (("run", "name"), ("judge", "model")):
+    for section, key, value in (("run", "name", 1000.0), ("run", "dir", 202401), ("judge", "model", True)):
         changed = raw.copy()
-        changed[section][key] = 1000.0
-        with pytest.raises(ConfigError, match=rf"^{section}\.{key}: YAML reads a number, 1000\.0, where text is expected"):
+        changed[section][key] = value
+        with pytest.raises(ConfigError, match=rf"^{section}\.{key}: YAML reads {str(value).lower()} where text is expected"):
             read_config(changed, EvaluateConfig)

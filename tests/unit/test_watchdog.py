@@ -129,7 +129,7 @@ def test_a_rank_that_pauses_for_less_than_the_limit_and_one_that_goes_early_are_
 @pytest.mark.slow
 def test_a_rank_that_hangs_alive_is_named_with_its_place(tmp_path: Path) -> None:
     """Its signs of life go on: long computations look the same, until all others wait far too long."""
-    with job(tmp_path, silence_s=2.0, hang_s=4.0) as running:
+    with job(tmp_path, silence_s=60.0, hang_s=8.0) as running:
         (tmp_path / "hang2").touch()
         wait_until((tmp_path / "hanging2").exists)
         assert STATUS in [process.wait(timeout=60) for process in running.ranks]

@@ -190,11 +190,21 @@ def test_killed_and_started_again_no_answer_is_paid_for_twice(tmp_path, folder):
     assert out.read_text() == whole.read_text()
 
 
+ODD_OPTIONS = [
+    *(("--max-usd", value) for value in ("nan", "inf", "0", "-1", "1e400")),
+    *(("--timeout-s", value) for value in ("nan", "inf", "0", "-1", "1e308")),
+    *((name, value) for name in ("--tries", "--max-turns", "--max-tokens", "--limit") for value in (0, -1, 10**20)),
+    *((name, 10**20) for name in ("--world", "--rollouts", "--max-calls", "--max-concurrency")),
+    *(("--seed", value) for value in (-1, 2**31 - 1, 10**30)),
+]
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
         (("--sotopia-dir", "nowhere"), "no such folder"),
-        (("--world", 0), "--world: expected at least 1"),
+        (("--world", 0), "--world: must be a whole number of at least 1"),
+        *((("--world", 3, option, value), f"{option}: must be") for option, value in ODD_OPTIONS),
         (("--world", 3, "--modes-per-turn", 5), "--modes-per-turn: expected 1 to 4"),
         (("--world", 3, "--max-usd", 1), "--max-usd: nothing says what rules costs"),
         (("--world", 3, "--judge", "http://localhost:1/v1"), "--judge-model: needed"),

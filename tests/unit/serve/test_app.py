@@ -114,7 +114,9 @@ NAN, INF = float("nan"), float("inf")
         ("model", [3, None, [], "other", "x" * 100_000, "\x1b[2J"]),
         ("messages", [None, [], "hi", {}, [1], [{"role": "user"}], [{"role": "tool", "content": "x"}],
                       [{"role": "user", "content": None}], [{"role": "user", "content": "x", "name": "y"}],
-                      [{"role": "user", "content": ["x"]}], [{"role": "user", "content": "x" * 10**6}],
+                      [{"role": "user", "content": ["x"]}], [{"role": "user", "content": []}],
+                      [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
+                      [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": "x" * 10**6}],
                       [{"role": "user", "content": "x"}] * 30_000]),
         ("logit_bias", [{"1": 100}]),
         ("response_format", [{"type": "json_object"}]),
@@ -439,3 +441,18 @@ def test_the_command_serves_in_the_foreground(tiny_checkpoint: Path, tmp_path: P
         served_here = Served(url, tiny_checkpoint.name, ServeEngine.embedded)
         assert post(served_here)[1]["usage"]["completion_tokens"] > 0
     assert main([str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("rows", [0, -3, 10**10])
+def test_a_batch_of_no_rows_is_refused_by_the_command(rows: int, tiny_checkpoint: Path, caplog) -> None:
+    assert main([str(tiny_checkpoint), "--engine", "embedded", "--port", "0", "--max-batch", str(rows)]) == 2
+    assert "serve.max_batch: must be a whole number of at least 1" in caplog.text
+
+
+def test_text_in_parts_is_the_text_they_make(server) -> None:
+    whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello there"}]
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]
+    said = [
+        post(server, messages=messages, temperature=0)[1] for messages in (whole, [whole[0], {**whole[1], "content": parts}])
+    ]
+    assert said[0]["choices"] == said[1]["choices"] and said[0]["usage"] == said[1]["usage"]
