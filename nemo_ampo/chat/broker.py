@@ -13,6 +13,7 @@ import hmac
 import json
 import logging
 import math
+import random
 import socket
 import threading
 import time
@@ -33,8 +34,8 @@ _MESSAGES_AT_ONCE = 16
 _GREETING_BYTES = 1024
 _GREETING_S = 2.0
 _MAX_STRANGERS = 128
-"""Connections at a time that have not shown the token yet."""
-_CONNECT_TRIES, _CONNECT_PAUSE_S = 5, 0.2
+"""Connections, beside one for each rank, that have not shown the token yet; one more, and the oldest has to go."""
+_CONNECT_PAUSE_S = 0.2
 _CONNECT_S = 10.0
 
 
@@ -50,17 +51,21 @@ class Broker:
         cache: the job's, if it has one; likewise.
         token: what clients must know.
         host: address to listen on.
+        ranks: of the job, which may all come at once.
 
     Attributes:
         port: where it listens.
     """
 
-    def __init__(self, limiter: LocalLimiter, cache: Cache | None, token: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, limiter: LocalLimiter, cache: Cache | None, token: str, host: str = "127.0.0.1", ranks: int = 1
+    ) -> None:
         self._limiter, self._cache, self._token = limiter, cache, token
+        self._room = _MAX_STRANGERS + ranks
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._strangers = 0
+        self._strangers: dict[asyncio.Task[None], None] = {}
         self._finding: asyncio.Future[Any] = self._loop.create_future()
         self._server = self._loop.run_until_complete(
             asyncio.start_server(self._serve, host, 0, limit=_GREETING_BYTES, backlog=1024)
@@ -95,7 +100,7 @@ class Broker:
         self._tasks.add(task)
         connection = _Connection(self._limiter, self._cache, self._finding, _Outbox(writer))
         try:
-            if not await self._knows_the_token(reader):
+            if not await self._knows_the_token(task, reader):
                 return
             connection.welcome()
             while True:
@@ -108,18 +113,20 @@ class Broker:
             self._tasks.discard(task)
             await connection.close()
 
-    async def _knows_the_token(self, reader: asyncio.StreamReader) -> bool:
-        """Whether the first message says the token; it has to be short, soon, and one of not too many."""
-        if self._strangers >= _MAX_STRANGERS:
-            return False
-        self._strangers += 1
+    async def _knows_the_token(self, task: asyncio.Task[None], reader: asyncio.StreamReader) -> bool:
+        """Whether the first message says the token; it has to be short and soon."""
+        if len(self._strangers) >= self._room:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.cancel()
+        self._strangers[task] = None
         try:
             async with asyncio.timeout(_GREETING_S):
                 token = (await _receive(reader, _GREETING_BYTES)).get("token")
         except (TimeoutError, ValueError, RecursionError):
             return False
         finally:
-            self._strangers -= 1
+            self._strangers.pop(task, None)
         return isinstance(token, str) and hmac.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
 
 
@@ -337,7 +344,8 @@ class BrokerClient:
         return known[name](*why) if name in known else BrokerLostError(f"{self._where()} failed: {why[0]}")
 
     async def _connect(self) -> None:
-        for left in range(_CONNECT_TRIES - 1, -1, -1):
+        begun = time.monotonic()
+        while True:
             try:
                 async with asyncio.timeout(_CONNECT_S):
                     reader, writer = await asyncio.open_connection(*self._address, limit=2**20)
@@ -346,9 +354,9 @@ class BrokerClient:
                     await _receive(reader, _GREETING_BYTES)
                 break
             except (OSError, EOFError, ValueError):
-                if not left:
+                if time.monotonic() - begun > _CONNECT_S:
                     raise self._lost() from None
-                await asyncio.sleep(_CONNECT_PAUSE_S)  # too many at once, perhaps
+                await asyncio.sleep(random.uniform(0, 2 * _CONNECT_PAUSE_S))  # too many at once, perhaps
         self._reader_task = asyncio.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

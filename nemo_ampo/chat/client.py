@@ -343,7 +343,8 @@ class ChatClient:
                     raise ChatError("empty", "the reply is empty")
                 return Asked(parse(completion.text), completion, number)
             except unusable as error:
-                failure = ChatError(getattr(error, "kind", "parse"), one_line(str(error)))
+                ended = f" (finish_reason {one_line(completion.odd_end, 40)})" if completion.odd_end else ""
+                failure = ChatError(getattr(error, "kind", "parse"), one_line(str(error)) + ended)
             self._stats.unreadable()
             if completion.cut:  # as the next one would be
                 cut = f"{failure}: it was cut at {self._limit(how.get('max_tokens'), how.get('extra_body'))}"

@@ -21,7 +21,8 @@ _ABSURD_TOKENS = 10**9
 _SAID = ("text", "output_text")
 _THOUGHT = ("thinking", "reasoning")
 _THOUGHT_FIELDS = ("thinking", "reasoning", "summary", "text")
-_CUT = ("length", "max_tokens", "max_output_tokens")
+_CUT = ("length", "max_tokens", "max_output_tokens", "model_length")
+_AS_USUAL = ("stop", "end_turn", "eos", "eos_token", "stop_sequence", "stop_str")
 _CLOSE_LINE = re.compile(r"^[ \t]*</think>", re.MULTILINE)
 
 
@@ -79,6 +80,12 @@ class Completion:
         """It ended at the limit of its tokens, not where the model would have ended it."""
         return self.finish_reason is not None and self.finish_reason.lower() in _CUT
 
+    @property
+    def odd_end(self) -> str | None:
+        """Why it ended, if neither the model nor a limit ended it: a filter, an error, a call of tools."""
+        usual = self.finish_reason is None or self.finish_reason.lower() in (*_CUT, *_AS_USUAL)
+        return None if usual else self.finish_reason
+
 
 def read_completion(body: str) -> Completion:
     """Read the body of a ``/chat/completions`` answer.
@@ -111,32 +118,28 @@ def read_completion(body: str) -> Completion:
 
 
 def _content(content: Any) -> tuple[str, str]:
-    """What was said and what was thought, of a message's content: a text, nothing, or a list of typed parts.
+    """What was said and what was thought, of a message's content: a text, nothing, one typed part or a list of parts.
 
     Raises:
         TypeError, LookupError: it is none of these.
     """
-    if content is None:
-        return "", ""
-    if isinstance(content, str):
-        return content, ""
-    if not isinstance(content, list):
-        raise TypeError("content")
     said, thought = list[str](), list[str]()
-    for part in content:
-        kind = "text" if isinstance(part, str) else part["type"]
-        if kind in _SAID:
-            said.append(part if isinstance(part, str) else _text(part["text"]))
-        elif kind in _THOUGHT:
+    for part in content if isinstance(content, list) else [content]:
+        if not isinstance(part, dict) or part.get("type") is None or part["type"] in _SAID:
+            said.append(_text(part))
+        elif part["type"] in _THOUGHT:
             thought += [_plain(part[name]) for name in _THOUGHT_FIELDS if part.get(name)]
         # A part of another type, such as a picture or a citation, is nothing that was said.
     return "".join(said), "\n".join(thought)
 
 
-def _text(text: Any) -> str:
-    if not isinstance(text, str):
+def _text(part: Any) -> str:
+    """Of a part: a text, nothing, or a record that holds one under ``text`` or, as annotated texts do, under ``value``."""
+    if isinstance(part, dict):
+        return _text(part["text"] if "text" in part else part["value"])
+    if part is not None and not isinstance(part, str):
         raise TypeError("text")
-    return text
+    return part or ""
 
 
 def _plain(thought: Any) -> str:

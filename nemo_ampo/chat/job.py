@@ -91,7 +91,7 @@ def shared(
         return
     one_machine = int(env.get("LOCAL_WORLD_SIZE", str(world))) == world
     token = secrets.token_hex(16)
-    broker = Broker(limiter, cache, token, "127.0.0.1" if one_machine else "0.0.0.0")
+    broker = Broker(limiter, cache, token, "127.0.0.1" if one_machine else "0.0.0.0", world)
     host = "127.0.0.1" if one_machine else env["MASTER_ADDR"]
     content = json.dumps({"host": host, "port": broker.port, "token": token, "start": start})
     try:

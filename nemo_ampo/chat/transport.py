@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -194,7 +194,7 @@ async def _read(response: Response) -> str:
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise _UnusableBodyError(f"longer than {MAX_BODY_BYTES // 2**20} MiB")
-    return body.decode("utf-8", "replace")
+    return body.decode("utf-8", "replace").removeprefix("\ufeff")
 
 
 def read_retry_after(header: str, milliseconds: str = "") -> float:
@@ -203,6 +203,9 @@ def read_retry_after(header: str, milliseconds: str = "") -> float:
         if _DECIMAL.fullmatch(text):
             return float(text) * unit_s
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+        until = email.utils.parsedate_to_datetime(header)
+        if until.tzinfo is None:  # HTTP has no other time zone
+            until = until.replace(tzinfo=UTC)
+        return max(0.0, until.timestamp() - time.time())
     except (ValueError, OverflowError, TypeError):
         return 0.0

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,9 @@ def test_replies_are_shared(broker: Broker) -> None:
     asyncio.run(work())
 
 
-def test_who_does_not_know_the_token_is_hung_up_on(broker: Broker) -> None:
+def test_who_does_not_know_the_token_is_hung_up_on(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_ampo.chat.broker._CONNECT_S", 0.5)
+
     async def work() -> None:
         for token in ("", "guess"):
             client = BrokerClient("127.0.0.1", broker.port, token)
@@ -180,19 +183,47 @@ def test_strangers_may_say_little_for_a_moment_and_disturb_nobody(
     assert not caplog.records and capfd.readouterr().err == ""
 
 
-def test_more_strangers_than_there_is_room_for_are_turned_away_and_the_ranks_come_in_later(broker: Broker) -> None:
-    strangers = [socket.create_connection(("127.0.0.1", broker.port)) for _ in range(200)]
-    said = [end_of(stranger) for stranger in strangers[-20:]]
-    assert said == [b""] * 20
+def test_ranks_come_in_although_strangers_take_all_the_room_again_and_again(broker: Broker) -> None:
+    strangers: list[socket.socket] = []
+    over = threading.Event()
+
+    def crowd() -> None:
+        while not over.wait(0.2):
+            strangers.extend(socket.create_connection(("127.0.0.1", broker.port)) for _ in range(150))
+            for stranger in strangers[:-300]:
+                stranger.close()
+
+    async def work() -> None:
+        for _ in range(5):
+            client = BrokerClient("127.0.0.1", broker.port, "secret")
+            client.settle(await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S), 1, 0.0)
+            await client.aclose()
+
+    crowds = [threading.Thread(target=crowd) for _ in range(2)]
+    for thread in crowds:
+        thread.start()
+    try:
+        time.sleep(0.5)
+        asyncio.run(work())
+    finally:
+        over.set()
+        for thread in crowds:
+            thread.join()
     for stranger in strangers:
         stranger.close()
 
+
+def test_hundreds_of_ranks_may_come_at_once() -> None:
+    crowded = Broker(LocalLimiter(Limits(500)), None, "secret", ranks=500)
+
     async def work() -> None:
-        client = BrokerClient("127.0.0.1", broker.port, "secret")
-        await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
-        await client.aclose()
+        clients = [BrokerClient("127.0.0.1", crowded.port, "secret") for _ in range(500)]
+        await asyncio.gather(*[client.acquire(1, 0.0) for client in clients])
+        for client in clients:
+            await client.aclose()
 
     asyncio.run(work())
+    crowded.close()
 
 
 def odd_messages(count: int) -> list[bytes]:

@@ -261,6 +261,12 @@ def test_a_pause_the_endpoint_asks_for_holds_for_all_calls_also_above_the_backof
 def test_a_date_is_a_time_to_wait_too() -> None:
     assert read_retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
     assert read_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+        apart = read_retry_after("Fri, 01 Jan 2100 00:00:00") - read_retry_after("Fri, 01 Jan 2100 00:00:00 GMT")
+    time.tzset()
+    assert abs(apart) < 60, "a date without a zone is not one of this machine's zone"
     odd = ("", "soon", "-1", "-0.5", "nan", "inf", "1e9", "0x10", "1_0", "\u0663", "9" * 400, "3,5")
     assert [read_retry_after(text) for text in ("7", "3.5", " 2. ")] == [7.0, 3.5, 2.0]
     assert [read_retry_after(text) for text in odd] == [0.0] * len(odd)

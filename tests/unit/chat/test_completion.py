@@ -41,6 +41,18 @@ def test_an_answer_without_a_completion_still_says_what_it_cost() -> None:
     assert caught.value.usage == (100, 50)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "said", ["sa", None, "id"], {"type": "text", "text": "said"}, [{"text": "said"}], [{"type": None, "text": "said"}],
+        [{"type": "text", "text": {"value": "said", "annotations": []}}, {"type": "refusal", "refusal": "no"}],
+        [{"type": "output_text", "text": "said", "annotations": []}, {"type": "text", "text": None}],
+    ],
+)  # fmt: skip
+def test_what_was_said_is_read_in_whatever_parts_it_comes(content: object) -> None:
+    assert read_completion(body(choices=[{"message": {"content": content}}])) == Completion("said")
+
+
 def test_a_model_that_says_nothing_has_an_empty_text() -> None:
     assert read_completion(body(choices=[{"message": {"content": None}}])).text == ""
     assert read_completion(body(choices=[{"message": {"role": "assistant", "refusal": "no"}}])).text == ""
@@ -53,7 +65,8 @@ def test_a_model_that_says_nothing_has_an_empty_text() -> None:
         '{"choices": [1]}', '{"choices": {"0": 1}}', '{"choices": [{"message": "hi"}]}',
         '{"choices": [{"message": {"content": 5}}]}',
         '{"choices": [{"message": {"content": [{"type": "text", "text": 5}]}}]}', "[" * 1_000_000,
-        '{"choices": [{"message": {"content": [{"text": "x"}]}}]}', '{"choices": [{"message": {"content": [["x"]]}}]}',
+        '{"choices": [{"message": {"content": [{"type": "text"}]}}]}', '{"choices": [{"message": {"content": [["x"]]}}]}',
+        '{"choices": [{"message": {"content": {"type": "text", "text": {"value": 5}}}}]}',
         '{"error": {"message": "overloaded"}}',
     ],
 )  # fmt: skip

@@ -524,6 +524,18 @@ def test_a_reply_that_was_cut_says_so_and_is_not_asked_for_again(
         check(config)
 
 
+def test_another_end_than_the_models_own_is_said_and_asked_again(tools: Any) -> None:
+    filtered = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]})
+    server = tools.serve(lambda number, call: tools.Answer(filtered))
+    (error,), _ = ask(tools.config(server.base_url, temperatures=[0.0, 1.0]), tools.request())
+    assert str(error) == "the reply is empty (finish_reason content_filter) (try 2 of 2)" and len(server.calls) == 2
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_an_answer(tools: Any) -> None:
+    server = tools.serve(tools.Answer("\ufeff" + tools.verdict(4, 5).body))
+    assert ask(tools.config(server.base_url), tools.request())[0] == [Verdict(4.0, 5.0, "one", "two")]
+
+
 def test_a_verdict_that_is_whole_counts_although_what_followed_was_cut(tools: Any) -> None:
     choice = {"message": {"content": tools.verdict_text(4, 5) + " And I would like to ad"}, "finish_reason": "length"}
     outcomes, _ = ask(tools.config(tools.serve(tools.Answer(json.dumps({"choices": [choice]}))).base_url), tools.request())
