@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 from nemo_ampo.chat.completion import Completion
 from nemo_ampo.errors import ChatError, ConfigError, DiskError
-from nemo_ampo.files import disk_errors
+from nemo_ampo.files import disk_errors, is_file, strict_json
 from nemo_ampo.lock import hold_output
 
 SCHEMA_VERSION = 1
@@ -37,6 +37,7 @@ SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x616D706F
 _BUSY_TIMEOUT_S = 60.0
 _COLUMNS = ("text", "reasoning", "prompt_tokens", "completion_tokens", "finish_reason", "failure_kind", "failure")
+_TYPES = (str, str | None, int, int, str | None, str | None, str | None)
 _TABLES = f"""
 CREATE TABLE replies (key TEXT PRIMARY KEY, {", ".join(_COLUMNS)}) WITHOUT ROWID;
 CREATE TABLE recordings (settings TEXT PRIMARY KEY) WITHOUT ROWID;
@@ -91,7 +92,7 @@ class ReplyFile:
         self._copy: TemporaryDirectory[str] | None = None
         try:
             if replay:
-                if not self.path.is_file():
+                if not is_file(self.path):
                     raise ConfigError(f"{key}: no such file: {path}")
                 self._db = self._open_replay()
             else:
@@ -142,6 +143,9 @@ class ReplyFile:
         if row is None:
             return None
         text, reasoning, prompt_tokens, completion_tokens, finish_reason, kind, failure = row
+        if not all(map(isinstance, row, _TYPES)) or (kind is None) != (failure is None):
+            why = f"{self.config_key}: cannot read {self.path}: the reply with key {key} was damaged or edited"
+            raise DiskError(errno.EIO, why)
         if kind is None:
             return Completion(text, reasoning, prompt_tokens, completion_tokens, finish_reason, cached=True)
         if failures:
@@ -191,7 +195,11 @@ class ReplyFile:
             ConfigError: naming the settings that differ.
         """
         with self._as_disk_errors("read"):
-            recorded = [json.loads(row[0]) for row in self._db.execute("SELECT settings FROM recordings")]
+            rows = self._db.execute("SELECT settings FROM recordings").fetchall()
+        try:
+            recorded = [_object(row[0]) for row in rows]
+        except ValueError as error:
+            raise ConfigError(f"{self.config_key}: {self.path} was damaged or edited: {error}") from None
         wanted = json.loads(_canonical(settings))
         if wanted in recorded:
             return
@@ -230,6 +238,13 @@ def _connect(address: str, *, uri: bool = False) -> sqlite3.Connection:
 
 def _as_cached(outcome: Completion | ChatError) -> Completion | None:
     return replace(outcome, cached=True) if isinstance(outcome, Completion) else None
+
+
+def _object(text: Any) -> dict[str, Any]:
+    record = strict_json(text if isinstance(text, str) else "", finite=False)
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    return record
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:

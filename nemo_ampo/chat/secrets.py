@@ -1,7 +1,7 @@
 """The one door for what others send: API keys and passwords leave it as ``[API key]``, however they are written.
 
-An endpoint that repeats a key may write it as JSON does (``\\/``, ``\\u0041``, also inside a string of a string), percent-
-encoded, with HTML entities, in base64, or in other letter case. All of these are looked for in the text as it came, so that
+An endpoint that repeats a key may write it as JSON does (``\\/``, ``\\u0041``, also inside a string of a string) or as
+JavaScript may (``\\x41``), percent-encoded, with HTML entities, in base64, or in other letter case. All of these are looked for in the text as it came, so that
 no decoding afterwards can bring a key back.
 """
 
@@ -45,7 +45,7 @@ class Secrets:
 
 def _signs_of_escapes(characters: str) -> Iterator[str]:
     """Patterns of which one is in every text that holds one of the characters in an escaped form."""
-    yield from (r"\\u00", "%[0-9A-Fa-f]{2}", "&#")
+    yield from (r"\\u00", r"\\x", "%[0-9A-Fa-f]{2}", "&#")
     if "/" in characters:
         yield r"\\/"
     if set(characters) & {'"', "\\"}:
@@ -63,8 +63,8 @@ def _forms_of(character: str) -> str:
     code = ord(character)
     named = {"&": "|&amp;", '"': "|&quot;", "<": "|&lt;", ">": "|&gt;"}.get(character, "")
     # Every repetition is bounded, so that no text takes long to search.
-    slashed = rf"\\{{0,8}}(?:{re.escape(character)}|(?<=\\)u(?i:{code:04x}))"
-    return rf"(?:{slashed}|%(?:25){{0,4}}(?i:{code:02x})|&#0{{0,6}}{code};|&#[xX]0{{0,6}}(?i:{code:x});{named})"
+    slashed = rf"\\{{0,8}}(?:{re.escape(character)}|(?<=\\)(?:u(?i:{code:04x})|x(?i:{code:02x})))"
+    return rf"(?:{slashed}|%(?:25){{0,4}}(?i:{code:02x})|&#0{{0,6}}{code};?|&#[xX]0{{0,6}}(?i:{code:x});?{named})"
 
 
 def _base64_forms(secret: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from scripted_chat import Act, ScriptedChat, says
 from nemo_ampo.chat import ChatClient, ChatError, ChatStats
 from nemo_ampo.chat.cache import SCHEMA_VERSION, ReplyFile
 from nemo_ampo.chat.completion import Completion
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import ConfigError, DiskError, UserError
 
 Talk = list[dict[str, str]]
 
@@ -225,3 +226,43 @@ def test_processes_that_create_a_cache_at_the_same_moment_all_get_it(tmp_path: P
     said = [creator.communicate(timeout=120)[1] for creator in creators]
     assert said == [""] * 6 and [creator.returncode for creator in creators] == [0] * 6
     assert not list((tmp_path / "new").glob(".*")), "no lock stays behind"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "text = NULL", "text = 7", "text = x'fffe'", "finish_reason = 7", "reasoning = x'ff'", "prompt_tokens = 'x'",
+        "completion_tokens = NULL", "failure_kind = 'timeout'", "failure = 'late'", "failure_kind = 3, failure = 4",
+    ],
+)  # fmt: skip
+def test_a_damaged_reply_is_named_and_asked_for_again(
+    server: ScriptedChat, config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    file, others = tmp_path / "cache", {"replay": None, "cache": None}
+    server.play(Act(says("hi")))
+
+    async def work(**where: str) -> Completion:
+        async with ChatClient(config(server.url, **(others | where))) as client:
+            return await client.complete([{"role": "user", "content": "hello"}], temperature=0.0)
+
+    asyncio.run(work(cache=str(file)))
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute(f"UPDATE replies SET {change}")
+    with pytest.raises(DiskError, match=r"endpoint\.replay: cannot read .*: the reply with key \w+ was damaged or edited"):
+        asyncio.run(work(replay=str(file)))
+    assert asyncio.run(work(cache=str(file))).text == "hi" and len(server.calls) == 2
+    assert caplog.text.count("was damaged or edited") == 1
+
+
+@pytest.mark.parametrize("settings", ["{", "[1]", "", '{"a": 1, "a": 2}'])
+def test_damaged_settings_of_a_recording_are_named(tmp_path: Path, settings: str) -> None:
+    ReplyFile(tmp_path / "cache", "judge.cache").record({})
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache")) as database, database:
+        database.execute("UPDATE recordings SET settings = ?", (settings,))
+    with pytest.raises(ConfigError, match=r"judge\.replay: .*cache was damaged or edited: "):
+        ReplyFile(tmp_path / "cache", "judge.replay", replay=True).require({"b": 1})
+
+
+def test_a_replay_under_a_name_that_no_file_can_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        ReplyFile(tmp_path / ("x" * 300), "judge.replay", replay=True)

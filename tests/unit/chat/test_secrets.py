@@ -38,6 +38,9 @@ WRITTEN: dict[str, Callable[[str], str]] = {
     "percent twice": lambda key: quote(quote(key, safe=""), safe=""),
     "html": lambda key: "".join(f"&#{ord(c)};" for c in key),
     "html hex": lambda key: "".join(f"&#x{ord(c):X};" for c in key),
+    "html without ends": lambda key: "".join(f"&#{ord(c)}" for c in key),
+    "javascript": lambda key: "".join(f"\\x{ord(c):02x}" for c in key),
+    "javascript in json": lambda key: json.dumps("".join(f"\\x{ord(c):02X}" for c in key)),
 }
 LONG_ONLY: dict[str, Callable[[str], str]] = {
     "upper": str.upper,
