@@ -1,8 +1,8 @@
 """The one door for what others send: API keys and passwords leave it as ``[API key]``, however they are written.
 
 An endpoint that repeats a key may write it as JSON does (``\\/``, ``\\u0041``, also inside a string of a string) or as
-JavaScript may (``\\x41``), percent-encoded, with HTML entities, in base64, or in other letter case. All of these are looked for
-in the text as it came, so that no decoding afterwards can bring a key back.
+JavaScript may (``\\x41``), percent-encoded, with HTML entities, in base64, or in other letter case. All of these are looked
+for in the text as it came, so that no decoding afterwards can bring a key back.
 """
 
 from __future__ import annotations
