@@ -7,12 +7,16 @@ additions: this machine itself is never asked through a proxy, and ``no_proxy`` 
 from __future__ import annotations
 
 import ipaddress
+import re
+import socket
 import urllib.request
 from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _PORTS = {"http": 80, "https": 443}
+_NUMBERS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}", re.IGNORECASE)
+_OWN_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 
 
 def proxy_for(url: str) -> str | None:
@@ -56,10 +60,11 @@ def opener_for(url: str) -> urllib.request.OpenerDirector:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
+    """Whether a name or address is this machine's own, as far as can be told without asking anybody."""
     address = _address(host)
     if address is None:
-        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+        own = socket.gethostname().lower()
+        return host.lower() in (*_OWN_NAMES, own, own.partition(".")[0]) or host.lower().endswith(".localhost")
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback or address.is_unspecified
 
@@ -76,7 +81,8 @@ def _covers(entry: str, host: str, port: int | None) -> bool:
     address = _address(host)
     if "/" in entry:
         try:
-            return address is not None and address in ipaddress.ip_network(entry.strip("[]"), strict=False)
+            network = ipaddress.ip_network(entry.replace("[", "").replace("]", ""), strict=False)
+            return address is not None and address in network
         except ValueError:
             return False
     name, wanted_port = entry, ""
@@ -93,6 +99,8 @@ def _covers(entry: str, host: str, port: int | None) -> bool:
 
 def _address(host: str) -> _Address | None:
     try:
+        if _NUMBERS.fullmatch(host):  # also 127.1, which the system takes for an address
+            return ipaddress.IPv4Address(socket.inet_aton(host))
         return ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
+    except (ValueError, OSError):
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from nemo_ampo.proxies import is_loopback, opener_for, passwords, proxy_for, shown, through
@@ -19,7 +21,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOOPBACK = (
     "localhost", "LOCALHOST", "localhost.", "judge.localhost", "127.0.0.1", "127.8.9.1", "[::1]", "[::ffff:127.0.0.1]",
-    "0.0.0.0",
+    "0.0.0.0", "127.1", "2130706433", "0x7f.0.0.1", "LocalHost.LocalDomain", "ip6-localhost", socket.gethostname(),
+    socket.gethostname().partition(".")[0].upper(),
 )  # fmt: skip
 
 
@@ -29,7 +32,9 @@ def test_this_machine_is_asked_directly(host: str) -> None:
     assert through(f"http://{host}:8000/v1") == ""
 
 
-@pytest.mark.parametrize("host", ["judge.example", "10.1.2.3", "[2001:db8::1]", "localhost.example", "128.0.0.1"])
+@pytest.mark.parametrize(
+    "host", ["judge.example", "10.1.2.3", "[2001:db8::1]", "localhost.example", "128.0.0.1", "128.1", "127.example"]
+)
 def test_others_are_asked_through_the_proxy(host: str) -> None:
     assert proxy_for(f"http://{host}:8000/v1") == PROXY
     assert not is_loopback(host)
@@ -52,6 +57,7 @@ def test_others_are_asked_through_the_proxy(host: str) -> None:
         ("judge.example:80", "http://judge.example/v1", True),
         ("10.0.0.0/8", "http://10.1.2.3:8000/v1", True),
         ("10.0.0.0/8", "http://11.1.2.3/v1", False),
+        ("[2001:db8::]/32", "http://[2001:db8::1]/v1", True),
         ("10.1.2.3/8", "http://10.200.0.1/v1", True),
         ("10.0.0.0/8", "http://10.example/v1", False),
         ("10.1.2.3", "http://10.1.2.3/v1", True),
