@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.mapping import VOCAB_MULTIPLE, ModelShape
-from nemo_ampo.checkpoint.nemo_file import tokenizer_config
-from nemo_ampo.model_folder.facts import ModelFacts
+from nemo_ampo.checkpoint.nemo_file import read_model_config, tokenizer_config
+from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import ModelFacts, read_facts
 
 ARCHITECTURE_KEYS: tuple[str, ...] = (
     "mcore_gpt",
@@ -73,6 +75,31 @@ def rope_config(facts: ModelFacts) -> dict[str, Any]:
     }
 
 
+def architecture(facts: ModelFacts) -> dict[str, Any]:
+    """The keys that change what the weights compute, :data:`ARCHITECTURE_KEYS`; those of a scaling only where there is one."""
+    shape = model_shape(facts)
+    return {
+        "mcore_gpt": True,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_groups,
+        "kv_channels": shape.head_dim,
+        # Rows of the embedding, fixed here and not derived from the tokenizer: Qwen's model has more rows
+        # than its tokenizer has tokens, and a padding that depends on the tensor-parallel size would tie the
+        # file to that size.
+        "override_vocab_size": shape.padded_vocab,
+        "share_embeddings_and_output_weights": shape.tied,
+        "normalization": "rmsnorm",
+        "layernorm_epsilon": facts.norm_eps,
+        "activation": "fast-swiglu",
+        "bias": False,
+        "qkv_bias": facts.qkv_bias,
+        **rope_config(facts),
+    }
+
+
 def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
     """Everything MegatronGPTModel, GPTSFTModel and the REINFORCE actor read from ``model``.
 
@@ -80,9 +107,7 @@ def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
     overrides it (:func:`nemo_ampo.checkpoint.nemo_file.load_overrides`). Fusions that need compiled extensions are off;
     a GPU recipe may turn them on, they do not change the checkpoint.
     """
-    shape = model_shape(facts)
-    return {
-        "mcore_gpt": True,
+    return architecture(facts) | {
         "name": "",
         "transformer_engine": True,
         "tensor_model_parallel_size": 1,
@@ -95,33 +120,16 @@ def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
         "megatron_amp_O2": False,
         "use_cpu_initialization": False,
         "seed": 1234,
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_groups,
-        "kv_channels": shape.head_dim,
         "encoder_seq_length": facts.max_positions,
         "max_position_embeddings": facts.max_positions,
-        # Rows of the embedding, fixed here and not derived from the tokenizer: Qwen's model has more rows
-        # than its tokenizer has tokens, and a padding that depends on the tensor-parallel size would tie the
-        # file to that size.
-        "override_vocab_size": shape.padded_vocab,
         "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
-        "hf_vocab_size": shape.vocab,
-        "share_embeddings_and_output_weights": shape.tied,
-        "normalization": "rmsnorm",
-        "layernorm_epsilon": facts.norm_eps,
-        "activation": "fast-swiglu",
-        "bias": False,
-        "qkv_bias": facts.qkv_bias,
+        "hf_vocab_size": facts.vocab,
         "transformer_block_type": "pre_ln",
         "init_method_std": facts.init_std,
         "use_scaled_init_method": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
-        **rope_config(facts),
         "apply_query_key_layer_scaling": False,
         "normalize_attention_scores": True,
         "attention_type": "multihead",
@@ -153,3 +161,36 @@ def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
         "data": {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False},
         "optim": {"name": "mcore_distributed_optim", "lr": 1.0e-6, "weight_decay": 0.1, "betas": [0.9, 0.98]},
     }
+
+
+def first_difference(stored: Mapping[str, Any], facts: ModelFacts) -> tuple[str, Any, Any] | None:
+    """The first architecture key that is not what config.json asks for: its name, what is stored, what is expected."""
+    expected = architecture(facts)
+    for key in ARCHITECTURE_KEYS:
+        if stored.get(key) != expected.get(key):
+            return key, stored.get(key), expected.get(key)
+    return None
+
+
+def check_architecture(nemo_path: Path | str, assets: Path, recipe: Mapping[str, Any] | None = None) -> None:
+    """NeMo would compute what the config.json in the file says, which is what an export is computed by.
+
+    Args:
+        nemo_path: checkpoint.
+        assets: its unpacked Hugging Face files.
+        recipe: what a stage lays over the checkpoint's config.
+
+    Raises:
+        UserError: naming the key, and what to do about it.
+    """
+    stored, facts = read_model_config(nemo_path), read_facts(assets)
+    if wrong := first_difference(stored, facts):
+        key, found, expected = wrong
+        raise UserError(
+            f"{nemo_path}: model_config.yaml has {key}={found}, the config.json packed with it asks for {expected}; convert "
+            "the Hugging Face folder again and start from that"
+        )
+    laid_over = {key: (recipe or {}).get(key, stored.get(key)) for key in ARCHITECTURE_KEYS}
+    if wrong := first_difference(laid_over, facts):
+        key, found, expected = wrong
+        raise UserError(f"model.{key}={found}: the weights of {nemo_path} were made for {expected}; leave the key out")

@@ -19,7 +19,7 @@ from converters import cli
 from converters.families import FAMILIES
 from converters.hf_to_nemo import DTYPES
 from converters.mapping import bind
-from converters.model_config import model_shape
+from converters.model_config import check_architecture, model_shape
 from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
@@ -44,7 +44,7 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
         UserError: the file is not readable, carries no Hugging Face files, or its weights do not match the
             table.
     """
-    unpack_assets(nemo_path, folder)
+    check_architecture(nemo_path, unpack_assets(nemo_path, folder))
     facts = read_facts(folder)
     shape = model_shape(facts)
     bindings = bind(FAMILIES[facts.family].rows, shape)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from converters import cli
 from converters.hf_folder import HfFolder, asset_files, open_hf_folder
-from converters.model_config import ARCHITECTURE_KEYS, nemo_config
+from converters.model_config import ARCHITECTURE_KEYS, first_difference, nemo_config
 from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
 from nemo_ampo.model_folder.loading import load_model
@@ -126,11 +126,10 @@ def _sha256(path: Path) -> str:
 
 def check_config(hf: HfFolder, stored: dict[str, Any]) -> Check:
     """The architecture keys of ``model_config.yaml`` are those that config.json asks for."""
-    expected = nemo_config(hf.facts, hf.path)
     name = f"config ({len(ARCHITECTURE_KEYS)} keys)"
-    for key in ARCHITECTURE_KEYS:
-        if stored.get(key) != expected.get(key):
-            return Check(name, False, key, f"is {stored.get(key)!r}, expected {expected.get(key)!r}")
+    if wrong := first_difference(stored, hf.facts):
+        key, found, expected = wrong
+        return Check(name, False, key, f"is {found!r}, expected {expected!r}")
     return Check(name, True, difference="equal")
 
 

@@ -76,6 +76,7 @@ def run(cfg: DictConfig) -> bool:
 
 
 def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
+    from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.policy_files import check_vocabulary, record_stop_tokens, stop_token_ids, system_prompt
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
@@ -87,6 +88,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     model_config = read_model_config(config.run.init_from)
     check_model(config, cfg, model_config)
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
+    check_architecture(config.run.init_from, assets, cfg.model)
     tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config)

@@ -54,6 +54,7 @@ def run(cfg: DictConfig) -> bool:
     if not Path(config.run.init_from).is_file():
         raise ConfigError(f"run.init_from: no such file: {config.run.init_from}")
 
+    from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.policy_files import stop_token_ids
     from nemo_ampo.data.chat import encode_prompt
@@ -65,6 +66,7 @@ def run(cfg: DictConfig) -> bool:
     )
     run_dir = Path(config.run.dir)
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
+    check_architecture(config.run.init_from, assets, model)
     tokenizer = load_tokenizer(assets)
     prompts = tuple(tuple(encode_prompt([{"role": "user", "content": q}], tokenizer)) for q in QUESTIONS)
 

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_hf import LLAMA3_ROPE, make_config
 
-from converters.model_config import ARCHITECTURE_KEYS, model_shape, nemo_config, rope_config
+from converters.model_config import ARCHITECTURE_KEYS, check_architecture, model_shape, nemo_config, rope_config
+from nemo_ampo.checkpoint.nemo_file import add_assets
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import ModelFacts, facts_of
 
@@ -90,3 +94,41 @@ def test_incomplete_llama3_scaling_names_what_lacks() -> None:
     config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
     with pytest.raises(UserError, match="lacks high_freq_factor, original_max_position_embeddings"):
         facts_of(config)
+
+
+def packed(tmp_path: Path, stored: dict, config: dict) -> tuple[Path, Path]:
+    """A ``.nemo`` file without weights, and the folder of its Hugging Face files."""
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "config.json").write_text(json.dumps(config))
+    nemo = tmp_path / "policy.nemo"
+    content = yaml.safe_dump(stored).encode()
+    with tarfile.open(nemo, "w:") as tar:
+        member = tarfile.TarInfo("./model_config.yaml")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    add_assets(nemo, assets)
+    return nemo, assets
+
+
+def written(family: str) -> dict:
+    return json.loads(make_config(family, False).to_json_string(use_diff=False))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_file_that_was_converted_from_a_misread_config_is_refused_with_the_cure(tmp_path: Path, family: str) -> None:
+    config = written(family)
+    # What transformers 4 makes of the words of transformers 5: its own defaults.
+    misread = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    nemo, assets = packed(tmp_path, nemo_config(facts_of(misread), tmp_path), config)
+    with pytest.raises(UserError, match=r"policy.nemo: model_config.yaml has rotary_base=10000.* convert .* again"):
+        check_architecture(nemo, assets)
+
+
+@pytest.mark.parametrize("key", ARCHITECTURE_KEYS)
+def test_a_recipe_changes_no_key_that_decides_what_the_weights_compute(tmp_path: Path, key: str) -> None:
+    config = written("llama")
+    nemo, assets = packed(tmp_path, nemo_config(facts_of(config), tmp_path), config)
+    check_architecture(nemo, assets, {"micro_batch_size": 4, "rotary_base": 500000})
+    with pytest.raises(UserError, match=rf"^model\.{key}=77: .* leave the key out"):
+        check_architecture(nemo, assets, {key: 77})
