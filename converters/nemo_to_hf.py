@@ -26,6 +26,7 @@ from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 MAX_SHARD_SIZE = "5GB"
@@ -90,7 +91,7 @@ def convert(
     with staged(output, "--output") as built:
         _check_free(output, overwrite)
         # Beside the folder lies the unpacked file, for the export and again for the check.
-        place_with_room([built.parent], 2 * _bytes_of(nemo_path), f"--output {output}")
+        place_with_room([output.resolve().parent], 2 * _bytes_of(nemo_path), f"--output {output}")
         write_hf(nemo_path, built, dtype)
         status = report(verify(built, nemo_path, place=built.parent)) if check else cli.OK
         if status == cli.OK:
@@ -117,8 +118,8 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def parser() -> argparse.ArgumentParser:
     """Command line of ``python -m converters.nemo_to_hf``."""
     p = argparse.ArgumentParser(prog="python -m converters.nemo_to_hf", description=__doc__)
-    p.add_argument("--input", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
-    p.add_argument("--output", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    p.add_argument("--input", type=typed_path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
+    p.add_argument("--output", type=typed_path, required=True, metavar="DIR", help="Hugging Face folder to write")
     p.add_argument(
         "--dtype",
         choices=("config", *DTYPES),

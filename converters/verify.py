@@ -28,6 +28,7 @@ from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
 from nemo_ampo.model_folder.loading import load_model
 from nemo_ampo.model_folder.portable import same_when_portable
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.staging import place_with_room, scratch_folder
 
 PROMPT_LENGTHS = (32, 1600)
@@ -285,8 +286,8 @@ def report(checks: Sequence[Check]) -> int:
 def parser() -> argparse.ArgumentParser:
     """Command line of ``python -m converters.verify``."""
     p = argparse.ArgumentParser(prog="python -m converters.verify", description=__doc__)
-    p.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face model folder")
-    p.add_argument("--nemo", type=Path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
+    p.add_argument("--hf", type=typed_path, required=True, metavar="DIR", help="Hugging Face model folder")
+    p.add_argument("--nemo", type=typed_path, required=True, metavar="FILE.nemo", help="NeMo checkpoint")
     p.add_argument("--no-logits", action="store_true", help="compare weights, files and config only; no NeMo needed")
     p.add_argument(
         "--tolerance",

@@ -30,6 +30,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.prompts import read_judge_prompt
 from nemo_ampo.serve.local import run_app, server_process
 from nemo_ampo.terminal import printable_output
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latency-ms", type=float, default=DemoJudgeOptions.latency_ms)
     parser.add_argument("--fail-rate", type=float, default=DemoJudgeOptions.fail_rate, help="share of calls that fail")
     parser.add_argument("--seed", type=int, default=DemoJudgeOptions.seed, help="which calls fail")
-    parser.add_argument("--ready-file", type=Path, help="gets the base URL once the server listens")
+    parser.add_argument("--ready-file", type=typed_path, help="gets the base URL once the server listens")
     parser.add_argument("--parent-pid", type=int, help="stop when this process is no longer the parent")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,13 +1,15 @@
-"""``key=value`` on a command line: written so that any path survives, and read with a cure for what does not."""
+"""Paths on a command line, as ``key=value`` too: any survives, and what does not is read with a cure."""
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.ranges import text_problem
 
 
 def override(key: str, value: object) -> str:
@@ -25,6 +27,17 @@ def override(key: str, value: object) -> str:
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./:-]*/[A-Za-z0-9_./:-]*")
 _PLAIN_WORD = re.compile(r"[A-Za-z][A-Za-z_-]*")
 _NOT_WORDS = ("null", "true", "false", "nan", "inf")
+
+
+def typed_path(text: str) -> Path:
+    """A path given to an option, by the rule that ``key=value`` has.
+
+    Raises:
+        argparse.ArgumentTypeError: it starts with ``~``, which the shell left as it is.
+    """
+    if text.startswith("~"):
+        raise argparse.ArgumentTypeError(text_problem(text))
+    return Path(text)
 
 
 def literal(text: str) -> str:

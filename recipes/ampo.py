@@ -78,7 +78,13 @@ def run(cfg: DictConfig) -> bool:
 def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import check_vocabulary, record_stop_tokens, stop_token_ids, system_prompt
+    from nemo_ampo.checkpoint.policy_files import (
+        check_vocabulary,
+        record_stop_tokens,
+        record_system_prompt,
+        stop_token_ids,
+        system_prompt,
+    )
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.judge import open_judge
@@ -133,7 +139,9 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         resolved: Any = OmegaConf.to_container(cfg, resolve=True)
 
         def describe() -> None:
-            record_stop_tokens(assets, tokenizer)  # before the first step: a checkpoint packed on the way carries them too
+            # Before the first step, so that a checkpoint packed on the way carries them too.
+            record_stop_tokens(assets, tokenizer)
+            record_system_prompt(assets, system)
             write_provenance(run_dir, resolved, data_hashes)
 
         on_rank_zero(describe, run_dir)

@@ -31,11 +31,16 @@ def run(cfg: DictConfig) -> bool:
 def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, check_vocabulary, record_stop_tokens, stop_token_ids
+    from nemo_ampo.checkpoint.policy_files import (
+        check_vocabulary,
+        record_stop_tokens,
+        record_system_prompt,
+        stop_token_ids,
+    )
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
-    from nemo_ampo.files import sha256_of, write_once
+    from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
     from nemo_ampo.model_folder.loading import load_tokenizer
     from nemo_ampo.runlog import RunLog, write_provenance
@@ -91,7 +96,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
         record_stop_tokens(assets, tokenizer)
         write_provenance(run_dir, resolved, hashes)
         if system_prompt is not None:
-            write_once(assets / SYSTEM_PROMPT_FILE, system_prompt)
+            record_system_prompt(assets, system_prompt)
 
     on_rank_zero(describe, run_dir)
     if train.dropped and ranks.is_main:

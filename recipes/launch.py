@@ -17,6 +17,7 @@ from nemo_ampo.errors import EngineError, Stopped, UserError
 from nemo_ampo.files import check_writable, full_or_read_only
 from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
 from nemo_ampo.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.watchdog import leave_ranks
@@ -65,7 +66,7 @@ def main(
 def _run(stage: str, run: Callable[[DictConfig], bool], argv: Sequence[str] | None, unfinished: str) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m recipes.{stage}", description=run.__doc__)
     parser.add_argument("--config-name", default="tiny", help=f"a file of configs/{stage} (default: tiny)")
-    parser.add_argument("--config-dir", type=Path, help=f"read configs from here instead of configs/{stage}")
+    parser.add_argument("--config-dir", type=typed_path, help=f"read configs from here instead of configs/{stage}")
     parser.add_argument("--print-config", action="store_true", help="print the composed config and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     args = parser.parse_intermixed_args(argv)

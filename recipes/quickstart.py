@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_ampo.overrides import override
+from nemo_ampo.overrides import override, typed_path
 from nemo_ampo.terminal import show
 from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
 
@@ -121,7 +121,7 @@ def finish(root: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline; exit status 0 when everything is done."""
     parser = argparse.ArgumentParser(prog="python -m recipes.quickstart", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=Path("runs/quickstart"), help="run folder (default: %(default)s)")
+    parser.add_argument("--dir", type=typed_path, default=Path("runs/quickstart"), help="run folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel processes of the AMPO stage")
     parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")

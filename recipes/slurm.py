@@ -24,7 +24,7 @@ from yaml import YAMLError
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
 from nemo_ampo.lock import RUN_PATIENCE_S
-from nemo_ampo.overrides import literal, override
+from nemo_ampo.overrides import literal, override, typed_path
 from nemo_ampo.ranges import LARGEST_PORT, LARGEST_SEED, YEAR_S, check_numbers, number
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.text import one_line
@@ -466,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for name, function in (("plan", plan_command), ("show", show_command), ("get", get_command)):
         sub = command(name, function)
-        sub.add_argument("recipe", type=Path)
+        sub.add_argument("recipe", type=typed_path)
         sub.add_argument("overrides", nargs="*", metavar="key=value")
         if name == "plan":
             sub.add_argument("--judge-url", default="", help="of a judge inside the job")

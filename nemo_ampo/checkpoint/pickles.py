@@ -72,6 +72,7 @@ ALLOWED = frozenset(
 )
 """Module and name of what may stand in a checkpoint: harmless whatever its arguments are."""
 
+_ARCHIVE = b"PK\x03\x04"
 _METADATA, _COMMON, _FORMAT = ".metadata", "common.pt", "metadata.json"
 
 
@@ -245,6 +246,10 @@ def _check_archive(file: IO[bytes], where: str, deep: bool = False) -> None:
     import torch
 
     try:
+        # As torch tells archives from its older format, a row of pickles, which may stand in front of an archive.
+        if file.read(len(_ARCHIVE)) != _ARCHIVE:
+            raise UserError(f"{where}: not a file of torch.save (of torch 1.6 or later)")
+        file.seek(0)
         archive = torch._C.PyTorchFileReader(file)
         names = archive.get_all_records()
         if "constants.pkl" in names:
@@ -260,7 +265,15 @@ def _check_archive(file: IO[bytes], where: str, deep: bool = False) -> None:
 
 
 def _check_stream(data: bytes, where: str, is_pickle: bool = True) -> None:
-    reader = _Reader(io.BytesIO(data))
+    """All pickles in a row: torch's older format has five."""
+    stream = io.BytesIO(data)
+    while _check_pickle(stream, where, is_pickle):
+        is_pickle = False
+
+
+def _check_pickle(stream: IO[bytes], where: str, is_pickle: bool) -> bool:
+    """Whether it was one, which it must be if ``is_pickle``."""
+    reader = _Reader(stream)
     try:
         reader.load()
     except _ForbiddenError as error:
@@ -270,10 +283,12 @@ def _check_stream(data: bytes, where: str, is_pickle: bool = True) -> None:
     except Exception as error:
         if is_pickle:
             raise UserError(f"{where}: damaged ({one_line(repr(error))})") from None
-    for stream in reader.streams:
-        for content in stream.__dict__["bytes"]:
+        return False
+    for held in reader.streams:
+        for content in held.__dict__["bytes"]:
             if content:
                 _check_content(bytes(content), where)
+    return True
 
 
 def _check_content(data: bytes, where: str) -> None:

@@ -24,11 +24,11 @@ def system_prompt(assets: Path, override: str | None) -> str:
     """The system prompt for turns that bring none of their own.
 
     Args:
-        assets: the policy's Hugging Face files; behaviour cloning leaves its rows' system prompt there.
+        assets: the policy's Hugging Face files; training leaves its system prompt there.
         override: a text file that wins over it.
 
     Returns:
-        the override's text, else the cloned one, else the project's own description of the modes.
+        the override's text, else the trained one, else the project's own description of the modes.
 
     Raises:
         UserError: the override is not there.
@@ -41,6 +41,12 @@ def system_prompt(assets: Path, override: str | None) -> str:
         if path is not None and path.is_file():
             return read_text(path)
     return load_prompt("modes_system").text
+
+
+def record_system_prompt(assets: Path, text: str) -> None:
+    """Leave beside the policy the system prompt it is trained on, so that later stages show it the same text."""
+    if system_prompt(assets, None) != text:
+        write_once(assets / SYSTEM_PROMPT_FILE, text)
 
 
 def stop_token_ids(assets: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 from nemo_ampo.data.chat import build_messages
 from nemo_ampo.data.rows import Record, published, read_records, write_rows
 from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.types import DialogueTurn
 
 STATE_MIN, STATE_MAX = 0.0, 10.0
@@ -286,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command: check RL rows and write them as Parquet."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.data.episodes", description=main.__doc__)
     parser.add_argument("--input", required=True, help="RL rows: .json, .jsonl or .parquet")
-    parser.add_argument("--output", required=True, help="the .parquet file to write")
+    parser.add_argument("--output", type=typed_path, required=True, help="the .parquet file to write")
     args = parser.parse_args(argv)
     try:
         count = rows_to_parquet(args.input, args.output)

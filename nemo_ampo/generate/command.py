@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from nemo_ampo.chat import EndpointConfig, Price
@@ -14,6 +13,7 @@ from nemo_ampo.files import check_writable, full_or_read_only
 from nemo_ampo.generate.job import JobConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.prompts import load_prompt
 from nemo_ampo.ranges import LARGEST_SEED, YEAR_S, Range, told
 from nemo_ampo.sotopia.prompts import View
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nemo-ampo generate", description=main.__doc__)
     parser.add_argument("kind", choices=("bc", "rl"), help="bc: replies in the four modes; rl: dialogue prefixes with state")
-    parser.add_argument("--out", type=Path, required=True, help="row file, .jsonl or .json; the same command goes on")
+    parser.add_argument("--out", type=typed_path, required=True, help="row file, .jsonl or .json; the same command goes on")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sotopia-dir", help="folder with the four SOTOPIA files; evaluation situations are left out")
     source.add_argument("--world", type=int, metavar="N", help="N scenes of the embedded world")

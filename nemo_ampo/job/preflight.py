@@ -26,6 +26,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.proxies import opener_for, through
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.text import one_line
@@ -38,7 +39,7 @@ NOT_FIT = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 when this rank, and as far as it knows the job, is fit."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.job.preflight", description=__doc__)
-    parser.add_argument("--shared", type=Path, required=True, help="run folder on the shared file system")
+    parser.add_argument("--shared", type=typed_path, required=True, help="run folder on the shared file system")
     parser.add_argument("--token", required=True, help="text of <shared>/slurm/token, written by the batch script")
     parser.add_argument("--gpus", type=int, required=True, help="accelerators expected per node; 0 for CPU nodes")
     parser.add_argument("--min-free-gb", type=float, default=10.0, help="in the shared folder and in TMPDIR")

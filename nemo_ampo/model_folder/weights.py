@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_LFS = b"version https://git-lfs"
 
 
 class SafetensorsFolder:
@@ -112,6 +113,9 @@ def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with file.open("rb") as start:
+            if start.read(len(_LFS)) == _LFS:
+                raise UserError(f"{file}: a pointer of Git LFS in place of the file; fetch it with: git lfs pull")
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.model_folder.facts import read_facts
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State, make_app
 
 EXTENSION = "nemo_ampo.rollout.trtllm_worker.FolderExtension"
@@ -126,14 +127,14 @@ def sampled_logprobs(token_ids: Sequence[int], logprobs: Any) -> list[float]:
 def parser() -> argparse.ArgumentParser:
     """Command line."""
     p = argparse.ArgumentParser(prog="python -m nemo_ampo.rollout.trtllm_serve", description="Serve rollouts.")
-    p.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder of the policy")
+    p.add_argument("--model", type=typed_path, required=True, metavar="DIR", help="Hugging Face folder of the policy")
     p.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs (default %(default)s)")
     p.add_argument("--max-batch", type=int, default=256, metavar="N", help="responses at once (default %(default)s)")
     p.add_argument("--max-prompt", type=int, default=6144, metavar="N", help="tokens (default %(default)s)")
     p.add_argument("--max-total", type=int, default=8192, metavar="N", help="prompt plus response (default %(default)s)")
     p.add_argument("--host", default="0.0.0.0", help="address to listen on (default %(default)s)")
     p.add_argument("--port", type=int, default=8200, help="port (default %(default)s)")
-    p.add_argument("--url-file", type=Path, metavar="FILE", help="written with this server's URL once the engine is up")
+    p.add_argument("--url-file", type=typed_path, metavar="FILE", help="gets this server's URL once the engine is up")
     return p
 
 

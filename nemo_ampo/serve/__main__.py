@@ -6,9 +6,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.config import ServeConfig, check_serve
 from nemo_ampo.serve.local import run_app
 from nemo_ampo.terminal import printable_output
@@ -21,14 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve a Hugging Face folder as an OpenAI-compatible chat API, with transformers."""
     defaults = ServeConfig()
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.serve", description=main.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face folder")
+    parser.add_argument("checkpoint", type=typed_path, help="Hugging Face folder")
     parser.add_argument("--model-name", help="name under which it is served (default: the folder's name)")
     parser.add_argument("--host", default=defaults.host)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default=defaults.device)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default=defaults.dtype)
     parser.add_argument("--max-batch", type=int, default=defaults.max_batch, help="requests decoded together")
-    parser.add_argument("--ready-file", type=Path, help="gets the base URL once the server listens")
+    parser.add_argument("--ready-file", type=typed_path, help="gets the base URL once the server listens")
     parser.add_argument("--parent-pid", type=int, help="stop when this process is no longer the parent")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

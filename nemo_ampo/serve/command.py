@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.__main__ import main as embedded
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, choose_engine
 from nemo_ampo.serve.launch import foreign_command
@@ -19,7 +19,7 @@ from nemo_ampo.terminal import printable_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve a checkpoint; options that are not listed go to the chosen server's own command line."""
     parser = argparse.ArgumentParser(prog="nemo-ampo serve", description=main.__doc__)
-    parser.add_argument("checkpoint", type=Path, help="Hugging Face folder")
+    parser.add_argument("checkpoint", type=typed_path, help="Hugging Face folder")
     parser.add_argument("--engine", choices=[e.value for e in ServeEngine], default=ServeEngine.auto.value)
     parser.add_argument("--host", default=ServeConfig().host)
     parser.add_argument("--port", type=int, default=8000)

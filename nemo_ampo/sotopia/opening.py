@@ -20,6 +20,7 @@ from typing import Any, get_args
 from nemo_ampo.data.episodes import STATE_MAX, STATE_MIN, UNUSED_SCORES
 from nemo_ampo.data.rows import write_json, write_rows
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.sotopia.prompts import View, agent_instruction, check_view, turn_line, visible_text
 from nemo_ampo.sotopia.scenarios import OFFICIAL_COUNTS, SEATS, Scenario, ScenarioPack, load_scenarios
 from nemo_ampo.types import Seat
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command: write opening RL rows from a SOTOPIA folder."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.sotopia.opening", description=main.__doc__)
     parser.add_argument("--sotopia-dir", required=True, help="folder with the four SOTOPIA files")
-    parser.add_argument("--output", required=True, help="row file to write, .jsonl or .json")
+    parser.add_argument("--output", type=typed_path, required=True, help="row file to write, .jsonl or .json")
     parser.add_argument("--view", choices=get_args(View), default="sotopia", help="what a speaker sees of the partner")
     parser.add_argument("--seats", nargs="+", choices=SEATS, default=["agent1"], help="whose goals the rows are about")
     parser.add_argument("--limit", type=int, help="draw at most this many rows")

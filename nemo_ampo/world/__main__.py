@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.terminal import printable_output
 from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 
@@ -16,7 +17,7 @@ from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the embedded world as data files, and say how far one gets there without understanding."""
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.world", description=main.__doc__)
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=typed_path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of all draws (default %(default)s)")
     parser.add_argument("--num-bc", type=int, default=NUM_BC, help="cloning rows (default %(default)s)")
     parser.add_argument("--num-rl", type=int, default=NUM_RL, help="dialogues to train on (default %(default)s)")

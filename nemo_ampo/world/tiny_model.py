@@ -30,6 +30,7 @@ from transformers import (
 
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.overrides import typed_path
 from nemo_ampo.staging import publish, staged
 from nemo_ampo.terminal import printable_output
 
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     defaults = TinyModel()
     parser = argparse.ArgumentParser(prog="python -m nemo_ampo.world.tiny_model", description=main.__doc__)
     parser.add_argument("--pack", required=True, help="folder written by python -m nemo_ampo.world")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=typed_path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of the weights (default %(default)s)")
     parser.add_argument("--family", choices=("qwen2", "llama"), default=defaults.family)
     parser.add_argument("--untied", action="store_true", help="an output head of its own")

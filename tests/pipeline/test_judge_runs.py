@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from stage_runs import Quickstart
 
+from nemo_ampo.checkpoint.nemo_file import unpack_assets
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.demo_judge import DemoJudgeOptions, demo_judge_process
 from nemo_ampo.files import read_jsonl
@@ -23,11 +24,16 @@ OF_THE_CALLS = ("judge/", "time/", "throughput/", "checkpoint/")
 
 def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_path: Path) -> None:
     recorded, replayed, cache = tmp_path / "recorded", tmp_path / "replayed", tmp_path / "cache.sqlite"
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes((quickstart.folder / "hf" / "bc" / "system_prompt.txt").read_bytes() + b"\r\n")
+    small = [*SMALL, f"data.system_prompt={prompt}"]
     with demo_judge_process(DemoJudgeOptions(fail_rate=0.5)) as url:
-        finished = quickstart.ampo(recorded, url, *SMALL, f"judge.cache={cache}")
+        finished = quickstart.ampo(recorded, url, *small, f"judge.cache={cache}")
     assert finished.status == 0, finished.err
-    finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *SMALL, f"judge.replay={cache}")
+    finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *small, f"judge.replay={cache}")
     assert finished.status == 0, finished.err
+    packed = unpack_assets(recorded / "policy.nemo", tmp_path / "assets")
+    assert (packed / "system_prompt.txt").read_bytes() == prompt.read_bytes(), "what it was trained on travels along"
     retries = [name for name in read_jsonl(recorded / "metrics.jsonl")[-1] if name.startswith("judge/retries/")]
     assert retries, "the judge did fail now and then"
     assert read_jsonl(replayed / "metrics.jsonl")[-1]["judge/calls"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import shlex
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from nemo_ampo.compose import compose
 from nemo_ampo.config import BcConfig, read_config
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.overrides import as_typed, literal, override
+from nemo_ampo.overrides import as_typed, literal, override, typed_path
 
 PIECES = (*"\\${}\"'=,()#~ é新a/[]\t:@%|;*?!<>&^`-_.1e", "e\u0301", "${", "\\${", "\\\\", "null", "${run.seed}", "🎲")
 
@@ -61,3 +62,10 @@ def test_a_home_folder_is_not_guessed() -> None:
         compose("bc", "tiny", ["run.dir=~/x"])
     with pytest.raises(ConfigError, match=r"^run\.dir: .*nothing here expands ~"):
         read_config(compose("bc", "tiny", ['run.dir="~/x"', "run.init_from=x", "data.train=x", "data.heldout=x"]), BcConfig)
+
+
+@pytest.mark.parametrize("path", ["~", "~/x", "~nobody/x"])
+def test_an_option_has_the_rule_of_an_override(path: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"^{path}: nothing here expands ~"):
+        typed_path(path)
+    assert typed_path(f"./{path}") == Path(".", path)

@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,26 @@ def test_damage_anywhere_is_one_line_and_runs_nothing(weights: Path) -> None:
             assert "\n" not in str(error)
         path.write_bytes(files[path])
     check_folder(weights)
+
+
+def old_format(value: Any) -> bytes:
+    """What ``torch.save`` wrote before it wrote archives: several pickles in a row."""
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+def test_an_archive_behind_a_pickle_is_read_as_torch_reads_it(weights: Path) -> None:
+    stream = io.BytesIO(old_format({"x": Evil()}))
+    # The directory of an archive stands at its end, so that torch's reader of archives sees only harmless entries.
+    with zipfile.ZipFile(io.BytesIO(torch_bytes({}))) as harmless, zipfile.ZipFile(stream, "a") as appended:
+        for name in harmless.namelist():
+            appended.writestr(name, harmless.read(name))
+    (weights / "common.pt").write_bytes(stream.getvalue())
+    refused(weights, r"common\.pt: not a file of torch\.save")
+
+
+def test_every_pickle_of_a_stream_inside_of_an_object_is_looked_at(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {"model.scales._extra_state": io.BytesIO(old_format({"scale": Evil()}))}
+    refused(write(tmp_path / "model_weights", state), r"names posix\.mkdir")

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_ampo.checkpoint.policy_files import SYSTEM_PROMPT_FILE, record_stop_tokens, stop_token_ids, system_prompt
+from nemo_ampo.checkpoint.policy_files import (
+    SYSTEM_PROMPT_FILE,
+    record_stop_tokens,
+    record_system_prompt,
+    stop_token_ids,
+    system_prompt,
+)
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.prompts import load_prompt
@@ -33,6 +39,14 @@ def test_a_system_prompt_keeps_its_bytes(tmp_path: Path, text: str) -> None:
     assert system_prompt(tmp_path, None) == text
     (tmp_path / "override.txt").write_bytes(text.encode())
     assert system_prompt(tmp_path / "absent", str(tmp_path / "override.txt")) == text
+
+
+def test_the_prompt_of_the_last_training_is_the_policys(tmp_path: Path) -> None:
+    record_system_prompt(tmp_path, system_prompt(tmp_path, None))
+    assert not (tmp_path / SYSTEM_PROMPT_FILE).exists(), "who names none gets the project's own"
+    for text in ("cloned", "of the override\r\n"):
+        record_system_prompt(tmp_path, text)
+        assert system_prompt(tmp_path, None) == text
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

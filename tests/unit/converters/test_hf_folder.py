@@ -102,6 +102,7 @@ def test_assets_are_all_files_but_weights_and_hidden_ones(hf_folder) -> None:
     (folder / "original" / "params.json").write_text("{}")
     (folder / "original" / "consolidated.00.pth").write_text("weights")
     (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "base.nemo").write_text("converted into the folder itself")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "download.json").write_text("{}")
     (folder / "system_prompt.txt").write_text("You are ...")

@@ -94,3 +94,10 @@ def test_quantised_tensors_are_refused(folder_of) -> None:
     edit_weights(folder, lambda t: t.update({NORM: t[NORM].to(torch.int8)}))
     with pytest.raises(UserError, match=r"model\.norm\.weight is stored as int8; only plain weights"):
         load_model(folder)
+
+
+def test_a_pointer_in_place_of_a_file_is_named_with_the_cure(folder_of) -> None:
+    folder = folder_of("qwen2")
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"model\.safetensors: a pointer of Git LFS .*git lfs pull"):
+        read(folder)
