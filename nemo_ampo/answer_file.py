@@ -1,7 +1,7 @@
 """What an evaluation has drawn and paid for so far, one JSON line each, so that the next start goes on from there.
 
-A line is written in one piece as soon as there is a reply or a verdict. What died while it was written is left out by
-the reader and cut off by the next writer; a line that was damaged or edited is named.
+A line is written in one piece, and sealed, as soon as there is a reply or a verdict. What died while it was written is
+left out by the reader and cut off by the next writer; a line that was damaged or edited is named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from nemo_ampo.data.episodes import STATE_MAX, STATE_MIN
 from nemo_ampo.data.rows import Record
 from nemo_ampo.errors import DataError, DiskError
-from nemo_ampo.files import append_whole, disk_errors, read_jsonl
+from nemo_ampo.files import append_whole, disk_errors, read_jsonl, sealed
 from nemo_ampo.types import Verdict
 
 
@@ -89,7 +89,7 @@ class AnswerFile:
             raise self._failure
 
     def _append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        content = "".join(json.dumps(row) + "\n" for row in rows).encode("ascii")
+        content = "".join(json.dumps(sealed(row)) + "\n" for row in rows).encode("ascii")
         with self._lock, disk_errors(f"cannot write {self._path}"):
             append_whole(self._path, content)
 

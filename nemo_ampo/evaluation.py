@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_ampo.answer_file import AnswerFile, StoredReply
 from nemo_ampo.config import EvaluateConfig
 from nemo_ampo.errors import BudgetError, DataError, JudgeError, UserError
-from nemo_ampo.files import sha256_of, write_once
+from nemo_ampo.files import sealed, sha256_of, write_once
 from nemo_ampo.grammar import answer_of
 from nemo_ampo.lock import hold_output
 from nemo_ampo.metrics import mean
@@ -127,9 +127,12 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
     with hold_output(whole, "run.name"):
         settings = protocol(config, system, stop_token_ids(folder, tokenizer)) | {"judge": judged_by}
         cure = f"give another run.name, or remove {own} to evaluate anew"
-        keep_protocol(own / "protocol.json", settings, "run.name", parts=("generate", "reward", "judge"), cure=cure)
+        hold = functools.partial(
+            keep_protocol, own / "protocol.json", settings, "run.name", parts=("generate", "reward", "judge"), cure=cure
+        )
+        hold(write=False)
         answers = AnswerFile(own / "answers.jsonl", [question.turn.row_id for question in asked])
-        unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device)
+        unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device, begin=hold)
         scored = [
             _score(
                 question.turn,
@@ -154,7 +157,7 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
             "samples": [answer.row() for answer in scored],
         }
         path = whole if outcome.complete else partial
-        write_once(path, json.dumps(result, ensure_ascii=False, indent=1))
+        write_once(path, json.dumps(sealed(result), ensure_ascii=False, indent=1))
         if outcome.complete:
             partial.unlink(missing_ok=True)
     return path, outcome
@@ -224,7 +227,7 @@ def _summary(answers: Sequence[Answered]) -> dict[str, Any]:
     return {name: None if math.isnan(value) else value for name, value in means.items()} | {
         "samples": len(answers),
         "judge_failed": sum(a.judge_error is not None for a in answers),
-        "mode_share": {str(k): mean(float(a.parts.mode == k) for a in answers) for k in MODES},
+        "mode_share": {str(k): mean(float(a.parts.mode == k) for a in answers) for k in MODES} if answers else {},
     }
 
 
@@ -242,19 +245,26 @@ class Unjudged:
 
 
 def _answer_and_judge(
-    asked: list[Question], answers: AnswerFile, tokenizer: Any, config: EvaluateConfig, own: Path, device: str
+    asked: list[Question],
+    answers: AnswerFile,
+    tokenizer: Any,
+    config: EvaluateConfig,
+    own: Path,
+    device: str,
+    begin: Callable[[], None],
 ) -> Unjudged:
-    """Draw and judge what is missing, batch by batch; a batch is judged while the next one is drawn."""
+    """Draw and judge what is missing, batch by batch; a batch is judged while the next one is drawn.
+
+    ``begin`` is called once the judge is known to answer: a start that failed binds the evaluation to nothing.
+    """
     from nemo_ampo.judge import open_judge
 
     spoken = [i for i in answers.replies if _answer(answers.replies[i], config) is not None]
     if len(answers.replies) == len(asked) and len(answers.verdicts) == len(spoken):
         return Unjudged()
     with open_judge(config.judge, own) as judge:
-        try:
-            judge.check()
-        except BudgetError as error:
-            return Unjudged(dict.fromkeys(set(spoken) - set(answers.verdicts), "budget"), str(error))
+        judge.check()
+        begin()
         work = _Judging(asked, answers, judge, config)
         for index in sorted(answers.replies):
             work.submit(index)

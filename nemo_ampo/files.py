@@ -11,7 +11,7 @@ import os
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,30 @@ class _NotStrictError(ValueError):
     """JSON to the library, but not to us."""
 
 
+_SEAL = "seal"
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON values with a digest of all of them, by which whoever reads it again notices an edited one."""
+    return {**record, _SEAL: _digest(record)}
+
+
+def unsealed(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record as it was before :func:`sealed`; one that has no seal, as older versions wrote it, is taken as it is.
+
+    Raises:
+        DataError: it is not what was sealed.
+    """
+    content = {name: value for name, value in record.items() if name != _SEAL}
+    if _SEAL in record and record[_SEAL] != _digest(content):
+        raise DataError(f"{where}: not what was written there; the file was damaged or edited")
+    return content
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode("ascii")).hexdigest()[:16]
+
+
 def is_torn(path: Path) -> bool:
     """Whether the last line of a log lacks its end: the process died while writing, or the file was cut."""
     if not path.exists():
@@ -240,7 +264,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Lines of a log; a torn last one (the process died while writing) is left out. No file, no lines.
 
     Raises:
-        DataError: a line that was written whole is no JSON object.
+        DataError: a line that was written whole is no JSON object, or not what was sealed.
     """
     return [row for _, row in stream_jsonl(path)]
 
@@ -260,14 +284,14 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 why = f" ({error})"
             if not isinstance(row, dict):
                 raise DataError(f"{where}: not a JSON object{why}; the file was damaged or edited")
-            yield where, row
+            yield where, unsealed(row, where)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object.
 
     Raises:
-        DataError: it holds anything else.
+        DataError: it holds anything else, or not what was sealed.
         DiskError: it cannot be read.
     """
     with disk_errors(f"cannot read {path}"):
@@ -278,7 +302,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}; the file was damaged or edited") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}: expected a JSON object; the file was damaged or edited")
-    return record
+    return unsealed(record, str(path))
 
 
 def file_name_problem(name: object) -> str | None:

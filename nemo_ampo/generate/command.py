@@ -121,7 +121,7 @@ def _config(args: argparse.Namespace) -> JobConfig:
         )
     return JobConfig(
         kind=args.kind,
-        out=args.out,
+        out=args.out.resolve(),  # what a symbolic link stands for
         teacher=EndpointConfig(
             base_url=args.teacher,
             model=args.teacher_model,

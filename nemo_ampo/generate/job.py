@@ -21,6 +21,7 @@ from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.data.rows import as_record, write_json, write_rows
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import file_name_problem
 from nemo_ampo.generate.overlap import check_records
 from nemo_ampo.generate.rows import Played, play_bc, play_rl
 from nemo_ampo.generate.situations import Situation, Situations
@@ -67,6 +68,9 @@ class JobConfig:
     max_concurrency: int = 16
 
     def __post_init__(self) -> None:
+        problem = file_name_problem(self.out.name)
+        if problem is not None:
+            raise ConfigError(f"--out: the name {problem}")
         if self.out.suffix not in SUFFIXES:
             raise ConfigError(f"--out: expected a file ending in {' or '.join(SUFFIXES)}, got {self.out}")
         if (self.judge is not None) != (self.kind == "rl"):

@@ -211,7 +211,7 @@ def _evaluated(evaluation: Evaluation) -> Headline:
         reward=tables.number(summary.reward),
         valid=tables.percent(summary.valid_format),
         tokens=tables.number(summary.tokens, 1),
-        modes=_with_broken(summary.mode_share),
+        modes=_with_broken(summary.mode_share) if summary.samples else {},
     )
 
 

@@ -63,7 +63,7 @@ def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[list[str]]:
             number(summary.reward),
             percent(summary.valid_format),
             number(summary.tokens, 1),
-            *(percent(summary.mode_share[k]) for k in MODES),
+            *(percent(summary.mode_share[k] if summary.samples else None) for k in MODES),
             str(summary.judge_failed),
         ]
         for tag in tags

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.files import write_once
 from nemo_ampo.sotopia.overview import check_same_view, unlike
 from nemo_ampo.sotopia.report import (
     COLUMN_TITLES,
@@ -21,6 +19,7 @@ from nemo_ampo.sotopia.report import (
     mode_colour,
     mode_title,
     render_template,
+    write_files,
 )
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan
@@ -168,10 +167,8 @@ def write_comparison(comparison: RunComparison, page: Path | None = None) -> Wri
     """
     page = page or default_stem(comparison).with_name(default_stem(comparison).name + ".html")
     written = Written(page, page.with_suffix(".json"), page.with_suffix(".csv"))
-    write_once(written.result, json.dumps(comparison.as_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    write_once(written.table, comparison_csv(comparison))
-    write_once(written.page, render_template("compare.html.j2", page_context(comparison)))
-    return written
+    rendered = render_template("compare.html.j2", page_context(comparison))
+    return write_files(written, comparison.as_json(), comparison_csv(comparison), rendered)
 
 
 def page_context(comparison: RunComparison) -> dict[str, Any]:

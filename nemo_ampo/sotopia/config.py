@@ -21,7 +21,7 @@ from nemo_ampo.sotopia.episode import LeaveRule
 from nemo_ampo.sotopia.pairings import Pairing, Subset, check_pairing
 from nemo_ampo.sotopia.prompts import load_texts
 
-_JUDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_JUDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 class ViewName(StrEnum):
@@ -123,7 +123,8 @@ class ScoreJudgeConfig(EndpointConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("name", bool(_JUDGE_NAME.fullmatch(self.name)), "letters, digits, dot, dash and underscore only")
+        rule = "letters, digits, dot, dash and underscore only, at most 120"
+        self._check("name", bool(_JUDGE_NAME.fullmatch(self.name)), rule)
         self._check("temperatures", len(self.temperatures) > 0, "must name at least one try")
 
 

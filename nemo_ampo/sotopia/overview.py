@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.files import write_once
 from nemo_ampo.report.inputs import Series
 from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
 from nemo_ampo.sotopia.dimensions import OVERALL
@@ -28,6 +26,7 @@ from nemo_ampo.sotopia.report import (
     render_template,
     with_interval,
     with_suffix,
+    write_files,
 )
 from nemo_ampo.sotopia.statistics import Estimate
 from nemo_ampo.sotopia.summary import SUBSETS, RunSummary, without_nan
@@ -205,12 +204,8 @@ def write_overview(runs: Sequence[RunSummary], page: Path | None = None) -> Writ
     folder = last if last.is_dir() else last.with_suffix("")
     page = page or folder / with_suffix(PAGE_FILE, runs[-1].suffix)
     written = Written(page, page.with_suffix(".json"), page.with_suffix(".csv"))
-    write_once(
-        written.result, json.dumps([_record(run) for run in runs], ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    )
-    write_once(written.table, overview_csv(runs))
-    write_once(written.page, render_template("overview.html.j2", page_context(runs)))
-    return written
+    rendered = render_template("overview.html.j2", page_context(runs))
+    return write_files(written, [_record(run) for run in runs], overview_csv(runs), rendered)
 
 
 def _record(run: RunSummary) -> dict[str, Any]:

@@ -9,7 +9,8 @@ A folder of results holds ``protocol.json`` (what the numbers were made with) an
     {"record": "scores", ...}        what one judge thinks of it; several judges, several lines
     {"record": "score_error", ...}   a judge that gave no usable scores
 
-A line is written in one piece before the next call depends on it, so a killed process loses no answered call.
+A line is written in one piece before the next call depends on it, so a killed process loses no answered call. Each is
+sealed: one that was edited is named by whoever reads it.
 The last line may be torn by the kill: readers leave it out, the next writer cuts it off. After ``end`` and ``scores``
 the file is also forced to the disk, by a thread beside the run, so that it survives the machine. All readers hold one
 episode at a time.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import ConfigError, DataError, UserError
-from nemo_ampo.files import disk_errors, strict_json
+from nemo_ampo.files import disk_errors, sealed, strict_json, unsealed
 from nemo_ampo.lock import hold_run
 from nemo_ampo.modes import MODES
 from nemo_ampo.protocol import keep_protocol, read_protocol
@@ -350,7 +351,7 @@ class EpisodeStore:
     def _append(self, key: EpisodeKey, kind: str, values: Mapping[str, Any]) -> None:
         self._require_synced()
         # Lone surrogates can come out of a model's bytes; escaped they are plain ASCII.
-        line = (json.dumps({"record": kind, **values}) + "\n").encode("ascii")
+        line = (json.dumps(sealed({"record": kind, **values})) + "\n").encode("ascii")
         path, file = self._opened(key)
         with disk_errors(f"cannot write {path}"):
             written = file.write(line)
@@ -390,7 +391,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: any other line that is no record.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line feed is torn, or empty
+    with disk_errors(f"cannot read {path}"):
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line feed is torn, or empty
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -403,7 +405,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         problem = _problem(kind, record)
         if problem is not None:
             raise DataError(f"{path}, line {number}: {problem}; the file was damaged or edited")
-        records.append(record)
+        records.append(unsealed(record, f"{path}, line {number}"))
     return records
 
 

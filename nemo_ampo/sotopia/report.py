@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_ampo.errors import FormatError
 from nemo_ampo.files import write_once
 from nemo_ampo.grammar import parse_reply
+from nemo_ampo.lock import hold_output
 from nemo_ampo.modes import MODES, NO_MODE
 from nemo_ampo.report.charts import BROKEN
 from nemo_ampo.report.inputs import Series
@@ -38,6 +39,7 @@ from nemo_ampo.text import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
+PATIENCE_S = 30.0
 RESULT_FILE, TABLE_FILE, PAGE_FILE = "result.json", "table.csv", "report.html"
 CSV_COLUMNS = (
     *("view", "judge", "subset", "role", "dimension", "mean", "low", "high", "std"),
@@ -72,6 +74,15 @@ class Written:
     table: Path
 
 
+def write_files(files: Written, record: Any, table: str, page: str) -> Written:
+    """Write a report; one that another process writes under the same names comes before it or after it, never between."""
+    with hold_output(files.page, "--out", PATIENCE_S):
+        write_once(files.result, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        write_once(files.table, table)
+        write_once(files.page, page)
+    return files
+
+
 def write_report(summary: RunSummary, page: Path | None = None) -> Written:
     """Write the page and, beside it, ``result.json`` and ``table.csv``.
 
@@ -83,11 +94,7 @@ def write_report(summary: RunSummary, page: Path | None = None) -> Written:
     folder = summary.path if summary.path.is_dir() else summary.path.with_suffix("")
     page = page or folder / with_suffix(PAGE_FILE, summary.suffix)
     result, table = (page.with_name(with_suffix(name, summary.suffix)) for name in (RESULT_FILE, TABLE_FILE))
-    written = Written(page, result, table)
-    write_once(written.result, json.dumps(summary.as_json(), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    write_once(written.table, table_csv(summary))
-    write_once(written.page, render(summary).encode("utf-8", "replace").decode("utf-8"))
-    return written
+    return write_files(Written(page, result, table), summary.as_json(), table_csv(summary), render(summary))
 
 
 def with_suffix(name: str, suffix: str) -> str:

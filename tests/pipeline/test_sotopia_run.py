@@ -202,7 +202,7 @@ def test_another_protocol_leaves_the_saved_episodes_alone(server: Server, tmp_pa
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     changes = {
         "episode.view=reference": "view was 'sotopia', is now 'reference'",
-        "policy.temperature=0": "'temperature': 0.7",
+        "policy.temperature=0": "policy.temperature was 0.7, is now 0.0",
         "judge.temperatures=[0.5]": "temperatures was [0.0, 0.0, 1.0], is now [0.5]",
     }
     for override, message in changes.items():

@@ -59,6 +59,7 @@ def test_a_damaged_or_edited_line_is_named_and_no_number_comes_of_it(tmp_path: P
     for change in (
         *({"agent1": value} for value in (11, -1, "5", None, True, float("nan"), float("inf"), [5])),
         *({"index": value} for value in (4, -1, 1.0, "1", 1)),
+        {"agent1": 2},
         *({"record": "score"}, {"record": 3}, {"extra": 1}, {"agent2": None}),
     ):
         path.write_bytes(b"".join(lines[:-1]) + json.dumps(last | change).encode() + b"\n")
@@ -84,8 +85,8 @@ def test_a_damaged_or_edited_line_is_named_and_no_number_comes_of_it(tmp_path: P
         except DataError as error:
             assert "answers.jsonl" in str(error) and "\n" not in str(error)
             continue
-        assert all(0 <= score <= 10 for verdict in found.verdicts.values() for score in (verdict.agent1, verdict.agent2))
-        assert all(kept.row_id == ROWS[index] for index, kept in found.replies.items())
+        assert found.verdicts.items() <= {1: Verdict(3.5, 10), 3: Verdict(0, 1)}.items()
+        assert all(kept == reply(index) for index, kept in found.replies.items())
 
 
 def test_a_verdict_that_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from nemo_ampo import evaluation
 from nemo_ampo.compose import compose
 from nemo_ampo.config import EvaluateConfig, read_config
 from nemo_ampo.data.episodes import read_turns
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.judge.client import _FIRST_REQUEST
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
+from nemo_ampo.report import parse_evaluation, read_evaluation
+from nemo_ampo.report.tables import evaluation_rows
 from nemo_ampo.world.pack import make_pack
 from recipes import evaluate as recipe
 from recipes.launch import main
@@ -210,6 +212,33 @@ def test_a_second_start_of_the_same_evaluation_is_refused(
         assert run() == 2
         assert "run.name: " in (err := capsys.readouterr().err) and "is in use by another job" in err
         assert run(name="two") == 0, "another checkpoint may be evaluated into the folder meanwhile"
+
+
+def test_a_start_that_failed_binds_the_evaluation_to_nothing(
+    run: Evaluate, judge: FaultJudge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("judge.base_url=http://127.0.0.1:9/v1", "judge.max_tokens=7") == 2
+    assert "judge.base_url" in capsys.readouterr().err
+    assert run("judge.max_tokens=70") == 0
+
+
+def test_what_nobody_answered_yet_has_no_numbers() -> None:
+    record = {"name": "one", "summary": evaluation.summarise([]), "samples": [], "planned": 3}
+    parsed = parse_evaluation(json.loads(json.dumps(record, allow_nan=False)), "one.json")
+    assert parsed.partial == "PARTIAL: 0 of 3 answers judged"
+    assert evaluation_rows([parsed]) == [["one *", "all", "0", *["\N{EN DASH}"] * 8, "0"]]
+
+
+def test_an_edited_score_of_a_result_is_named(run: Evaluate, tmp_path: Path) -> None:
+    assert run() == 0
+    written = (tmp_path / "one.json").read_text()
+    record = result(tmp_path)
+    record["samples"][0]["agent1_score"] = 9.5
+    (tmp_path / "one.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"one\.json: not what was written there"):
+        read_evaluation(tmp_path / "one.json")
+    (tmp_path / "one.json").write_text(written)
+    read_evaluation(tmp_path / "one.json")
 
 
 def test_a_name_is_what_was_typed_and_a_number_of_a_file_is_none(run: Evaluate, tmp_path: Path) -> None:

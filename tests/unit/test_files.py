@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import stat
@@ -21,6 +22,8 @@ from nemo_ampo.files import (
     is_torn,
     object_in,
     read_jsonl,
+    read_record,
+    sealed,
     strict_json,
     write_once,
 )
@@ -209,3 +212,22 @@ def test_an_appended_line_follows_a_whole_one(tmp_path: Path) -> None:
     assert not is_torn(log) and not is_torn(tmp_path / "absent")
     log.write_bytes(b"torn")
     assert is_torn(log)
+
+
+RECORD = {"text": "\u00e4\ud800 \u4e16", "score": -0.0, "big": 1e300, "list": [1, {"a": None}], "7": True}
+
+
+def test_a_sealed_record_is_read_as_it_was_and_an_edited_one_is_named(tmp_path: Path) -> None:
+    path, lines = tmp_path / "r.json", tmp_path / "r.jsonl"
+    path.write_text(json.dumps(sealed(RECORD), indent=1))
+    assert read_record(path) == RECORD
+    path.write_text(json.dumps(RECORD))
+    assert read_record(path) == RECORD, "older versions sealed nothing"
+    for change in ({"score": 0.5}, {"list": [1]}, {"more": 1}, {"seal": None}, {"seal": [RECORD]}):
+        edited = json.dumps(sealed(RECORD) | change)
+        path.write_text(edited)
+        lines.write_text(f"{json.dumps(sealed(RECORD))}\n{edited}\n")
+        with pytest.raises(DataError, match=r"r\.json: not what was written there; the file was damaged or edited"):
+            read_record(path)
+        with pytest.raises(DataError, match=r"r\.jsonl, line 2: not what was written there"):
+            read_jsonl(lines)

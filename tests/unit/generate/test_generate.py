@@ -272,3 +272,19 @@ def test_an_output_continues_only_the_job_it_was_begun_by(tmp_path, folder, teac
     assert said in err and "give another --out" in err and len(err.splitlines()) == 1
     assert out.read_bytes() == before and sum(teacher.asked.values()) == asked
     assert main([*command, "--max-calls", "1000", "--max-concurrency", "3", "--timeout-s", "9"]) == 0
+
+
+def test_the_output_is_what_its_name_stands_for(tmp_path, folder, teacher, capsys):
+    link, real = tmp_path / "link.jsonl", tmp_path / "disk" / "rows.jsonl"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    given = ("--sotopia-dir", folder, "--limit", 1)
+    assert main(arguments("bc", link, teacher, *given)) == 0
+    assert link.is_symlink() and read_bc_rows(real) and meta(real)["complete"]
+    asked = sum(teacher.asked.values())
+    assert main(arguments("bc", real, teacher, *given)) == 0
+    assert sum(teacher.asked.values()) == asked, "one output, one purse"
+    capsys.readouterr()
+    for name in ("x" * 300, "x\ty"):
+        assert main(arguments("bc", tmp_path / f"{name}.jsonl", teacher, *given)) == 2
+        assert capsys.readouterr().err.startswith("error: --out: the name must not ")

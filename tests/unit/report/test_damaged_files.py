@@ -14,6 +14,7 @@ from sample_run import GROUP, evaluation, turn, write_ampo, write_bc
 
 from nemo_ampo.checkpoint.store import MANIFEST, Layout, Manifest
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import sealed
 from nemo_ampo.report import file_problems, read_run, write_report
 from nemo_ampo.runlog import log_hashes, log_positions
 
@@ -35,7 +36,9 @@ def consistent(name: str) -> dict[str, Any]:
     sample = record["samples"][0]
     means = {"samples": 2, "reward": 0.5, "goal": 0.5, "valid_format": 1.0, "tokens": 12.0, "judge_failed": 0}
     summary = means | {"mode_share": {"1": 1.0, "2": 0.0, "3": 0.0, "4": 0.0}}
-    return record | {"summary": {"all": dict(summary), "easy": summary}, "samples": [sample, sample | {"row_id": "e-2"}]}
+    return sealed(
+        record | {"summary": {"all": dict(summary), "easy": summary}, "samples": [sample, sample | {"row_id": "e-2"}]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +118,10 @@ def digits_changed(line: bytes, rng: random.Random) -> bytes:
 
 
 def shown(root: Path) -> str:
-    """What a page can be made of; of evaluations the summary, for their samples have no second copy."""
+    """What a page can be made of."""
     run = read_run(root)
     stages = [(stage.log.lines, stage.samples) for stage in (run.bc, run.ampo) if stage is not None]
-    return repr((stages, [(e.name, e.summary) for e in run.evaluations]))
+    return repr((stages, [(e.name, e.summary, e.samples) for e in run.evaluations]))
 
 
 def test_no_damage_is_a_traceback_or_a_changed_number_without_a_word(whole: Path, tmp_path: Path) -> None:
@@ -154,10 +157,11 @@ def test_a_removed_line_and_an_edited_number_are_alarms_on_the_page(whole: Path,
     assert "the lines of steps 1 are missing." in write_report(root).read_text()
 
 
-def test_a_summary_that_its_samples_do_not_give_is_an_alarm(whole: Path, tmp_path: Path) -> None:
+def test_a_summary_without_a_seal_that_its_samples_do_not_give_is_an_alarm(whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(whole, root)
     record = consistent("bc")
+    del record["seal"]
     record["summary"]["all"] |= {"goal": 0.9}
     (root / "evaluate" / "bc.json").write_text(json.dumps(record))
     (problem,) = [problem for problem in file_problems(read_run(root)) if problem.startswith("bc.json")]

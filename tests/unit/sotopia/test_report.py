@@ -19,6 +19,9 @@ from typer.testing import CliRunner
 
 from nemo_ampo.cli import make_app
 from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.lock import hold_output
+from nemo_ampo.sotopia import report
+from nemo_ampo.sotopia.commands import report as make_report
 from nemo_ampo.sotopia.compare import compare_runs, comparison_csv, comparison_table
 from nemo_ampo.sotopia.overview import overview_csv, overview_table
 from nemo_ampo.sotopia.records import Episode, EpisodeResult, EpisodeStore
@@ -290,6 +293,19 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
 def test_an_explicit_page_keeps_its_neighbours_with_it(tmp_path: Path) -> None:
     written = write_report(read_summary(write_run(tmp_path / "run"), resamples=50), tmp_path / "out" / "page.html")
     assert [p.parent.name for p in (written.page, written.result, written.table)] == ["out"] * 3
+
+
+def test_two_reports_of_one_name_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PATIENCE_S", 0.0)
+    runs = [write_run(tmp_path / f"bias{i}", shift=float(i), seed=i) for i in range(3)]
+    page = tmp_path / "out.html"
+    with hold_output(page, "--out"):
+        for number in (1, 2, 3):
+            with pytest.raises(UserError, match=r"--out: .*out\.html is in use by another job"):
+                make_report(runs[:number], page)
+        assert [path.name for path in tmp_path.glob("out*")] == [], "none of the three files"
+    make_report(runs, page)
+    assert len(list(tmp_path.glob("out*"))) == 3
 
 
 def test_many_runs_stand_in_one_table_with_score_against_tokens(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nemo_ampo.errors import BudgetError, ConfigError
 from nemo_ampo.outcome import Outcome
 from nemo_ampo.serve.local import server_process
 from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
-from nemo_ampo.sotopia.config import SotopiaConfig
+from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate, shared_limits
 from nemo_ampo.sotopia.summary import read_summary
@@ -195,3 +195,10 @@ def kept(run: Path) -> int:
     with closing(sqlite3.connect(path)) as db:
         tables = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'replies'").fetchone()[0]
         return db.execute("SELECT count(*) FROM replies").fetchone()[0] if tables else -1
+
+
+def test_a_scorings_name_makes_file_names(url: str) -> None:
+    ScoreJudgeConfig(base_url=url, model="m", name="a" * 120)
+    for name in ("a" * 121, "../x", "", ".x", "a b", "a\n"):
+        with pytest.raises(ConfigError, match=r"judge\.name: letters, digits, .* at most 120"):
+            ScoreJudgeConfig(base_url=url, model="m", name=name)
