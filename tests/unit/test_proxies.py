@@ -32,9 +32,7 @@ def test_this_machine_is_asked_directly(host: str) -> None:
     assert through(f"http://{host}:8000/v1") == ""
 
 
-@pytest.mark.parametrize(
-    "host", ["judge.example", "10.1.2.3", "[2001:db8::1]", "localhost.example", "128.1", "127.example"]
-)
+@pytest.mark.parametrize("host", ["judge.example", "10.1.2.3", "[2001:db8::1]", "localhost.example", "128.1", "127.example"])
 def test_others_are_asked_through_the_proxy(host: str) -> None:
     assert proxy_for(f"http://{host}:8000/v1") == PROXY
     assert not is_loopback(host)
