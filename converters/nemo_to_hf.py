@@ -24,6 +24,7 @@ from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import look_alike
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
 from nemo_ampo.overrides import typed_path
@@ -106,7 +107,7 @@ def convert(
 
 def _bytes_of(nemo_path: Path) -> int:
     if not nemo_path.is_file():
-        raise UserError(f"{nemo_path}: no such .nemo file")
+        raise UserError(f"{nemo_path}: no such .nemo file{look_alike(nemo_path)}")
     return nemo_path.stat().st_size
 
 

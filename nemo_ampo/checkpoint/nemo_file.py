@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_ampo.errors import DiskError, UserError
-from nemo_ampo.files import disk_errors
+from nemo_ampo.files import disk_errors, look_alike
 from nemo_ampo.staging import scratch_folder, staged
 from nemo_ampo.text import one_line
 
@@ -53,7 +53,7 @@ _COPY_BYTES = 16 * 1024 * 1024
 @contextlib.contextmanager
 def _open_tar(nemo_path: Path) -> Iterator[tarfile.TarFile]:
     if not nemo_path.is_file():
-        raise UserError(f"{nemo_path}: no such .nemo file")
+        raise UserError(f"{nemo_path}: no such .nemo file{look_alike(nemo_path)}")
     try:
         with tarfile.open(nemo_path, "r:") as tar:
             seen: set[PurePosixPath] = set()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.files import read_text, strict_json
+from nemo_ampo.files import look_alike, read_text, strict_json
 from nemo_ampo.text import one_line
 
 CONFIG_NAME = "config.json"
@@ -145,7 +145,7 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it is absent, not UTF-8, not JSON or no object.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder")
+        raise UserError(f"{path}: no such file; expected a Hugging Face model folder{look_alike(path)}")
     text = read_text(path)
     try:
         content = strict_json(text, finite=False)

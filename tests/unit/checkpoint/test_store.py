@@ -20,13 +20,12 @@ from nemo_ampo.checkpoint.store import (
     Layout,
     Manifest,
     Store,
-    check_config,
     damaged,
     list_files,
     measure,
     steps_to_keep,
 )
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import UserError
 
 ONE = Layout(world=1, tensor=1, pipeline=1, data=1)
 
@@ -151,14 +150,6 @@ def test_the_newest_always_stays_and_no_more_than_the_rules_ask_for(
     assert max(scores) in kept and kept <= set(scores)
     multiples = sum(1 for s in scores if every and s % every == 0)
     assert len(kept) <= last + best + multiples
-
-
-def test_rules_of_the_section_name_the_key() -> None:
-    check_config(CheckpointConfig())
-    with pytest.raises(ConfigError, match=r"checkpoint\.keep_last: at least 1, got 0"):
-        check_config(CheckpointConfig(keep_last=0))
-    with pytest.raises(ConfigError, match=r"checkpoint\.max_failed_saves: at least 1"):
-        check_config(CheckpointConfig(max_failed_saves=0))
 
 
 def test_a_manifest_of_something_else_is_an_error(tmp_path: Path) -> None:

@@ -150,3 +150,10 @@ def test_tokenizer_larger_than_the_embedding(hf_folder) -> None:
     edit_json(folder / "config.json", vocab_size=258)
     with pytest.raises(UserError, match="has 259 ids but the model's embedding only 258 rows"):
         check(folder)
+
+
+def test_a_folder_whose_name_only_looks_the_same_is_told_apart(hf_folder) -> None:
+    folder = hf_folder("llama")
+    folder.rename(folder.with_name("m\u00f6del"))
+    with pytest.raises(UserError, match=r"no such file; .* has 'm\\xf6del', which looks the same as 'mo\\u0308del'"):
+        open_hf_folder(folder.with_name("mo\u0308del"))
