@@ -76,6 +76,8 @@ class Written:
 
 def write_files(files: Written, record: Any, table: str, page: str) -> Written:
     """Write a report; one that another process writes under the same names comes before it or after it, never between."""
+    if files.page in (files.result, files.table):
+        raise UserError(f"--out: {files.page} would be the page and its numbers in one file; name the page, FILE.html")
     with hold_output(files.page, "--out", PATIENCE_S):
         write_once(files.result, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
         write_once(files.table, table)

@@ -308,6 +308,15 @@ def test_two_reports_of_one_name_do_not_mix(tmp_path: Path, monkeypatch: pytest.
     assert len(list(tmp_path.glob("out*"))) == 3
 
 
+@pytest.mark.parametrize("name", ["result.json", "table.csv"])
+def test_a_page_is_not_written_over_its_numbers(tmp_path: Path, name: str) -> None:
+    runs = [write_run(tmp_path / f"bias{i}", shift=float(i), seed=i) for i in range(3)]
+    for number in (1, 2, 3):
+        with pytest.raises(UserError, match=r"--out: .*name the page, FILE\.html"):
+            make_report(runs[:number], tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_many_runs_stand_in_one_table_with_score_against_tokens(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"bias{i}", shift=float(i), seed=i) for i in range(3)]
     result = run_cli(*runs)
