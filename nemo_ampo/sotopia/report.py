@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.errors import FormatError
+from nemo_ampo.errors import FormatError, UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.lock import hold_output
