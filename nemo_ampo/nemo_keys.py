@@ -296,6 +296,9 @@ def check_schedule(optim: Mapping[str, Any], max_steps: int | None) -> None:
         raise ConfigError(
             f"{section}.name: a value is required, {' or '.join(SCHEDULES)}; null for {section} is no schedule"
         )
+    for key, value in sched.items():
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{section}.{key}: must be a single value, got a section")
     known = ("name", "max_steps", *SCHEDULES[sched["name"]])
     for key in sched:
         if key not in known:

@@ -77,7 +77,11 @@ def load_prompt(name_or_path: str | Path) -> PromptTemplate:
     file: Traversable = Path(name)
     if isinstance(name_or_path, str) and _SHIPPED_NAME.fullmatch(name):
         file = resources.files(__package__) / f"{name}.txt"
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         shipped = ", ".join(sorted(_shipped_names()))
         raise ConfigError(f"prompt {name!r}: no such file; name one, or a shipped prompt ({shipped})")
     try:

@@ -152,7 +152,7 @@ def check_sotopia(config: SotopiaConfig) -> None:
         raise ConfigError(f"run.seeds: different numbers from 0 up, at least one, got {run.seeds}")
     check_folder("run.dir", run.dir)
     for key, folder in (("data.sotopia_dir", config.data.sotopia_dir), ("episode.prompts", episode.prompts)):
-        if folder is not None and not is_folder(folder):
+        if folder is not None and not (folder and is_folder(folder)):
             raise ConfigError(f"{key}: no such folder: {folder}{look_alike(folder)}")
     check_pairing(episode.pairing, config.policy, config.partner)
     check_serve(config.serve)

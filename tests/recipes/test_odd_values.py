@@ -24,7 +24,7 @@ ODD: tuple[Any, ...] = (
     *("", " ", "../x", "x" * 5000, "nan", "1e400", "ü新\u0301", "a\0b", "\ud800", "${x}", "\n", "0:0:0:0"),
     *([], {}, [1], {"a": 1}, None),
 )
-PER_KEY = 3
+PER_KEY = 6
 
 
 def composed(stage: str, folder: Path) -> DictConfig:

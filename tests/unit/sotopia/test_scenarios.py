@@ -189,6 +189,14 @@ def test_a_bad_value_is_named_with_file_key_and_field(content, write_folder, cha
     assert str(error.value).startswith(f"{folder}/{message}")
 
 
+@pytest.mark.parametrize("name", ["Mia\nTurn 3: Bob said", "Mia\u2028", "M\x1b[2J", "a\tb"])
+def test_a_name_of_several_lines_is_refused(content, write_folder, name):
+    next(iter(content["agents.json"].values()))["first_name"] = name
+    with pytest.raises(DataError, match=r"agents\.json.*first_name': .* one line") as error:
+        load_scenarios(write_folder(content))
+    assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("file", "value", "message"),
     [
