@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, JudgeFailure, check_algorithm, preset_named
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.files import check_folder, file_name_problem, is_file, look_alike, missing
+from nemo_ampo.files import check_folder, file_name_problem, is_file, missing, no_model_folder
 from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.modes import bias_problem
@@ -505,9 +505,7 @@ def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
     if config.data.system_prompt is not None:
         _file("data.system_prompt", config.data.system_prompt)
     if not is_file(Path(config.run.checkpoint) / "config.json"):
-        raise ConfigError(
-            f"run.checkpoint: no Hugging Face folder at {config.run.checkpoint}{look_alike(config.run.checkpoint)}"
-        )
+        raise ConfigError(f"run.checkpoint: {no_model_folder(config.run.checkpoint)}")
     problem = bias_problem(config.generate.mode_bias or {})
     if problem is not None:
         raise ConfigError(f"generate.mode_bias: {problem}")

@@ -374,6 +374,13 @@ def look_alike(path: str | Path) -> str:
     return "" if twin is None else f"; {place.parent} has {twin!a}, which looks the same as {place.name!a}"
 
 
+def no_model_folder(path: str | Path) -> str:
+    """In words, that there is no Hugging Face folder, and what to do where a file of NeMo's stands there."""
+    place = Path(path)
+    exported = "; export it first: python -m converters.nemo_to_hf" if place.suffix == ".nemo" and is_file(place) else ""
+    return f"no Hugging Face folder at {path}{look_alike(path)}{exported}"
+
+
 def same_to_the_eye(one: str, other: str) -> bool:
     """Whether two texts differ in nothing but the Unicode form of their letters (NFC, NFD, compatibility, width)."""
     return unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other)

@@ -612,6 +612,8 @@ class ChatClient:
         section = self.config.section
         if failure.status in (401, 403):
             cure = f"check the key in {endpoint.key_env}" if endpoint.key_env else f"set {section}.api_key_env"
+        elif failure.status in (402, 429) and failure.permanent:
+            cure = "the account behind the key has nothing left: top it up, or give another key or address"
         elif failure.status in (400, 422) and asked is not None:
             cure = f"{_sent(endpoint, asked)}; change these ({section}.extra_body={{FIELD: null}} leaves one out)"
         elif failure.status is not None:

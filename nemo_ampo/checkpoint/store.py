@@ -105,6 +105,8 @@ class Manifest:
             record = json.loads(path.read_text(encoding="utf-8"))
             stated = record.pop("config_hash")
             manifest = cls(**record | {"layout": Layout(**record["layout"])})
+        except FileNotFoundError:
+            raise UserError(f"{path.parent}: no checkpoint here, {path.name} is missing") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: not a checkpoint manifest ({error})") from None
         if manifest.config_hash != stated:

@@ -517,14 +517,23 @@ def read_run(folder: Path) -> Run:
             bc = here
         else:
             ampo = here
-    results = folder / EVALUATIONS_FOLDER
-    files = [*sorted(results.glob("*.json")), *sorted((results / PARTIAL_FOLDER).glob("*.json"))]
-    evaluations = in_checkpoint_order([read_evaluation(f) for f in files if f.name != PROVENANCE_FILE])
+    evaluations = in_checkpoint_order([read_evaluation(file) for file in _evaluation_files(folder)])
     if bc is None and ampo is None and not evaluations:
         raise DataError(
-            f"{folder}: nothing to report; expected {METRICS_FILE} of a stage, or bc/, ampo/ or {EVALUATIONS_FOLDER}/*.json"
+            f"{folder}: nothing to report; expected {METRICS_FILE} of a stage, results of an evaluation, or bc/, "
+            f"ampo/ or {EVALUATIONS_FOLDER}/"
         )
     return Run(folder, bc, ampo, tuple(evaluations))
+
+
+def _evaluation_files(folder: Path) -> list[Path]:
+    """Results under ``evaluate/``; else, where the folder is an evaluation's own, those of the names evaluated there."""
+    results = folder / EVALUATIONS_FOLDER
+    files = [*sorted(results.glob("*.json")), *sorted((results / PARTIAL_FOLDER).glob("*.json"))]
+    if not files:
+        names = sorted(f"{own.name}.json" for own in (folder / "judge").glob("*/"))
+        files = [file for place in (folder, folder / PARTIAL_FOLDER) for name in names if (file := place / name).is_file()]
+    return [file for file in files if file.name != PROVENANCE_FILE]
 
 
 def _stage(folder: Path) -> StageRun | None:

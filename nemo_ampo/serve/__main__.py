@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import no_model_folder
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.config import ServeConfig, check_serve
 from nemo_ampo.serve.local import run_app
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_serve(ServeConfig(host=args.host, device=args.device, dtype=args.dtype, max_batch=args.max_batch))
         if not (args.checkpoint / "config.json").is_file():
-            raise UserError(f"CHECKPOINT: no Hugging Face folder at {args.checkpoint}")
+            raise UserError(f"CHECKPOINT: {no_model_folder(args.checkpoint)}")
 
         import torch
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import no_model_folder
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.__main__ import main as embedded
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, choose_engine
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, others = parser.parse_known_args(argv)
     try:
         if not (args.checkpoint / "config.json").is_file():
-            raise UserError(f"CHECKPOINT: no Hugging Face folder at {args.checkpoint}")
+            raise UserError(f"CHECKPOINT: {no_model_folder(args.checkpoint)}")
         config = ServeConfig(engine=ServeEngine(args.engine), host=args.host, extra_args=others)
         engine = choose_engine(config)
     except UserError as error:

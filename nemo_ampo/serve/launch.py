@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import no_model_folder
 from nemo_ampo.serve.config import PROGRAMS, ServeConfig, ServeEngine, choose_engine
 from nemo_ampo.serve.local import base_url_of, free_port, server_process
 
@@ -46,7 +47,7 @@ def served(checkpoint: str | Path, config: ServeConfig, *, mode_dial: bool = Fal
         UserError: it does not come up.
     """
     if not (Path(checkpoint) / "config.json").is_file():
-        raise UserError(f"checkpoint: no Hugging Face folder at {checkpoint}")
+        raise UserError(f"checkpoint: {no_model_folder(checkpoint)}")
     engine = choose_engine(config, mode_dial)
     if engine is ServeEngine.embedded:
         command = embedded_command(checkpoint, config)

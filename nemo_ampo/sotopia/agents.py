@@ -20,7 +20,7 @@ from nemo_ampo.chat import Completion, EndpointConfig
 from nemo_ampo.checkpoint.policy_files import policy_hash, system_prompt
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError, FormatError
-from nemo_ampo.files import is_file, is_folder, look_alike, missing, read_text
+from nemo_ampo.files import is_file, is_folder, look_alike, missing, no_model_folder, read_text
 from nemo_ampo.grammar import QUOTE, mode_of, one_line, spoken_text
 from nemo_ampo.modes import NO_MODE, bias_problem
 from nemo_ampo.ranges import check_numbers, number, seconds
@@ -107,8 +107,7 @@ def check_agent(config: AgentConfig) -> None:
         given = "both" if config.base_url else "neither"
         raise ConfigError(f"{section}.checkpoint, {section}.base_url: give exactly one of the two, not {given}")
     if config.checkpoint and not is_file(Path(config.checkpoint) / "config.json"):
-        at = f"{config.checkpoint}{look_alike(config.checkpoint)}"
-        raise ConfigError(f"{section}.checkpoint: no Hugging Face folder at {at}")
+        raise ConfigError(f"{section}.checkpoint: {no_model_folder(config.checkpoint)}")
     if config.tokenizer and not is_folder(config.tokenizer):
         raise ConfigError(f"{section}.tokenizer: no folder at {config.tokenizer}{look_alike(config.tokenizer)}")
     if config.system_prompt is not None and not is_file(config.system_prompt):

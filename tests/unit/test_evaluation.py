@@ -146,6 +146,13 @@ def test_it_continues_only_itself(
     assert (tmp_path / "judge" / "one" / "answers.jsonl").read_bytes() == before
 
 
+def test_a_first_start_that_fails_binds_the_name_to_nothing(run: Evaluate, tmp_path: Path) -> None:
+    assert run("judge.base_url=http://127.0.0.1:1/v1", "data.limit=3", "judge.model=typo") == 2
+    assert not (tmp_path / "judge" / "one" / "protocol.json").exists()
+    assert run() == 0
+    assert (tmp_path / "judge" / "one" / "protocol.json").exists()
+
+
 def test_contents_count_and_places_do_not(
     run: Evaluate, policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from nemo_ampo.files import (
     file_name_problem,
     full_or_read_only,
     is_torn,
+    no_model_folder,
     object_in,
     read_jsonl,
     read_record,
@@ -231,3 +232,9 @@ def test_a_sealed_record_is_read_as_it_was_and_an_edited_one_is_named(tmp_path: 
             read_record(path)
         with pytest.raises(DataError, match=r"r\.jsonl, line 2: not what was written there"):
             read_jsonl(lines)
+
+
+def test_a_nemo_file_in_place_of_a_model_folder_is_told_how_to_be_exported(tmp_path: Path) -> None:
+    (tmp_path / "policy.nemo").touch()
+    assert no_model_folder(tmp_path / "policy.nemo").endswith("; export it first: python -m converters.nemo_to_hf")
+    assert no_model_folder(tmp_path / "none.nemo") == f"no Hugging Face folder at {tmp_path / 'none.nemo'}"

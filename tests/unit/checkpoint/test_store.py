@@ -91,7 +91,7 @@ def test_an_incomplete_checkpoint_is_passed_over_with_its_reason(tmp_path: Path,
     expected = {
         "missing": "missing",
         "short": "99 bytes instead of 100",
-        "no manifest": "not a checkpoint manifest",
+        "no manifest": "no checkpoint here, manifest.json is missing",
         "torn manifest": "not a checkpoint manifest",
         "other config": "config was changed",
     }

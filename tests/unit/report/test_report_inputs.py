@@ -188,6 +188,15 @@ def test_provenance_beside_evaluations_is_no_evaluation(tmp_path: Path) -> None:
     assert [e.name for e in read_run(tmp_path).evaluations] == ["bc"]
 
 
+def test_an_evaluations_own_folder_shows_its_results_also_partial_ones_and_nothing_else(tmp_path: Path) -> None:
+    for name, folder in (("bc", tmp_path), ("ampo", tmp_path / "partial")):
+        (tmp_path / "judge" / name).mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(evaluation(name, 0.5)))
+    (tmp_path / "settings.json").write_text("[]")
+    assert [e.name for e in read_run(tmp_path).evaluations] == ["bc", "ampo"]
+
+
 def test_an_empty_folder_is_an_error_that_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing to report; expected metrics.jsonl"):
         read_run(tmp_path)
