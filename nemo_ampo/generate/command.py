@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from nemo_ampo.chat import EndpointConfig, Price
+from nemo_ampo.chat import Price
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import check_writable, full_or_read_only
-from nemo_ampo.generate.job import JobConfig, most_calls, run
+from nemo_ampo.generate.job import JobConfig, TeacherConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.overrides import typed_path
@@ -122,7 +122,7 @@ def _config(args: argparse.Namespace) -> JobConfig:
     return JobConfig(
         kind=args.kind,
         out=args.out.resolve(),  # what a symbolic link stands for
-        teacher=EndpointConfig(
+        teacher=TeacherConfig(
             base_url=args.teacher,
             model=args.teacher_model,
             api_key_env=args.teacher_key_env,

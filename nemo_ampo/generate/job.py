@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nemo_ampo.chat import ChatClient, EndpointConfig
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
@@ -39,6 +39,13 @@ SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True)
+class TeacherConfig(EndpointConfig):
+    """The endpoint that speaks."""
+
+    section: ClassVar[str] = "teacher"
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """What to write and how much it may cost.
 
@@ -57,7 +64,7 @@ class JobConfig:
 
     kind: Kind
     out: Path
-    teacher: EndpointConfig
+    teacher: TeacherConfig
     judge: JudgeConfig | None = None
     system: str | None = None
     seed: int = 0

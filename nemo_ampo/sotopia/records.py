@@ -313,7 +313,8 @@ class EpisodeStore:
         path = self.folder / name
         if name == PROTOCOL_FILE and not path.exists() and (self.folder / EPISODES_FOLDER).exists():
             raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
-        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=AGENTS, write=write)
+        cure = "give another run.dir" if name == PROTOCOL_FILE else "give another judge.name"
+        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=AGENTS, cure=cure, write=write)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
