@@ -26,6 +26,8 @@ class CheckpointConfig:
         keep_best: so many best ones stay too, by ``best_metric``; 0 keeps none for that reason.
         best_metric: a metric of the step before the save, as named in ``metrics.jsonl``.
         best_mode: ``max`` or ``min``.
+        verify: read a few of the weights back after each save and compare them with those in memory; a difference is a
+            failed save.
         max_failed_saves: after so many failed saves in a row the run stops; the last good checkpoint is intact.
     """
 
@@ -35,4 +37,5 @@ class CheckpointConfig:
     keep_best: int = number(1, least=0)
     best_metric: str = "reward/mean"
     best_mode: BestMode = BestMode.max
+    verify: bool = True
     max_failed_saves: int = number(3, least=1)

@@ -23,7 +23,14 @@ from omegaconf import OmegaConf
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.pickles import check_folder, check_torch_file
-from nemo_ampo.checkpoint.sharded_files import SaveFailedError, agree, read_shards, together, write_shards
+from nemo_ampo.checkpoint.sharded_files import (
+    SaveFailedError,
+    agree,
+    read_shards,
+    together,
+    verify_shards,
+    write_shards,
+)
 from nemo_ampo.checkpoint.store import (
     OPTIMIZER,
     WEIGHTS,
@@ -144,6 +151,8 @@ class Saver:
         torch.distributed.broadcast_object_list(folder)
         path = Path(folder[0])
         write_shards(self._model.sharded_state_dict(), path / WEIGHTS)
+        if self._config.verify:
+            verify_shards(self._model.sharded_state_dict(), path / WEIGHTS)
         write_shards(self._optimizer_state(is_loading=False), path / OPTIMIZER)
         together(lambda: _save_random_states(path / RANDOM_STATES / f"rank-{self._rank:05d}.pt"))
         together(lambda: OmegaConf.save(self._model.cfg, path / "model_config.yaml") if main else None)

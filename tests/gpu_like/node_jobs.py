@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
     for name in ("saved", "saved_undone"):
         with without(*UNDO["synchronise"]()) if name == "saved_undone" else contextlib.nullcontext():
             result[name] = save(session, folder / name)
+            result[f"{name}_verified"] = outcome(lambda n=name: verify(session, folder / n))  # type: ignore[misc]
     result["tensorrt_llm"] = "tensorrt_llm" in sys.modules
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
 
@@ -108,6 +109,12 @@ def save(session: Any, folder: Path) -> int:
     write_shards(session.model.sharded_state_dict(), folder)
     torch.cuda.synchronize()
     return damaged_tensors(folder)
+
+
+def verify(session: Any, folder: Path) -> None:
+    from nemo_ampo.checkpoint.sharded_files import verify_shards
+
+    verify_shards(session.model.sharded_state_dict(), folder)
 
 
 def damaged_tensors(folder: Path) -> int:

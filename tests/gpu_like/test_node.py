@@ -42,6 +42,8 @@ def test_a_checkpoint_holds_what_the_device_held(ranks: list[dict[str, Any]]) ->
     for rank in ranks:
         assert rank["saved"] == 0
         assert rank["saved_undone"] > 0
+        assert rank["saved_verified"] == ""
+        assert "on the disk is not what it is in memory" in rank["saved_undone_verified"], "and would be noticed"
 
 
 def test_nothing_asks_for_tensorrt_llm(ranks: list[dict[str, Any]]) -> None:
