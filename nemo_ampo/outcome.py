@@ -18,6 +18,7 @@ PARTIAL_FOLDER = "partial"
 """Where a result lies that is not complete, so that nothing takes it for one that is."""
 
 _SHOWN_FAILURES = 5
+_TRIED_IN_VAIN = 3
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Outcome:
         words: what is counted and what happens to it there and there.
         missing: reason to how many were tried in vain.
         reasons: why even all of the plan would be no whole result.
-        stopped: what ended the job before its end, such as a spent budget; only the user can change it.
+        stopped: what ended the job before its end, such as a spent budget or an endpoint that refuses every call; only the
+            user can change it.
         failures: the first few of what is missing, one line each.
     """
 
@@ -64,6 +66,11 @@ class Outcome:
         reasons = [f"missing: {missing}"] if missing else []
         reasons += [self.stopped] if self.stopped is not None else []
         return "; ".join([f"PARTIAL: {counts}", *reasons, *self.reasons])
+
+    @property
+    def in_vain(self) -> bool:
+        """Nothing is done, and several were tried: whatever refused them will refuse the others."""
+        return self.done == 0 and self.missing.total() >= _TRIED_IN_VAIN
 
     def miss(self, kind: str, failure: str) -> None:
         """Count one that was tried in vain, and keep the first few.

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_ampo.config import read_config
+from nemo_ampo.errors import UserError
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 from nemo_ampo.terminal import show
 from recipes.launch import main
@@ -34,13 +35,14 @@ def run(cfg: DictConfig) -> bool:
     outcome = evaluate(plan)
     for failure in outcome.failures:
         print(failure, file=sys.stderr)
-    if not outcome.begun:
-        print(outcome.line(), flush=True)
-        return False
-    table, lines, partial = report([Path(config.run.dir)], judge=config.judge.name)
-    show(table, columns=80)
+    lines, partial = list[str](), True
+    if outcome.begun:
+        table, lines, partial = report([Path(config.run.dir)], judge=config.judge.name)
+        show(table, columns=80)
     for line in (*lines, outcome.line()):
         print(line, flush=True)
+    if outcome.stopped is not None:
+        raise UserError(outcome.stopped)
     return outcome.complete and not partial
 
 

@@ -15,7 +15,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -151,6 +152,8 @@ class ChatClient:
         self._stats = stats or StatsRecorder()
         self._running: dict[str, asyncio.Task[Completion]] = {}
         self._told: set[str] = set()
+        self._solved = False
+        self._refusal: str | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.config.model!r}, base_url={self.config.base_url!r})"
@@ -210,7 +213,21 @@ class ChatClient:
             messages, temperature=temperature, seed=seed, max_tokens=max_tokens, schema=schema, stop=stop, attempt=attempt,
             extra_body=extra_body,
         )  # fmt: skip
+        with self._noting_refusals():
+            return await self._complete(question)
+
+    async def _complete(self, question: Question) -> Completion:
         return await self._patiently(question) if self._cache is None else await self._remembered(question, self._cache)
+
+    @contextmanager
+    def _noting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except ChatError as error:
+            if error.permanent:
+                self._refusal = str(error)
+            raise
+        self._solved = True
 
     def question(
         self,
@@ -268,15 +285,21 @@ class ChatClient:
         """
         self._stats.asked()
         try:
-            asked = await self._try_each(
-                list(messages), parse, temperatures, parse_errors, explain,
-                seed=seed, schema=schema, max_tokens=max_tokens, stop=stop, extra_body=extra_body,
-            )  # fmt: skip
+            with self._noting_refusals():
+                asked = await self._try_each(
+                    list(messages), parse, temperatures, parse_errors, explain,
+                    seed=seed, schema=schema, max_tokens=max_tokens, stop=stop, extra_body=extra_body,
+                )  # fmt: skip
         except ChatError as error:
             self._give_up(error)
             raise
         self._stats.solved()
         return asked
+
+    @property
+    def refused(self) -> str | None:
+        """Why nothing that was asked so far could be had, where asking again would end the same; None otherwise."""
+        return None if self._solved or self._refusal is None else f"{self.config.section}: {self._refusal}"
 
     async def check(self, questions: Sequence[Question] = ()) -> None:
         """Ask every address whether it is there, lets us in and serves the model; for the start of a run.
@@ -335,8 +358,8 @@ class ChatClient:
         unusable: tuple[type[Exception], ...] = (ChatError, *parse_errors)
         for number, temperature in enumerate(temperatures, start=1):
             tried_seed = None if seed is None else seed + number - 1
-            completion = await self.complete(
-                messages + complaint, temperature=temperature, seed=tried_seed, attempt=number - 1, **how
+            completion = await self._complete(
+                self.question(messages + complaint, temperature=temperature, seed=tried_seed, attempt=number - 1, **how)
             )
             try:
                 if not completion.text.strip():

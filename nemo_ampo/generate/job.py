@@ -108,6 +108,7 @@ class Summary:
         rejected: rule to the teacher's replies refused for it.
         failed: kind to situations that ended early because teacher or judge gave nothing usable.
         stopped: situations cut short by the limit of calls or money.
+        refused: what teacher or judge say, where they refused whatever they were asked.
         calls, cached: HTTP calls of this start, and questions answered from the cache.
         usd: spent in this start.
         excluded: keys of evaluation situations that were left out.
@@ -123,6 +124,7 @@ class Summary:
     rejected: dict[str, int]
     failed: dict[str, int]
     stopped: int
+    refused: str | None
     calls: int
     cached: int
     usd: float
@@ -153,7 +155,7 @@ class Summary:
             begun=self.situations,
             done=self.situations - ended_early,
             missing=Counter(self.failed),
-            stopped=limit if self.stopped else None,
+            stopped=limit if self.stopped else self.refused,
         )
 
 
@@ -228,6 +230,7 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
         rejected=_sorted(teacher.rejected),
         failed=_sorted(Counter(p.failure for p in played if p.failure is not None)),
         stopped=sum(p.stopped for p in played),
+        refused=next((c.refused for c in (chat, judge) if c is not None and c.refused is not None), None),
         calls=sum(s.calls for s in stats),
         cached=sum(s.cache_hits for s in stats),
         usd=sum(s.cost_usd for s in stats),

@@ -134,6 +134,11 @@ class Judge:
         await self._chat.reach()
 
     @property
+    def refused(self) -> str | None:
+        """See :attr:`nemo_ampo.chat.ChatClient.refused`."""
+        return self._chat.refused
+
+    @property
     def takes_schema(self) -> list[bool | None]:
         """See :attr:`nemo_ampo.chat.ChatClient.takes_schema`."""
         return self._chat.takes_schema

@@ -143,6 +143,11 @@ class Chat(Protocol):
         """One reply; raises ChatError when there is none after bounded retries."""
         ...
 
+    @property
+    def refused(self) -> str | None:
+        """Why nothing could be had so far, where asking again would end the same; None otherwise."""
+        ...
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -216,6 +221,11 @@ class Agent:
     def prompt_tokens(self, prompt: str) -> int:
         """Of the whole chat-templated prompt, system prompt included."""
         return self._count(build_messages(self._system, prompt))
+
+    @property
+    def refused(self) -> str | None:
+        """See :attr:`nemo_ampo.chat.ChatClient.refused`."""
+        return self._chat.refused
 
     async def speak(self, prompt: str, seed: int) -> Said:
         """One reply to ``prompt``.

@@ -293,6 +293,8 @@ class _Work:
                 except UserError:
                     self._stopping = True  # What stopped this episode stops the others: a budget, a full disk.
                     raise
+                if self.outcome.in_vain and self._refused() is not None:
+                    self._stopping = True
 
         results = await asyncio.gather(
             *(worker() for _ in range(self._plan.config.run.episodes_in_flight)), return_exceptions=True
@@ -300,6 +302,15 @@ class _Work:
         for error in results:
             if error is not None and not isinstance(error, _StoppedError):
                 raise error
+
+        if not self.outcome.complete:
+            self.outcome.stopped = self._refused()
+
+    def _refused(self) -> str | None:
+        """What an endpoint says that refused whatever it was asked."""
+        agents = [agent for team in (self._teams or {}).values() for agent in team.values()]
+        said = [self._judge.refused, *(agent.refused for agent in agents)]
+        return next((refusal for refusal in said if refusal is not None), None)
 
     async def tell(self) -> None:
         """A line now and then."""

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from scripted_chat import Act, serve
 
 from nemo_ampo.compose import compose
 from nemo_ampo.config import read_config
@@ -202,3 +203,16 @@ def test_a_scorings_name_makes_file_names(url: str) -> None:
     for name in ("a" * 121, "../x", "", ".x", "a b", "a\n"):
         with pytest.raises(ConfigError, match=r"judge\.name: letters, digits, .* at most 120"):
             ScoreJudgeConfig(base_url=url, model="m", name=name)
+
+
+@pytest.mark.parametrize("role", ["judge", "policy"])
+def test_an_endpoint_that_refuses_whatever_it_is_asked_ends_the_run(
+    role: str, url: str, tmp_path: Path, folder: Path
+) -> None:
+    with serve(Act('{"error": {"message": "no such parameter: seed"}}', status=400)) as chat:
+        given = words(url, tmp_path / "run", folder, f"{role}.base_url={chat.url}", f"{role}.model=referee")
+        process = start(*given)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, (out, err)
+    assert err.splitlines()[-1].startswith(f"error: {role}: status 400: ") and "no such parameter: seed" in err
+    assert "PARTIAL: " in out
