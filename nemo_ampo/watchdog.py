@@ -5,6 +5,7 @@ which one it was. So a thread of each rank gives a sign of life at the job's mee
 thread computes, and reads those of the others. The signs say where the main thread stands. A rank is given up
 
 - when no sign came from it for ``silence_s``: its process is stopped or gone;
+- when the meeting point is silent for as long: rank 0 holds it, or torchrun, which only ranks that stand still miss;
 - when it ended with an error while the others went on waiting, a minute later;
 - when its main thread did nothing at all for :data:`HANG_S` while all others did nothing but wait in a collective: it hangs.
 
@@ -120,7 +121,8 @@ class Watchdog:
         self._news = dict.fromkeys(range(size), time.monotonic())
         self._reached: float | None = None
         self._place = (0, 0)
-        self._still_since = self._worked_until = 0.0
+        self._still_since = self._worked_until = self._moved = 0.0
+        self._parent = os.getppid()
         self._left: int | None = None
         self._over = threading.Event()
         self._said = threading.Event()
@@ -165,6 +167,8 @@ class Watchdog:
         # By its number only: to hold the frame would keep what its variables hold, such as a GPU's memory.
         place = (id(frame), frame.f_lasti) if frame is not None else (0, 0)
         now, worked = time.monotonic(), time.clock_gettime(self._main_clock)
+        if place != self._place:
+            self._moved = now
         if place != self._place or worked - self._worked_until > 1.0 + _IDLE_SHARE * (now - self._still_since):
             self._place, self._still_since, self._worked_until = place, now, worked
         where, waits = "", False
@@ -186,9 +190,14 @@ class Watchdog:
             before = now
             if self._reached is None:
                 continue
-            if now - self._reached >= self._silence_s:
-                self._end(self._line({0: f"does not answer at the meeting point for {self._silence_s:g} s"}), True)
+            self._own_sign(0)
+            if now - self._reached >= self._silence_s and self._needs_meeting_point(now):
+                self._end(self._lost(), True)
                 return
+            if now - self._reached > 2 * self._period_s:
+                # Nobody can be heard, so that silence says nothing of anybody.
+                self._news = dict.fromkeys(self._news, now)
+                continue
             silent = {rank: now - heard for rank, heard in self._news.items()}
             found = verdict(dict(self._signs), silent, self._rank, self._silence_s, self._hang_s)
             if found:
@@ -196,10 +205,21 @@ class Watchdog:
                 self._end(self._line(found), speaker == self._rank)
                 return
 
+    def _needs_meeting_point(self, now: float) -> bool:
+        """Whether its silence says that the job stands.
+
+        It is torchrun's, which somebody may have stopped while its ranks compute on; without torchrun it is rank 0's.
+        """
+        return not _of_torchrun() or os.getppid() != self._parent or now - self._moved >= self._silence_s
+
+    def _lost(self) -> str:
+        why = f"does not answer at the meeting point for {self._silence_s:g} s"
+        return _ending(f"torchrun {why}") if _of_torchrun() else self._line({0: why})
+
     def _line(self, found: Mapping[int, str]) -> str:
         signs = self._signs
         named = (f"rank {r} ({signs[r].who if r in signs else 'never heard of'}) {why}" for r, why in found.items())
-        return f"error: {'; '.join(named)}; the job ends here, and the same command continues from the last checkpoint"
+        return _ending("; ".join(named))
 
 
 _watchdog: Watchdog | None = None
@@ -231,6 +251,14 @@ def _meeting_point() -> Any:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, None, False, timedelta(seconds=_CONNECT_S), wait_for_workers=False)
+
+
+def _of_torchrun() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _ending(what: str) -> str:
+    return f"error: {what}; the job ends here, and the same command continues from the last checkpoint"
 
 
 def _key(rank: int) -> str:
