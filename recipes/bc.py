@@ -59,6 +59,13 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     system_prompt = system_prompt_of(rows)
     train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long.value)
     heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long.value)
+    positions = int(model_config["max_position_embeddings"])
+    longest = max(len(example.tokens) for example in (*train.examples, *heldout.examples))
+    if longest > positions:
+        raise ConfigError(
+            f"data.max_tokens: {data.max_tokens} lets rows of up to {longest} tokens through, the model has {positions} "
+            f"positions; set it to {positions}"
+        )
     if len(train.examples) < cfg.model.global_batch_size:
         raise ConfigError(
             f"model.global_batch_size: {cfg.model.global_batch_size} exceeds the {len(train.examples)} rows of data.train"

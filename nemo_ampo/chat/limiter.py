@@ -64,7 +64,7 @@ class SpentFile:
             DataError: the file is damaged.
             DiskError: it cannot be read.
         """
-        if not self.path.is_file():
+        if not self.path.exists():
             return Spent()
         with disk_errors(f"cannot read {self.path}"):
             text = self.path.read_bytes()

@@ -66,6 +66,13 @@ class Record:
         self._check_unicode(key, value)
         return value
 
+    def name(self, key: str) -> str:
+        """Of a speaker: a string on one line, since it begins the lines of a dialogue."""
+        value = self.text(key)
+        if not value.isprintable():
+            raise self.error(key, f"{value!r} holds a line break or control character; write it as one line")
+        return value
+
     def _check_unicode(self, key: str, value: str) -> None:
         """JSON can spell half a character; no tokenizer, request or file could carry it later."""
         if value != utf8_safe(value):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.checkpoint.policy_files import policy_hash
+from nemo_ampo.serve.config import ServeConfig
 from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
 from nemo_ampo.sotopia.config import ScenarioSet, ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt
@@ -120,6 +121,7 @@ def protocol(plan: Plan, old: Mapping[str, Any] | None = None) -> dict[str, Any]
         "scenarios": dict(plan.sha256),
         "policy": _agent(policy),
         "partner": None if other is policy else _agent(other),
+        "serve": _serve(plan.config.serve) if any(agent.checkpoint for agent in plan.agents) else None,
     }
 
 
@@ -140,6 +142,11 @@ def judge_protocol(judge: ScoreJudgeConfig) -> dict[str, Any]:
 def scenario_set(plan: Plan) -> dict[str, Any]:
     """What the folder of scenarios is meant to be and how much it holds; not part of the protocol, which has its digests."""
     return {"set": plan.config.data.set.value, "counts": asdict(plan.counts)}
+
+
+def _serve(config: ServeConfig) -> dict[str, Any]:
+    """What of serving a checkpoint its replies depend on."""
+    return {"engine": config.engine.value, "dtype": config.dtype, "extra_args": list(config.extra_args)}
 
 
 def _agent(config: AgentConfig) -> dict[str, Any]:

@@ -277,13 +277,10 @@ def _agent(record: Record) -> AgentProfile:
             record.texts(key)
     if record.text("gender") not in GENDER_WORDS:
         raise record.error("gender", f"expected one of {', '.join(GENDER_WORDS)}, got {record.text('gender')!r}")
-    for key in ("first_name", "last_name"):
-        if not record.text(key).isprintable():
-            raise record.error(key, f"{record.text(key)!r} holds a line break or control character; write it as one line")
     return AgentProfile(
         agent_id=record.text("pk"),
-        first_name=record.text("first_name"),
-        last_name=record.text("last_name"),
+        first_name=record.name("first_name"),
+        last_name=record.name("last_name"),
         age=record.integer("age", low=1),
         occupation=record.text("occupation"),
         gender=record.text("gender"),

@@ -53,7 +53,11 @@ def named_calls() -> list[tuple[str, ast.Call]]:
     return [(CALLS[name], call) for call in calls if (name := ast.unparse(call.func)) in CALLS]
 
 
-@pytest.mark.parametrize(("row", "call"), [*parents_calls(), *named_calls()], ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("row", "call"),
+    [*parents_calls(), *named_calls()],
+    ids=lambda value: value if isinstance(value, str) else f"line{value.lineno}",
+)
 def test_a_call_binds_to_its_row(row: str, call: ast.Call) -> None:
     given = dict.fromkeys(keywords(call), None)
     SIGNATURES[row].signature.bind_partial(*[None] * len(call.args), **given)

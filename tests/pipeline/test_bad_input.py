@@ -57,20 +57,28 @@ def test_rows_of_the_evaluation_set(quickstart: Quickstart, tmp_path: Path) -> N
     )
 
 
-def test_bad_cloning_row(quickstart: Quickstart, tmp_path: Path) -> None:
-    world = quickstart.folder / "world"
-    row = json.loads((world / "bc_train.jsonl").read_text().splitlines()[0]) | {"output": "no grammar"}
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps(row))
-    finished = run(
+def cloning(quickstart: Quickstart, tmp_path: Path, *overrides: str, **changes: str) -> Finished:
+    """A start of BC on one row of the world with some fields changed."""
+    world, rows = quickstart.folder / "world", tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(json.loads((world / "bc_train.jsonl").read_text().splitlines()[0]) | changes))
+    return run(
         [
             *("recipes.bc", "--config-name", "tiny", f"run.dir={tmp_path / 'bc'}"),
-            *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"data.train={bad}"),
-            f"data.heldout={world / 'bc_heldout.jsonl'}",
+            *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"data.train={rows}"),
+            *(f"data.heldout={world / 'bc_heldout.jsonl'}", *overrides),
         ]
     )
+
+
+def test_bad_cloning_row(quickstart: Quickstart, tmp_path: Path) -> None:
+    finished = cloning(quickstart, tmp_path, output="no grammar")
     assert finished.status == 2
-    assert "bad.jsonl" in finished.err and "line 1" in finished.err and "'level'" in finished.err
+    assert "rows.jsonl" in finished.err and "line 1" in finished.err and "'level'" in finished.err
+
+
+def test_a_cloning_row_beyond_the_models_positions(quickstart: Quickstart, tmp_path: Path) -> None:
+    line = one_line(cloning(quickstart, tmp_path, "data.max_tokens=9999", instruction="Sell the chair. " * 900))
+    assert "data.max_tokens: 9999 lets rows of up to" in line and line.endswith("set it to 2048")
 
 
 def test_tensor_parallel_that_does_not_divide(quickstart: Quickstart, tmp_path: Path) -> None:

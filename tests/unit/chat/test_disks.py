@@ -112,6 +112,12 @@ def test_a_record_of_spending_that_cannot_be_is_named(tmp_path: Path, text: str)
         SpentFile(tmp_path / "spent.json").load()
 
 
+def test_a_folder_in_the_place_of_the_record_is_no_record_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "spent.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*spent\.json: Is a directory"):
+        SpentFile(tmp_path / "spent.json").load()
+
+
 RECORDING = """
 import asyncio, os, signal, sys
 from nemo_ampo.chat.cache import ReplyFile
