@@ -30,6 +30,8 @@ from nemo_ampo.sotopia.config import SotopiaConfig
 
 NEMO_SECTIONS = ("trainer", "model", "exp_manager")
 DEVICES = ("auto", "cpu", "gpu")
+SWITCHES = ("structured",)
+"""Keys with the words `on` and `off`, which a bare YAML reads as truth values and their sections read back."""
 
 
 @dataclass
@@ -308,7 +310,11 @@ def _refuse_numbers_as_text(name: str, section: Any, given: Any) -> None:
         hint = hints.get(str(key))
         if is_dataclass(hint):
             _refuse_numbers_as_text(f"{name}.{key}", hint, value)
-        elif isinstance(value, int | float) and hint in (str, str | None):
+        elif (
+            isinstance(value, int | float)
+            and hint in (str, str | None)
+            and not (isinstance(value, bool) and key in SWITCHES)
+        ):
             raise ConfigError(f"{name}.{key}: YAML reads {as_yaml(value)} where text is expected; put quotes around it")
 
 

@@ -8,6 +8,7 @@ service, and when the run has ended the process does so too after :data:`END_S`,
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -26,6 +27,7 @@ PARAMS_PER_CALL = 100
 """MLflow takes no more parameters at once."""
 END_S = 8.0
 """What is left may be sent for so long after the run has ended, seconds."""
+_KILL_S, _PR_SET_CHILD_SUBREAPER = 2.0, 36
 MOST_WAITING = 10_000
 """Steps kept for a service that does not answer."""
 
@@ -142,6 +144,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     setup = Setup(**json.loads(sys.stdin.readline()))
+    _adopt_orphans()
     # One call of a service that does not answer: some seconds, not the libraries' minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -212,11 +215,27 @@ def _first_line(error: BaseException) -> str:
 
 
 def _end() -> None:
-    """Leave at once, with everything started here: W&B's own service would wait for its network, and we for it."""
-    for process in _descendants(os.getpid()):
-        with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
+    """Leave at once, with everything started here: W&B's own service would wait for its network, and we for it.
+
+    What its parent leaves behind comes to this process (:func:`_adopt_orphans`), so that one more look finds it.
+    """
+    give_up = time.monotonic() + _KILL_S
+    while (alive := _descendants(os.getpid())) and time.monotonic() < give_up:
+        for process in alive:
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.01)
     os._exit(0)
+
+
+def _adopt_orphans() -> None:
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # Linux alone has it; without it an orphan may outlive us for a moment.
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _descendants(process: int) -> list[int]:

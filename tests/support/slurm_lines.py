@@ -72,6 +72,8 @@ class Case:
         return inherited | given
 
 
+SMALL = ("bc.model.micro_batch_size=1", "ampo.model.reinforce.forward_micro_batch_size=4")
+"""What the tiny recipe's batches need to be shared by up to 32 ranks."""
 CONTAINERS, NODES = ("none", "pyxis", "apptainer"), (1, 2, 4)
 CASES = [
     *(Case(nodes, judge, container) for container in CONTAINERS for judge in ("external", "hetjob") for nodes in NODES),
@@ -87,7 +89,7 @@ def dry_run(case: Case, *extra: str, script: str = "ampo.sh") -> str:
         stub.write_text(STUB)
         stub.chmod(0o755)
         judge = ["judge.mode=external", "judge.base_url=http://judge:8000/v1"] if case.judge == "external" else []
-        command = [f"slurm/{script}", "--dry-run", "run_dir=/runs/mine", "bc.model.micro_batch_size=1", *judge, *extra]
+        command = [f"slurm/{script}", "--dry-run", "run_dir=/runs/mine", *SMALL, *judge, *extra]
         environment = case.environment(Path(folder))
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
