@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from stage_runs import ROOT, Finished, Quickstart, run
+from tokenizers import Tokenizer
 
 from nemo_ampo.sotopia.opening import write_opening_rows
 
@@ -124,7 +125,10 @@ def test_tokenizer_without_eos(quickstart: Quickstart, tmp_path: Path) -> None:
 
 def test_vocabulary_larger_than_the_embedding(quickstart: Quickstart, tmp_path: Path) -> None:
     def many(config: dict[str, object]) -> None:
-        config["additional_special_tokens"] = [f"<|extra_{i}|>" for i in range(2000)]
+        path = str(tmp_path / "assets" / "tokenizer.json")
+        tokenizer = Tokenizer.from_file(path)
+        tokenizer.add_special_tokens([f"<|extra_{i}|>" for i in range(2000)])
+        tokenizer.save(path)
 
     policy = repacked(quickstart, tmp_path, many)
     line = ampo(quickstart, tmp_path, f"run.init_from={policy}")
