@@ -24,11 +24,10 @@ TURN = DialogueTurn("chair", ("Turn 0: Ann said:",), 0, "Sell the chair.", "Ann"
 class Characters:
     """A tokenizer with a token per character; 0 ends a reply."""
 
+    tokenize = staticmethod(list)
+
     def decode(self, token_ids, skip_special_tokens=True):
         return "".join(chr(i) for i in token_ids if i)
-
-    def tokenize(self, text):
-        return list(text)
 
 
 class Engine:
@@ -67,14 +66,15 @@ class Policy:
         return torch.full((len(tokens_BT), tokens_BT.size(1) - 1), -0.5)
 
     reference_logprobs = logprobs
+    update = staticmethod(lambda batch: {})
 
-    def update(self, batch):
-        return {}
+
+def step():
+    rules = RolloutConfig(prompts_per_step=1, group_size=8, max_new_tokens=999), RewardConfig(), PRESETS["ampo"]
+    parts = Parts(Engine(), Judge(), Characters(), OneProcess(), *rules, stop_token_ids=(0,), pad_id=0, seed=1)
+    return ampo_step(0, [Prompt(TURN, (1, 2, 3))], Policy(), parts)
 
 
 if __name__ == "__main__":
-    rules = RolloutConfig(prompts_per_step=1, group_size=8, max_new_tokens=999), RewardConfig(), PRESETS["ampo"]
-    parts = Parts(Engine(), Judge(), Characters(), OneProcess(), *rules, stop_token_ids=(0,), pad_id=0, seed=1)
-    result = ampo_step(0, [Prompt(TURN, (1, 2, 3))], Policy(), parts)
-    for sample, advantage in zip(result.samples, result.advantages, strict=True):
+    for sample, advantage in zip((result := step()).samples, result.advantages, strict=True):
         print(f"mode {sample.parts.mode}  {sample.num_tokens:4d} tokens  reward {sample.parts.reward:.3f}  {advantage:+.3f}")
