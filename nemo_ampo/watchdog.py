@@ -5,7 +5,7 @@ which one it was. So a thread of each rank gives a sign of life at the job's mee
 thread computes, and reads those of the others. The signs say where the main thread stands. A rank is given up
 
 - when no sign came from it for ``silence_s``: its process is stopped or gone;
-- when the meeting point is silent for as long: rank 0 holds it, or torchrun, which only ranks that stand still miss;
+- when the meeting point is silent for as long: rank 0 holds it, or torchrun, which is missed only when it is gone;
 - when it ended with an error while the others went on waiting, a minute later;
 - when its main thread did nothing at all for :data:`HANG_S` while all others did nothing but wait in a collective: it hangs.
 
@@ -121,7 +121,7 @@ class Watchdog:
         self._news = dict.fromkeys(range(size), time.monotonic())
         self._reached: float | None = None
         self._place = (0, 0)
-        self._still_since = self._worked_until = self._moved = 0.0
+        self._still_since = self._worked_until = 0.0
         self._parent = os.getppid()
         self._left: int | None = None
         self._over = threading.Event()
@@ -167,8 +167,6 @@ class Watchdog:
         # By its number only: to hold the frame would keep what its variables hold, such as a GPU's memory.
         place = (id(frame), frame.f_lasti) if frame is not None else (0, 0)
         now, worked = time.monotonic(), time.clock_gettime(self._main_clock)
-        if place != self._place:
-            self._moved = now
         if place != self._place or worked - self._worked_until > 1.0 + _IDLE_SHARE * (now - self._still_since):
             self._place, self._still_since, self._worked_until = place, now, worked
         where, waits = "", False
@@ -190,8 +188,7 @@ class Watchdog:
             before = now
             if self._reached is None:
                 continue
-            self._own_sign(0)
-            if now - self._reached >= self._silence_s and self._needs_meeting_point(now):
+            if now - self._reached >= self._silence_s and self._needs_meeting_point():
                 self._end(self._lost(), True)
                 return
             if now - self._reached > 2 * self._period_s:
@@ -205,12 +202,12 @@ class Watchdog:
                 self._end(self._line(found), speaker == self._rank)
                 return
 
-    def _needs_meeting_point(self, now: float) -> bool:
+    def _needs_meeting_point(self) -> bool:
         """Whether its silence says that the job stands.
 
         It is torchrun's, which somebody may have stopped while its ranks compute on; without torchrun it is rank 0's.
         """
-        return not _of_torchrun() or os.getppid() != self._parent or now - self._moved >= self._silence_s
+        return not _of_torchrun() or os.getppid() != self._parent
 
     def _lost(self) -> str:
         why = f"does not answer at the meeting point for {self._silence_s:g} s"
