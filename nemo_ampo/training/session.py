@@ -27,6 +27,7 @@ from nemo_aligner.utils.train_script_utils import (
 )
 from nemo_aligner.utils.utils import (
     load_from_nemo,
+    remove_overwritten_fields,
     retrieve_model_state_dict_in_cpu,
 )
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -118,7 +119,7 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         device: ``cpu`` or ``gpu``.
     """
     # Read by us and not by NeMo, so that what was looked through is what counts.
-    stored = read_model_config(nemo_file)
+    stored = OmegaConf.create(read_model_config(nemo_file))
     for name in ("target", "nemo_version"):
         stored.pop(name, None)
     with open_dict(cfg):
@@ -127,6 +128,7 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
         # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
         cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
+        remove_overwritten_fields(stored, cfg.model.pop("overwrite_base_config", {}))
         cfg.model = OmegaConf.merge(stored, cfg.model, load_overrides(nemo_file, assets, device))
 
 

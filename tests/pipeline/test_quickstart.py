@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
@@ -67,6 +68,13 @@ def test_exact_number_of_steps_with_known_metrics(quickstart: Quickstart) -> Non
         assert sum(row[f"mode/{k}/share"] for k in (1, 2, 3, 4)) == pytest.approx(1 - row["format/failed_fraction"])
     bc = read_jsonl(quickstart.folder / "bc" / "metrics.jsonl")
     assert [r["step"] for r in bc if r["kind"] == "train"] == list(range(BC_STEPS))
+
+
+def test_the_schedule_of_the_cloning_stage_does_not_leak_into_the_next(quickstart: Quickstart) -> None:
+    """The cloned policy's own config holds a warm-up and a decay."""
+    config = yaml.safe_load((quickstart.folder / "ampo" / "config.yaml").read_text())
+    rates = {row["policy/lr"] for row in read_jsonl(quickstart.folder / "ampo" / "metrics.jsonl")}
+    assert rates == {config["model"]["optim"]["lr"]} and "sched" not in config["model"]["optim"]
 
 
 def test_rollouts_explain_the_reward(quickstart: Quickstart) -> None:
