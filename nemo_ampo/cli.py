@@ -40,6 +40,8 @@ def doctor(
         return
     report = machine.doctor(judge_key_env)
     show(report.table())
+    if report.mend:
+        typer.echo(f"to mend it, {report.mend}")
     if not report.ok:
         raise typer.Exit(EXIT_NOT_OK)
 

@@ -12,17 +12,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PYTHON = (3, 11)
+    from nemo_ampo.compat.versions import Difference, Environment
+
 LOW_MEMORY_GIB = 8
 LOW_DISK_GIB = 5
 
@@ -58,9 +59,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks, in reading order."""
+    """All checks, in reading order.
+
+    Attributes:
+        checks: what was looked at.
+        mend: the one command that installs what is missing or of another version; empty when nothing is.
+    """
 
     checks: tuple[Check, ...]
+    mend: str = ""
 
     @property
     def ok(self) -> bool:
@@ -100,10 +107,10 @@ class Package:
     advice: str
 
 
-_SETUP = "run `make setup`"
+_BELOW = "see below"
 PACKAGES: tuple[Package, ...] = (
     *(
-        Package(name, module, True, _SETUP)
+        Package(name, module, True, _BELOW)
         for name, module in (
             ("openai", "openai"),
             ("orjson", "orjson"),
@@ -137,16 +144,21 @@ def doctor(judge_key_env: str | None = None, folder: Path = Path()) -> Report:
             shown.
         folder: where runs will be written.
     """
-    return Report(
-        (
-            *_machine(folder),
-            *_torch(),
-            *_frameworks(),
-            *_packages(),
-            _slurm(),
-            *_judge_key(judge_key_env),
-        )
+    from nemo_ampo.compat.versions import cure, differences, environment
+
+    of = environment()
+    wrong = differences(of) if of else []
+    checks = (
+        *_machine(folder),
+        *_torch(),
+        *_frameworks(),
+        *_packages(),
+        _pins(of, wrong),
+        _slurm(),
+        *_judge_key(judge_key_env),
     )
+    short = any(check.status is Status.MISSING for check in checks)
+    return Report(checks, cure() if wrong or short else "")
 
 
 def compat_table() -> Table:
@@ -173,17 +185,12 @@ def compat_table() -> Table:
 
 def _machine(folder: Path) -> Iterator[Check]:
     from nemo_ampo import __version__
+    from nemo_ampo.compat.versions import ENVIRONMENTS
 
     yield Check("nemo-ampo", Status.OK, __version__)
     version = ".".join(map(str, sys.version_info[:3]))
-    wanted = ".".join(map(str, PYTHON))
-    right = sys.version_info[:2] == PYTHON
-    yield Check(
-        "Python",
-        Status.OK if right else Status.MISSING,
-        version,
-        "" if right else f"use Python {wanted} for `make setup`",
-    )
+    right = sys.version_info[:2] in ENVIRONMENTS
+    yield Check("Python", Status.OK if right else Status.MISSING, version, "" if right else _BELOW)
     yield Check("platform", Status.OK, f"{platform.system()} {platform.machine()}, {num_cores()} cores")
     yield _size("memory", memory_bytes(), LOW_MEMORY_GIB, "close other programs, or lower rollout.batch_size")
     free = shutil.disk_usage(_existing(folder)).free
@@ -214,14 +221,16 @@ def memory_bytes() -> int:
 
 
 def _torch() -> Iterator[Check]:
-    version = _version("torch")
+    from nemo_ampo.compat.versions import installed
+
+    version = installed("torch")
     if version is None:
-        yield Check("torch", Status.MISSING, "not installed", _SETUP)
+        yield Check("torch", Status.MISSING, "not installed", _BELOW)
         return
     try:
         import torch
     except (ImportError, OSError) as error:  # a library of the installation is absent or for another machine
-        yield Check("torch", Status.MISSING, f"{version}, cannot be imported: {error}", _SETUP)
+        yield Check("torch", Status.MISSING, f"{version}, cannot be imported: {error}", _BELOW)
         return
     yield Check("torch", Status.OK, version)
     if torch.cuda.is_available():
@@ -239,19 +248,21 @@ def _torch() -> Iterator[Check]:
 
 
 def _frameworks() -> Iterator[Check]:
-    from nemo_ampo.compat.versions import EXPECTED
+    from nemo_ampo.compat.versions import EXPECTED, fits, installed
 
     for name, want in EXPECTED.items():
-        found = _version(name)
-        if found == want:
-            yield Check(name, Status.OK, found)
+        found = installed(name)
+        if fits(found, want):
+            yield Check(name, Status.OK, str(found))
         else:
-            yield Check(name, Status.MISSING, found or "not installed", f"needs exactly {want}; {_SETUP}")
+            yield Check(name, Status.MISSING, found or "not installed", f"needs {want}; {_BELOW}")
 
 
 def _packages() -> Iterator[Check]:
+    from nemo_ampo.compat.versions import installed
+
     for package in PACKAGES:
-        found = _version(package.name)
+        found = installed(package.name)
         if found is None and util.find_spec(package.module) is not None:
             found = "version unknown"
         if found is not None:
@@ -261,11 +272,18 @@ def _packages() -> Iterator[Check]:
             yield Check(package.name, status, "not installed", package.advice)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _pins(of: Environment | None, wrong: Sequence[Difference]) -> Check:
+    if of is None:
+        return Check(
+            "pins", Status.NOTE, "no lock for this Python in this installation", "versions are not compared one by one"
+        )
+    from nemo_ampo.compat.versions import ROOT, pins
+
+    found = f"{len(pins(ROOT / of.lock))} of {of.lock}"
+    if not wrong:
+        return Check("pins", Status.OK, f"{found}, all as pinned")
+    rows = ", ".join(f"{d.name} {d.found or 'absent'} (pinned: {d.pinned})" for d in wrong)
+    return Check("pins", Status.WARN, f"{found}, {len(wrong)} differ: {rows}", _BELOW)
 
 
 def _slurm() -> Check:
