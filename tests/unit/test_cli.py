@@ -244,7 +244,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
     store = Store(tmp_path / "run" / "checkpoints")
     folder = store.begin(5)
-    dcp.save({"model.weight": torch.ones(64)}, checkpoint_id=folder / "model_weights", no_dist=True)
+    dcp.save({"model.weight": torch.ones(64)}, checkpoint_id=folder / "model_weights")
     (folder / "model_config.yaml").write_text("mcore_gpt: true\n")
     assets = tmp_path / "run" / "hf_assets"
     assets.mkdir()

@@ -41,7 +41,7 @@ def torch_bytes(value: Any) -> bytes:
 
 
 def write(folder: Path, state: dict[str, Any]) -> Path:
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    dcp.save(state, checkpoint_id=folder)
     torch.save({"iteration": 3, "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}]}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "common_backend": "torch"}))
     return folder

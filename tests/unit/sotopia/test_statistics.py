@@ -84,7 +84,7 @@ def test_p_values_are_scipys(scenarios: int) -> None:
     for column in (0, 1):
         sums = delta[:, column].reshape(scenarios, 3).sum(axis=1)
         expected = stats.permutation_test(
-            (sums,), np.mean, permutation_type="samples", n_resamples=20_000, vectorized=True, rng=3
+            (sums,), np.mean, permutation_type="samples", n_resamples=20_000, vectorized=True, random_state=3
         ).pvalue
         assert found[column] == pytest.approx(expected, abs=1e-12 if scenarios == 8 else 0.015)
 
