@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_ampo.algorithm import KNOBS, AlgorithmConfig, JudgeFailure, check_algorithm, preset_named
+from nemo_ampo.algorithm import KNOBS, AggregateOver, AlgorithmConfig, JudgeFailure, check_algorithm, preset_named
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import check_folder, file_name_problem, is_file, missing, no_model_folder
@@ -27,9 +27,12 @@ from nemo_ampo.ranges import LARGEST_SEED, as_yaml, check_numbers, number, secon
 from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.rollout.config import RolloutConfig, check_rollout
 from nemo_ampo.sotopia.config import SotopiaConfig
+from nemo_ampo.training import WIDTH_MULTIPLE
 
 NEMO_SECTIONS = ("trainer", "model", "exp_manager")
 DEVICES = ("auto", "cpu", "gpu")
+MOST_TOKENS = ("rollout.max_prompt_tokens", "rollout.max_new_tokens")
+"""Of a row of the RL stage, together."""
 SWITCHES = ("structured",)
 """Keys with the words `on` and `off`, which a bare YAML reads as truth values and their sections read back."""
 
@@ -384,6 +387,11 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
             f"guard.min_valid: {config.guard.min_valid} has no effect with algorithm.judge_failure=zero: every sample has a "
             "reward"
         )
+    if nemo.model.tokens_per_micro_batch and config.algorithm.aggregate_over != AggregateOver.batch:
+        raise ConfigError(
+            f"model.tokens_per_micro_batch: with algorithm.aggregate_over={config.algorithm.aggregate_over} the loss would "
+            "depend on which rows the budget puts together; set algorithm.aggregate_over=batch"
+        )
     data_size = data_parallel_size(nemo, world_size)
     samples, global_batch = rollout.prompts_per_step * rollout.group_size, nemo.model.global_batch_size
     if samples % global_batch:
@@ -413,12 +421,35 @@ def data_parallel_size(nemo: DictConfig, world_size: int) -> int:
             f"{world_size} ranks of this job"
         )
     data_size = world_size // replica
+    _check_token_budget(nemo)
     if model.global_batch_size % (model.micro_batch_size * data_size):
         raise ConfigError(
             f"model.global_batch_size: {model.global_batch_size} is no multiple of "
             f"model.micro_batch_size={model.micro_batch_size} times {data_size} data-parallel ranks"
         )
     return data_size
+
+
+def _check_token_budget(nemo: DictConfig) -> None:
+    """With ``model.tokens_per_micro_batch`` no other key says how many rows go together."""
+    budget = nemo.model.tokens_per_micro_batch
+    if not budget:
+        return
+    for key in (
+        "model.micro_batch_size",
+        "model.reinforce.forward_micro_batch_size",
+        "model.data.validation_ds.micro_batch_size",
+    ):
+        rows = OmegaConf.select(nemo, key)
+        if rows not in (None, 1):
+            raise ConfigError(f"{key}: {rows} has no effect with model.tokens_per_micro_batch={budget}; set it to 1")
+    longest = sum(OmegaConf.select(nemo, key) or 0 for key in ("data.max_tokens", *MOST_TOKENS))
+    needed = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    if budget < needed:
+        limit = "data.max_tokens" if "rollout" not in nemo else " + ".join(MOST_TOKENS)
+        raise ConfigError(
+            f"model.tokens_per_micro_batch: {budget} does not hold one row of {limit}; needs at least {needed}"
+        )
 
 
 def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConfig, stage: str) -> None:

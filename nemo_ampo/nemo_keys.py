@@ -148,6 +148,7 @@ _TRAINING: dict[str, Rule | SameAs] = {
     "model.context_parallel_size": Only(1, "these recipes do not split sequences"),
     "model.sequence_parallel": _FLAG,
     "model.micro_batch_size": Range(1),
+    "model.tokens_per_micro_batch": Range(0, or_else=(None,)),
     "model.global_batch_size": Range(1),
     "model.megatron_amp_O2": _FLAG,
     "model.precision": SameAs("trainer.precision"),

@@ -108,9 +108,9 @@ def ampo_step(
     everyone = without_small_groups(parts.ranks.gather(samples), parts)
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):
-        old_logprobs_BT = policy.logprobs(packed.tokens_BT)
+        old_logprobs_BT = policy.logprobs(packed.tokens_BT, packed.lengths)
     with clock("reference"):
-        ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT)
+        ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT, packed.lengths)
     penalties_B = parts.ranks.gather(kl_penalties(old_logprobs_BT, ref_logprobs_BT, packed.mask_BT, parts.algorithm))
     credit = assign_credit(everyone, penalties_B, parts.algorithm)
     mine = credit.share(parts.ranks)

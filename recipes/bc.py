@@ -82,17 +82,16 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     device = compat.setup(config.run.device, config.run.verbose)
     watch_ranks(config.run.rank_timeout_s)
 
-    from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
-
     from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.training.bc_model import BcModel
     from nemo_ampo.training.bc_trainer import BcParts, BcTrainer
     from nemo_ampo.training.session import Keep, open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
     session = open_session(
-        *(cfg, "sft", GPTSFTModel, config.run.init_from, len(train.examples), False),
+        *(cfg, "sft", BcModel, config.run.init_from, len(train.examples), False),
         Keep(run_dir, config.checkpoint, settings),
     )
     ranks = MegatronRanks()

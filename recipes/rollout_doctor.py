@@ -97,7 +97,7 @@ def run(cfg: DictConfig) -> bool:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     patient = Patient(
         engine=engine,
-        logprobs=lambda tokens_BT: session.model.get_inference_log_probs(tokens_BT.cuda()),
+        logprobs=lambda tokens_BT, lengths: session.model.get_inference_log_probs(tokens_BT.cuda(), lengths),
         parameters=lambda: parameters_of(session.model),
         probe=Probe(prompts, limits.new_tokens, limits.max_gap, stop_token_ids(assets, tokenizer), pad_id),
         decode=tokenizer.decode,

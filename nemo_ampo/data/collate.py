@@ -36,6 +36,14 @@ class BcDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
 
+def whole_rows(tokens_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Rows whose log-probabilities of ``[:, 1:]`` line up with labels and loss mask, [B, T + 1].
+
+    The label of a row's last position is its last token, which is not among ``tokens_BT``: padding stands there.
+    """
+    return torch.cat((tokens_BT[:, :1], labels_BT), dim=1)
+
+
 def collate_bc(
     batch: Sequence[dict[str, torch.Tensor]], pad_id: int, seq_multiple: int = 8, max_len: int | None = None
 ) -> dict[str, Any]:

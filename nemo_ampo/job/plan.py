@@ -345,7 +345,7 @@ def sequence_tokens(stage: str, cfg: DictConfig) -> int:
 
 
 def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int) -> float:
-    """What the backward pass needs of one micro-batch of the longest sequences, bytes.
+    """What the backward pass needs of one micro-batch of the longest sequences, or of a full token budget, bytes.
 
     Per token and layer, in elements: 4h of inputs and norms (divided by t with sequence parallelism), and
     [c(a + 2g) + ca + 3f]/t of attention and MLP; attention scores are never stored. With full recomputation 2h per
@@ -354,7 +354,7 @@ def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int
     """
     model = cfg.model
     element = BF16 if model.megatron_amp_O2 else FP32
-    tokens = int(model.micro_batch_size) * sequence_tokens(stage, cfg)
+    tokens = int(model.tokens_per_micro_batch or model.micro_batch_size * sequence_tokens(stage, cfg))
     shared = 4 * shape.hidden / (tensor if model.sequence_parallel else 1)
     split = (shape.channels * (2 * shape.heads + 2 * shape.groups) + 3 * shape.ffn) / tensor
     layer = (shared + split) * element

@@ -432,6 +432,12 @@ class PackedRollouts:
     mask_BT: torch.Tensor
     sampling_logprobs_BT: torch.Tensor
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row without padding."""
+        lengths: list[int] = (self.prompt_lengths_B + self.response_lengths_B).tolist()
+        return lengths
+
 
 def pack(requests: Sequence[Request], responses: Sequence[Response], pad_id: int, multiple_of: int = 8) -> PackedRollouts:
     """Pad prompts and responses into one batch.

@@ -6,3 +6,5 @@
 
 STRETCH_ELEMENTS = 1 << 24
 """Logits that the loss computes with at once in fp32, 64 MiB: :mod:`nemo_ampo.training.vocab_parallel`."""
+WIDTH_MULTIPLE = 8
+"""Widths of training batches are rounded up to this: sequence parallelism and fast kernels need it."""

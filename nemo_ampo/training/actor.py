@@ -6,27 +6,25 @@ alone keeps padding out. Legend: B sequences of a micro-batch, T positions, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo.collections.nlp.modules.common.megatron.utils import get_iterator_k_split
 from nemo.collections.nlp.parts.utils_funcs import get_last_rank
 from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPTReinforceActorModel
 from nemo_aligner.utils.train_utils import set_sync_funcs
+from nemo_aligner.utils.utils import cpu_weight_swap
 
 from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
 from nemo_ampo.loss import (
-    Totals,
     filled_micro_batches,
     token_loss,
     update_weights,
     weighted_sum,
 )
-from nemo_ampo.training.forward import token_logprobs
+from nemo_ampo.training.forward import accumulate, split_of_update, token_logprobs, totals_of_job
+from nemo_ampo.training.micro_batches import by_rows, by_tokens
 from nemo_ampo.training.vocab_parallel import narrow_logits, next_token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
@@ -41,11 +39,24 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
     algorithm: AlgorithmConfig
 
-    def get_inference_log_probs(
-        self, response_tokens: torch.Tensor, forward_micro_batch_size: int | None = None
-    ) -> torch.Tensor:
-        """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank."""
-        return token_logprobs(self, response_tokens, forward_micro_batch_size or self.forward_micro_batch_size)
+    def get_inference_log_probs(self, response_tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank.
+
+        Args:
+            response_tokens: right-padded ids [B, T].
+            lengths: of the rows without padding, beyond which the values mean nothing; None asks for all.
+        """
+        rows, width = response_tokens.shape
+        budget = self.cfg.get("tokens_per_micro_batch")
+        split = (
+            by_tokens(lengths or [width] * rows, budget) if budget else by_rows(rows, self.forward_micro_batch_size, width)
+        )
+        return token_logprobs(self, response_tokens, split)
+
+    def get_init_policy_logprobs(self, response_tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """The same under the weights that the stage started from."""
+        with cpu_weight_swap(self, self.init_policy_state_dict, megatron_amp_O2=self.megatron_amp_O2):
+            return self.get_inference_log_probs(response_tokens, lengths)
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
         """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus, token by token.
@@ -83,7 +94,8 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
         Megatron's schedule divides by the number of micro-batches it really ran and the data-parallel reduction averages
         over replicas. With ``aggregate_over=micro_batch`` the gradient is therefore that of the mean over all micro-batches
-        of the job; with ``batch`` the weights undo both divisions, and no split of the batch changes the result.
+        of the job; with ``batch`` the weights undo both divisions, and no split of the batch changes the result: neither
+        ``model.micro_batch_size`` nor ``model.tokens_per_micro_batch``, which is refused without it.
 
         Args:
             batch: fields of :class:`nemo_ampo.step.TrainBatch`, this replica's rows.
@@ -94,30 +106,16 @@ class AmpoActor(MegatronGPTReinforceActorModel):
             ``kl`` without a reference policy.
         """
         set_sync_funcs(self, forward_only)
-        micro_batches = get_num_microbatches()
-        batch = batch | {"weights_BT": self._weights(batch["mask_BT"], micro_batches)}
-        outputs = get_forward_backward_func()(
-            forward_step_func=self.get_actor_forward_output_and_loss_func(),
-            data_iterator=self._make_data_iterator_list(get_iterator_k_split(batch, micro_batches)),
-            model=self.model,
-            num_microbatches=micro_batches,
-            forward_only=forward_only,
-            seq_length=batch["tokens_BT"].size(1),
-            micro_batch_size=self.cfg.micro_batch_size,
-        )
-        values = _metrics_of_job(outputs)
+        split = split_of_update(self, batch["mask_BT"])
+        batch = batch | {"weights_BT": self._weights(batch["mask_BT"], len(split))}
+        values = _metrics_of_job(accumulate(self, self.get_actor_forward_output_and_loss_func(), batch, split, forward_only))
         if not self.algorithm.uses_reference:
             del values["kl"]  # there was nothing to measure it against
         return values["loss"], values
 
     def _weights(self, mask_BT: torch.Tensor, micro_batches: int) -> torch.Tensor:
         """Weight of each token in the loss of its micro-batch, float32 [B, T-1]."""
-        totals = None
-        if self.algorithm.aggregate_over == AggregateOver.batch:
-            own = Totals.of(mask_BT)
-            counts = torch.tensor([own.tokens, own.sequences], dtype=torch.float64, device=torch.cuda.current_device())
-            torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-            totals = Totals(*counts.tolist())
+        totals = totals_of_job(mask_BT) if self.algorithm.aggregate_over == AggregateOver.batch else None
         replicas = parallel_state.get_data_parallel_world_size()
         weights_BT = update_weights(mask_BT, micro_batches, self.algorithm, totals, replicas)
         if totals is None:

@@ -15,7 +15,7 @@ from nemo_aligner.utils.trainer_utils import check_progress
 
 from nemo_ampo.config import BcDataConfig
 from nemo_ampo.data.bc import BcExample
-from nemo_ampo.data.collate import BcDataset, collate_bc
+from nemo_ampo.data.collate import BcDataset, collate_bc, whole_rows
 from nemo_ampo.errors import FormatError
 from nemo_ampo.grammar import parse_reply
 from nemo_ampo.job.deadline import Deadline
@@ -27,6 +27,7 @@ from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.rollout.engine import Engine, Request, SamplingSpec, request_seed
 from nemo_ampo.runlog import RunLog
 from nemo_ampo.training.forward import token_logprobs
+from nemo_ampo.training.micro_batches import by_rows, by_tokens
 from nemo_ampo.training.optimise import optimise
 from nemo_ampo.training.sampler import SizedBatches, rows_of_step
 
@@ -120,13 +121,13 @@ class BcTrainer(SupervisedTrainer):
         """Mean negative log-likelihood per reply token, nats."""
         rows = BcDataset([example for _, example in self._my_heldout()])
         sums: list[tuple[int, float, int]] = []
-        size = int(self.model.cfg.data.validation_ds.micro_batch_size)
-        for begin in range(0, len(rows), size):
-            batch = collate_bc(
-                [rows[i] for i in range(begin, min(begin + size, len(rows)))],
-                self.parts.pad_id,
-            )
-            logprobs_BT = token_logprobs(self.model, _with_next(batch), size).cpu() * batch["loss_mask"]
+        budget, size = self.model.cfg.get("tokens_per_micro_batch"), int(self.model.cfg.data.validation_ds.micro_batch_size)
+        lengths = [len(example.tokens) for example in rows.examples]
+        for part in by_tokens(lengths, budget) if budget else by_rows(len(rows), size, max(lengths, default=0)):
+            batch = collate_bc([rows[i] for i in part.rows], self.parts.pad_id)
+            tokens_BT = whole_rows(batch["tokens"], batch["labels"])
+            whole = by_rows(len(tokens_BT), len(tokens_BT), tokens_BT.size(1))
+            logprobs_BT = token_logprobs(self.model, tokens_BT, whole).cpu() * batch["loss_mask"]
             tokens_B = batch["loss_mask"].sum(dim=1)
             sums += zip(batch["modes"].tolist(), logprobs_BT.sum(dim=1).tolist(), tokens_B.int().tolist(), strict=True)
         everyone = self.parts.ranks.gather(sums)
@@ -152,11 +153,6 @@ class BcTrainer(SupervisedTrainer):
         named = {f"bc/{name}": value for name, value in metrics.items()} | self.ckpt_callback.take_metrics()
         self.parts.run_log.metrics(self.step, named, kind)
         self.logger.log_metrics(named, step=self.step)
-
-
-def _with_next(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens with the last label appended, so that log-probabilities [B, T] line up with labels and loss mask."""
-    return torch.cat((batch["tokens"], batch["labels"][:, -1:]), dim=1)
 
 
 def _nll(sums: Sequence[tuple[int, float, int]]) -> float:

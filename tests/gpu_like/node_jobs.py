@@ -69,8 +69,9 @@ def classes(model: Any) -> list[str]:
 
 def logprobs(session: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
     from nemo_ampo.training.forward import token_logprobs
+    from nemo_ampo.training.micro_batches import by_rows
 
-    return token_logprobs(session.model, tokens_BT, 2).cpu()
+    return token_logprobs(session.model, tokens_BT, by_rows(len(tokens_BT), 2, tokens_BT.size(1))).cpu()
 
 
 def oracle(hf: Path, tokens_BT: torch.Tensor) -> torch.Tensor:

@@ -24,12 +24,13 @@ LAYOUT = [
 ]
 BC = [
     *("trainer.sft.max_steps=2", "trainer.sft.val_check_interval=2", "trainer.sft.save_interval=2"),
-    *("data.heldout_replies=4", "data.max_new_tokens=8", "model.micro_batch_size=4"),
-    *("model.data.validation_ds.micro_batch_size=4", "model.data.validation_ds.global_batch_size=8"),
+    *("data.heldout_replies=4", "data.max_new_tokens=8", "model.tokens_per_micro_batch=1024", "model.micro_batch_size=1"),
+    *("model.data.validation_ds.micro_batch_size=1", "model.data.validation_ds.global_batch_size=8"),
 ]
 AMPO = [
     *("rollout.engine=megatron", "rollout.prompts_per_step=2", "rollout.group_size=4", "rollout.max_new_tokens=24"),
-    *("model.micro_batch_size=2", "model.reinforce.forward_micro_batch_size=4", "algorithm.entropy_coef=0.1"),
+    *("model.tokens_per_micro_batch=512", "model.micro_batch_size=1", "model.reinforce.forward_micro_batch_size=1"),
+    *("algorithm.aggregate_over=batch", "algorithm.entropy_coef=0.1"),
     *("trainer.reinforce.max_steps=2", "trainer.reinforce.save_interval=1"),
 ]
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from nemo_ampo.check import check_stage
 from nemo_ampo.compose import CONFIGS, compose
-from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_parallel_layout, read_config
+from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_bc, check_parallel_layout, read_config
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.sotopia.config import SotopiaConfig
 
@@ -156,6 +156,53 @@ def ampo(tmp_path: Path, *overrides: str) -> None:
 def test_a_bad_key_is_named(tmp_path: Path, override: str, key: str) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         ampo(tmp_path, override)
+
+
+ONE_ROW = ("model.micro_batch_size=1", "model.reinforce.forward_micro_batch_size=1")
+BUDGET = ("model.tokens_per_micro_batch=416", "algorithm.aggregate_over=batch", *ONE_ROW)
+"""The longest row of the tiny config has 256 + 160 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.tokens_per_micro_batch=-1", "model.tokens_per_micro_batch: must be a whole number of at least 0 or null"),
+        (
+            "model.tokens_per_micro_batch=408",
+            "408 does not hold one row of rollout.max_prompt_tokens + .*; needs at least 416",
+        ),
+        ("rollout.max_new_tokens=161", "needs at least 424"),
+        (
+            "model.micro_batch_size=2",
+            "model.micro_batch_size: 2 has no effect with model.tokens_per_micro_batch=416; set it to 1",
+        ),
+        ("model.reinforce.forward_micro_batch_size=8", "forward_micro_batch_size: 8 has no effect with"),
+        ("algorithm.aggregate_over=micro_batch", "would depend on which rows .*; set algorithm.aggregate_over=batch"),
+    ],
+)
+def test_a_token_budget_stands_alone_and_holds_a_row(tmp_path: Path, change: str, words: str) -> None:
+    ampo(tmp_path, *BUDGET)
+    with pytest.raises(ConfigError, match=words):
+        ampo(tmp_path, *BUDGET, change)
+    for off in ("0", "null"):
+        ampo(tmp_path, *BUDGET, f"model.tokens_per_micro_batch={off}", "algorithm.aggregate_over=micro_batch")
+
+
+def test_a_token_budget_holds_a_row_of_the_cloning_stage(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.touch()
+    given = ["run.dir=r", f"run.init_from={file}", f"data.train={file}", f"data.heldout={file}"]
+    given += ["model.micro_batch_size=1", "model.data.validation_ds.micro_batch_size=1"]
+
+    def bc(*overrides: str) -> None:
+        cfg = compose("bc", "tiny", [*given, *overrides])
+        check_bc(read_config(cfg, BcConfig), cfg, 1)
+
+    bc("model.tokens_per_micro_batch=512")
+    with pytest.raises(ConfigError, match=r"504 does not hold one row of data\.max_tokens; needs at least 512"):
+        bc("model.tokens_per_micro_batch=504")
+    with pytest.raises(ConfigError, match=r"model\.data\.validation_ds\.micro_batch_size: 64 has no effect with"):
+        bc("model.tokens_per_micro_batch=512", "model.data.validation_ds.micro_batch_size=64")
 
 
 def test_filters_can_be_allowed_by_name(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_ampo.data.bc import BcExample, encode_bc_rows, read_bc_rows
-from nemo_ampo.data.collate import BcDataset, collate_bc
+from nemo_ampo.data.collate import BcDataset, collate_bc, whole_rows
 from nemo_ampo.errors import ConfigError, DataError
 
 PAD = 99
@@ -33,6 +33,10 @@ def test_a_batch_worked_by_hand():
     assert batch["loss_mask"].dtype == torch.float32
     assert batch["position_ids"].tolist() == [list(range(8))] * 2
     assert batch["modes"].tolist() == [3, 1]
+    # What is scored is what is learned: at each position of the mask, its label.
+    whole = whole_rows(batch["tokens"], batch["labels"])
+    assert whole[:, :6].tolist() == [[10, 11, 12, 20, 21, 2], [10, 30, 2, PAD, PAD, PAD]]
+    assert whole[:, 1:].tolist() == batch["labels"].tolist()
 
 
 def test_the_attention_mask_hides_the_future():
