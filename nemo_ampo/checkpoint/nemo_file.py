@@ -40,6 +40,7 @@ MODEL_CLASSES = (
     "nemo.collections.nlp.models.language_modeling.",
     "nemo_aligner.models.nlp.gpt.",
     "nemo_ampo.training.actor.",
+    "nemo_ampo.training.bc_model.",
 )
 """Where a ``target`` of model_config.yaml may lie: NeMo imports and calls what it names."""
 _EXECUTED = re.compile(r"_target_|cls|_partial_|_args_")

@@ -28,6 +28,10 @@ def test_where_mpi_knows_no_ranks_all_of_them_refuse(ranks: list[dict[str, Any]]
         assert rank["no_mpi"].startswith(
             "ConfigError: rank 1: rollout.engine: TensorRT-LLM sees MPI rank 0 where torch has 1"
         )
+    went_on, refused = (rank["no_mpi_undone"] for rank in ranks)
+    assert went_on == "RuntimeError: waits for the others" and refused.startswith(
+        "ConfigError: rollout.engine: TensorRT-LLM"
+    )
 
 
 def test_the_engine_is_built_and_refitted_from_what_has_arrived(ranks: list[dict[str, Any]]) -> None:

@@ -22,6 +22,7 @@ def main(folder: Path) -> None:
     result: dict[str, Any] = {}
     with mock.patch.dict(os.environ, {"STAND_IN_MPI_RANK": "0"}):
         result["no_mpi"] = outcome(lambda: engine(session, folder / "no_mpi").sync(1))
+        result["no_mpi_undone"] = outcome(lambda: refused_alone(session, folder / "alone"))
     result["gaps"] = gaps(session, folder / "right")
     from nemo_ampo.rollout import trtllm_export
 
@@ -35,6 +36,25 @@ def engine(session: Any, folder: Path, max_num_tokens: int = 48) -> Any:
     from nemo_ampo.rollout.trtllm_refit import TrtLlmRefitEngine
 
     return TrtLlmRefitEngine(session.model, folder, 8, 40, 8, False, max_num_tokens)
+
+
+def refused_alone(session: Any, folder: Path) -> None:
+    """Each rank refuses for itself; one that goes on is stopped where it would wait for the others."""
+    from nemo_ampo.errors import ConfigError
+    from nemo_ampo.rollout import trtllm_export
+
+    def refuse(problem: str | None) -> None:
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def wait(reshard: bool) -> None:
+        raise RuntimeError("waits for the others")
+
+    with (
+        mock.patch.object(trtllm_export, "refuse_together", refuse),
+        mock.patch.object(trtllm_export, "init_model_parallel_from_nemo", wait),
+    ):
+        engine(session, folder).sync(1)
 
 
 def gaps(session: Any, folder: Path) -> list[float]:

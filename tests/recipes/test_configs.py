@@ -166,10 +166,10 @@ BUDGET = ("model.tokens_per_micro_batch=416", "algorithm.aggregate_over=batch", 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("model.tokens_per_micro_batch=-1", "model.tokens_per_micro_batch: must be a whole number of at least 0 or null"),
+        ("model.tokens_per_micro_batch=-1", "model.tokens_per_micro_batch: must be a whole number of at least 0, or null"),
         (
             "model.tokens_per_micro_batch=408",
-            "408 does not hold one row of rollout.max_prompt_tokens + .*; needs at least 416",
+            "408 does not hold one row of .*max_new_tokens; needs at least 416",
         ),
         ("rollout.max_new_tokens=161", "needs at least 424"),
         (

@@ -108,14 +108,10 @@ def convert(hf: Path, nemo: Path, path: Path | None = None, machine: Machine = C
 @functools.cache
 def _forking_process(path: Path | None, machine: Machine) -> subprocess.Popen[str]:
     """One for each process of the tests, path and machine, for as long as that process lives."""
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
         [sys.executable, __file__, machine.device],
         cwd=ROOT,
-        env=os.environ
-        | threads
-        | dict(machine.container)
-        | {"PYTHONPATH": ":".join(map(str, filter(None, (*machine.path, ROOT, HERE, path))))},
+        env=os.environ | environment_of(machine, path),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -123,6 +119,13 @@ def _forking_process(path: Path | None, machine: Machine) -> subprocess.Popen[st
     )
     atexit.register(_end, process)
     return process
+
+
+def environment_of(machine: Machine, path: Path | None = None) -> dict[str, str]:
+    """Variables with which any Python process is on the machine."""
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    folders = ":".join(map(str, filter(None, (*machine.path, ROOT, HERE, path))))
+    return threads | dict(machine.container) | {"PYTHONPATH": folders}
 
 
 def _end(process: subprocess.Popen[str]) -> None:

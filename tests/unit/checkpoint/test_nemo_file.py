@@ -278,6 +278,7 @@ def test_any_folder_can_hold_the_tokenizer(tmp_path: Path, name: str) -> None:
         "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
         "nemo_aligner.models.nlp.gpt.gpt_sft_model.GPTSFTModel",
         "nemo_ampo.training.actor.AmpoActor",
+        "nemo_ampo.training.bc_model.BcModel",
     ],
 )
 def test_what_converters_and_stages_write_is_read(tmp_path: Path, target: str) -> None:
