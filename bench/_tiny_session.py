@@ -18,7 +18,7 @@ def open_tiny(folder: Path, saves: bool = False, **sizes: int) -> tuple[Any, Pat
     """
     from nemo_ampo import compat
     from nemo_ampo.checkpoint.config import CheckpointConfig
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.world.pack import make_pack
     from nemo_ampo.world.tiny_model import TinyModel, make_tiny_checkpoint
 

@@ -16,9 +16,9 @@ from typing import TypeVar
 
 import torch
 
-from nemo_ampo.advantage import group_levels
-from nemo_ampo.algorithm import PRESETS
-from nemo_ampo.credit import Shares
+from nemo_ampo.algo.advantage import group_levels
+from nemo_ampo.algo.algorithm import PRESETS
+from nemo_ampo.algo.credit import Shares
 
 SAMPLES, TOKENS, GROUP = 4096, 512, 16
 REPEATS = 15

@@ -30,8 +30,8 @@ from typing import Any
 
 from _server import chat_server
 
-from nemo_ampo.compose import compose
-from nemo_ampo.config import read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import read_config
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate

@@ -19,8 +19,8 @@ def main() -> None:
     from megatron.core import parallel_state
     from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 
-    from nemo_ampo.loss import entropy_from_logits
-    from nemo_ampo.training.vocab_parallel import next_token_logprobs
+    from nemo_ampo.algo.loss import entropy_from_logits
+    from nemo_ampo.megatron.vocab_parallel import next_token_logprobs
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

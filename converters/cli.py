@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.ranks import settle_ranks
-from nemo_ampo.terminal import printable_output
 from nemo_ampo.text import one_line
 
 OK, DIFFERENT, MISUSED = 0, 1, 2

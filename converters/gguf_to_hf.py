@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from converters import cli
 from nemo_ampo.errors import UserError
+from nemo_ampo.output.staging import publish, staged
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.staging import publish, staged
 
 if TYPE_CHECKING:
     import torch

@@ -21,8 +21,8 @@ from converters.hf_folder import HfFolder, asset_files, check_tokenizer, open_hf
 from converters.model_config import nemo_config
 from converters.verify import report, verify
 from nemo_ampo.errors import UserError
+from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

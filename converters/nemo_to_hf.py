@@ -27,8 +27,8 @@ from nemo_ampo.errors import UserError
 from nemo_ampo.files import look_alike
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
+from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.staging import place_with_room, publish, scratch_folder, staged
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -28,8 +28,8 @@ from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
 from nemo_ampo.model_folder.loading import load_model
 from nemo_ampo.model_folder.portable import same_when_portable
+from nemo_ampo.output.staging import place_with_room, scratch_folder
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.staging import place_with_room, scratch_folder
 
 PROMPT_LENGTHS = (32, 1600)
 TOLERANCE = 1e-4

@@ -8,10 +8,10 @@ from concurrent.futures import Future
 import torch
 
 from nemo_ampo import PRESETS, Verdict
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.ranks import OneProcess
-from nemo_ampo.rewards import RewardConfig
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, Response, SyncReport
 from nemo_ampo.step import Parts, ampo_step

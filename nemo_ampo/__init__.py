@@ -1,7 +1,8 @@
 """nemo-ampo: teach a language model when to think, with NeMo-Aligner.
 
-Start reading at :mod:`nemo_ampo.step` (one AMPO step), then :mod:`nemo_ampo.advantage` (the paper's idea). The names below
-are the stable ones (docs/api.md); each is loaded when it is first used, so that ``import nemo_ampo`` costs nothing.
+Start reading at :mod:`nemo_ampo.step` (one AMPO step), then :mod:`nemo_ampo.algo.advantage` (the paper's idea). The
+names below are the stable ones (docs/api.md); each is loaded when it is first used, so that ``import nemo_ampo`` costs
+nothing.
 """
 
 from __future__ import annotations
@@ -10,35 +11,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_ampo.advantage import Levels, ampo_advantage, group_levels, grpo_advantage
-    from nemo_ampo.algorithm import PRESETS, AlgorithmConfig
+    from nemo_ampo.algo.advantage import Levels, ampo_advantage, group_levels, grpo_advantage
+    from nemo_ampo.algo.algorithm import PRESETS, AlgorithmConfig
+    from nemo_ampo.algo.loss import kl_estimate, policy_loss
+    from nemo_ampo.algo.rewards import answer_length_score, goal_gain
     from nemo_ampo.errors import FormatError, JudgeError, UserError
-    from nemo_ampo.grammar import parse_reply
     from nemo_ampo.judge.verdict import parse_verdict
-    from nemo_ampo.loss import kl_estimate, policy_loss
-    from nemo_ampo.rewards import answer_length_score, goal_gain
+    from nemo_ampo.reply.grammar import parse_reply
     from nemo_ampo.types import Reply, Verdict
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PRESETS": "algorithm",
-    "AlgorithmConfig": "algorithm",
+    "PRESETS": "algo.algorithm",
+    "AlgorithmConfig": "algo.algorithm",
     "FormatError": "errors",
     "JudgeError": "errors",
-    "Levels": "advantage",
+    "Levels": "algo.advantage",
     "Reply": "types",
     "UserError": "errors",
     "Verdict": "types",
-    "ampo_advantage": "advantage",
-    "answer_length_score": "rewards",
-    "goal_gain": "rewards",
-    "group_levels": "advantage",
-    "grpo_advantage": "advantage",
-    "kl_estimate": "loss",
-    "parse_reply": "grammar",
+    "ampo_advantage": "algo.advantage",
+    "answer_length_score": "algo.rewards",
+    "goal_gain": "algo.rewards",
+    "group_levels": "algo.advantage",
+    "grpo_advantage": "algo.advantage",
+    "kl_estimate": "algo.loss",
+    "parse_reply": "reply.grammar",
     "parse_verdict": "judge.verdict",
-    "policy_loss": "loss",
+    "policy_loss": "algo.loss",
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What the numbers of our own sections may be, asked before anything is divided by them, allocated or loaded.
 
 A number has its range beside its default: ``seed: int = number(1, least=1)``. NeMo's keys have theirs in
-:mod:`nemo_ampo.nemo_keys`, by the same rules.
+:mod:`nemo_ampo.config.nemo_keys`, by the same rules.
 """
 
 from __future__ import annotations

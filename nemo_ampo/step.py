@@ -14,16 +14,16 @@ from typing import TypeVar
 
 import torch
 
-from nemo_ampo.algorithm import AlgorithmConfig, JudgeFailure
-from nemo_ampo.credit import assign_credit, kl_penalties, mode_token_span
-from nemo_ampo.grammar import answer_of
-from nemo_ampo.guard import GuardConfig, small_groups
-from nemo_ampo.metrics import guard_metrics, step_metrics
-from nemo_ampo.mismatch import importance_weights, mismatch_metrics
-from nemo_ampo.mode_choice import choice_metrics
-from nemo_ampo.modes import NO_MODE
+from nemo_ampo.algo.algorithm import AlgorithmConfig, JudgeFailure
+from nemo_ampo.algo.credit import assign_credit, kl_penalties, mode_token_span
+from nemo_ampo.algo.guard import GuardConfig, small_groups
+from nemo_ampo.algo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.algo.mode_choice import choice_metrics
+from nemo_ampo.algo.rewards import RewardConfig, score_reply
+from nemo_ampo.judge.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
 from nemo_ampo.ranks import Ranks, slice_for
-from nemo_ampo.rewards import RewardConfig, score_reply
+from nemo_ampo.reply.grammar import answer_of
+from nemo_ampo.reply.modes import NO_MODE
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import (
     Engine,
@@ -36,8 +36,8 @@ from nemo_ampo.rollout.engine import (
     request_seed,
 )
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
+from nemo_ampo.run.metrics import guard_metrics, step_metrics
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Policy, Prompt, Sample, Tokenizer, TrainBatch
-from nemo_ampo.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
 
 T = TypeVar("T")
 

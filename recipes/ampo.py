@@ -12,22 +12,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import AmpoConfig, check_ampo, check_model, read_config
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model
 from nemo_ampo.errors import ConfigError, DataError
-from nemo_ampo.lock import hold_run_with_all_ranks
+from nemo_ampo.output.lock import hold_run_with_all_ranks
+from nemo_ampo.run.trackers import check_trackers, open_trackers
+from nemo_ampo.run.watchdog import watch_ranks
 from nemo_ampo.step import Parts
-from nemo_ampo.trackers import check_trackers, open_trackers
 from nemo_ampo.types import DialogueTurn, Prompt
-from nemo_ampo.watchdog import watch_ranks
 from recipes.launch import is_main_process, main, world_size
 
 
 def read_training_turns(config: AmpoConfig) -> tuple[list[DialogueTurn], dict[str, str]]:
     """The turns to train on, from rows or from a SOTOPIA folder's opening scenes, and the sha256 of what was read."""
     from nemo_ampo.data.episodes import read_turns
+    from nemo_ampo.dialogue.opening import write_opening_rows
     from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
-    from nemo_ampo.sotopia.opening import write_opening_rows
 
     if config.data.train is not None:
         if not config.data.allow_evaluation_scenarios:
@@ -78,17 +79,17 @@ def run(cfg: DictConfig) -> bool:
 def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import (
+    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
+    from nemo_ampo.data.chat import check_tokenizer
+    from nemo_ampo.judge import open_judge
+    from nemo_ampo.model_folder.loading import load_tokenizer
+    from nemo_ampo.model_folder.policy_files import (
         check_vocabulary,
         record_stop_tokens,
         record_system_prompt,
         stop_token_ids,
         system_prompt,
     )
-    from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
-    from nemo_ampo.data.chat import check_tokenizer
-    from nemo_ampo.judge import open_judge
-    from nemo_ampo.model_folder.loading import load_tokenizer
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
@@ -123,7 +124,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         from nemo_ampo.ranks import MegatronRanks
         from nemo_ampo.rollout import EngineSetup, make_engine
         from nemo_ampo.rollout.probe import Probe
-        from nemo_ampo.runlog import RunLog, write_provenance
+        from nemo_ampo.run.runlog import RunLog, write_provenance
         from nemo_ampo.training.actor import AmpoActor
         from nemo_ampo.training.session import Keep, open_session, prepare_config
         from nemo_ampo.training.trainer import AmpoTrainer

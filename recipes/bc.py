@@ -12,10 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.config import BcConfig, check_bc, check_model, check_steps, read_config
-from nemo_ampo.lock import hold_run_with_all_ranks
-from nemo_ampo.trackers import check_trackers, open_trackers
-from nemo_ampo.watchdog import watch_ranks
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps
+from nemo_ampo.output.lock import hold_run_with_all_ranks
+from nemo_ampo.run.trackers import check_trackers, open_trackers
+from nemo_ampo.run.watchdog import watch_ranks
 from recipes.launch import main, world_size
 
 
@@ -31,19 +32,19 @@ def run(cfg: DictConfig) -> bool:
 def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import (
-        check_vocabulary,
-        record_stop_tokens,
-        record_system_prompt,
-        stop_token_ids,
-    )
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs
     from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows, system_prompt_of
     from nemo_ampo.errors import ConfigError
     from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
     from nemo_ampo.model_folder.loading import load_tokenizer
-    from nemo_ampo.runlog import RunLog, write_provenance
+    from nemo_ampo.model_folder.policy_files import (
+        check_vocabulary,
+        record_stop_tokens,
+        record_system_prompt,
+        stop_token_ids,
+    )
+    from nemo_ampo.run.runlog import RunLog, write_provenance
 
     run_dir, data = Path(config.run.dir), config.data
     model_config = read_model_config(config.run.init_from)

@@ -6,9 +6,11 @@ import sys
 
 from omegaconf import DictConfig
 
-from nemo_ampo.config import EvaluateConfig, check_evaluate, read_config
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import check_evaluate
 from nemo_ampo.errors import BudgetError
-from nemo_ampo.terminal import show
+from nemo_ampo.evaluate.config import EvaluateConfig
+from nemo_ampo.output.terminal import show
 from recipes.launch import main
 
 PARTIAL = "not complete; the same command draws and asks for what is missing"
@@ -20,7 +22,7 @@ def run(cfg: DictConfig) -> bool:
     check_evaluate(config, cfg)
 
     from nemo_ampo.compat import resolve_device
-    from nemo_ampo.evaluation import evaluate
+    from nemo_ampo.evaluate.held_out import evaluate
     from nemo_ampo.report import evaluation_table, read_evaluation
 
     written, outcome = evaluate(config, resolve_device(config.run.device))

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.compose import compose
+from nemo_ampo.config.compose import compose
 from nemo_ampo.errors import EngineError, Stopped, UserError
 from nemo_ampo.files import check_writable, full_or_read_only
-from nemo_ampo.job.interrupt import stop_while_nothing_is_lost
-from nemo_ampo.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
+from nemo_ampo.output.outcome import EXIT_UNFINISHED, EXIT_USER_ERROR
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.ranks import settle_ranks
-from nemo_ampo.terminal import printable_output
-from nemo_ampo.watchdog import leave_ranks
+from nemo_ampo.run.interrupt import stop_while_nothing_is_lost
+from nemo_ampo.run.watchdog import leave_ranks
 
 MAIN_RANK_FIRST_S = 3.0
 """How long an error of another rank waits for the main rank's, seconds."""

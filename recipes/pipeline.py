@@ -18,8 +18,8 @@ from pathlib import Path
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import full_or_read_only, read_record, write_once
-from nemo_ampo.lock import Lock
-from nemo_ampo.terminal import printable_output
+from nemo_ampo.output.lock import Lock
+from nemo_ampo.output.terminal import printable_output
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 """Environment of every stage on a shared CPU: waiting threads must not spin, and no hub is asked for anything."""

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_ampo.output.terminal import show
 from nemo_ampo.overrides import override, typed_path
-from nemo_ampo.terminal import show
 from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
 
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.dir = run_folder(args.dir)
 
-    from nemo_ampo.demo_judge import demo_judge_process
+    from nemo_ampo.world.judge_server import demo_judge_process
 
     def pipeline() -> None:
         begin = time.monotonic()

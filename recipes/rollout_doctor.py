@@ -15,14 +15,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.compose import compose
-from nemo_ampo.config import NEMO_SECTIONS, RunConfig, check_parallel_layout, read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import NEMO_SECTIONS, read_config
+from nemo_ampo.config.stages import check_parallel_layout
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.outcome import EXIT_USER_ERROR
+from nemo_ampo.output.outcome import EXIT_USER_ERROR
+from nemo_ampo.output.terminal import printable_output, show
 from nemo_ampo.overrides import override
 from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.rollout.config import RolloutConfig
-from nemo_ampo.terminal import printable_output, show
+from nemo_ampo.run.config import RunConfig
 from recipes.launch import is_main_process, world_size
 
 QUESTIONS = (
@@ -56,9 +58,9 @@ def run(cfg: DictConfig) -> bool:
 
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-    from nemo_ampo.checkpoint.policy_files import stop_token_ids
     from nemo_ampo.data.chat import encode_prompt
     from nemo_ampo.model_folder.loading import load_tokenizer
+    from nemo_ampo.model_folder.policy_files import stop_token_ids
 
     model = cfg.model
     check_parallel_layout(

@@ -23,10 +23,10 @@ from yaml import YAMLError
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
-from nemo_ampo.lock import RUN_PATIENCE_S
+from nemo_ampo.output.lock import RUN_PATIENCE_S
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import literal, override, typed_path
 from nemo_ampo.ranges import LARGEST_PORT, LARGEST_SEED, YEAR_S, check_numbers, number
-from nemo_ampo.terminal import printable_output
 from nemo_ampo.text import one_line
 from recipes.pipeline import Stage, hold_folder, remember_settings
 
@@ -250,7 +250,7 @@ def own_rollout_server(recipe: PipelineConfig) -> RolloutLimits | None:
     Raises:
         ConfigError: the stage's configuration is wrong, naming the key.
     """
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
 
     try:
         rollout = compose("ampo", recipe.ampo.config, recipe.ampo.overrides).rollout
@@ -365,9 +365,9 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
     Raises:
         ConfigError: naming stage and key.
     """
-    from nemo_ampo.check import check_stage
-    from nemo_ampo.compose import compose
-    from nemo_ampo.config import STAGES
+    from nemo_ampo.config.check import check_stage
+    from nemo_ampo.config.compose import compose
+    from nemo_ampo.config.stages import STAGES
 
     with_mpi = set()
     for stage in plan:

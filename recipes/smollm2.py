@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.dir = run_folder(args.dir)
 
-    from nemo_ampo.demo_judge import demo_judge_process
+    from nemo_ampo.world.judge_server import demo_judge_process
 
     def pipeline() -> None:
         with hold_folder(args.dir):

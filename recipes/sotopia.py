@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from nemo_ampo.config import read_config
+from nemo_ampo.config.reading import read_config
 from nemo_ampo.errors import UserError
+from nemo_ampo.output.terminal import show
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
-from nemo_ampo.terminal import show
 from recipes.launch import main
 
 PARTIAL = "not complete; the same command plays and scores what is missing (all of the subset without run.limit)"
@@ -21,7 +21,7 @@ def run(cfg: DictConfig) -> bool:
     config = read_config(cfg, SotopiaConfig)
     check_sotopia(config)
 
-    from nemo_ampo.sotopia.commands import report
+    from nemo_ampo.commands.sotopia_report import report
     from nemo_ampo.sotopia.estimate import estimate_table
     from nemo_ampo.sotopia.plan import make_plan
     from nemo_ampo.sotopia.run import estimate, evaluate

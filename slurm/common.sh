@@ -118,7 +118,7 @@ stage_line() { # FIELD...: a line of `recipes.slurm plan`
 }
 
 judge_line() { # WHERE
-  local command=("$AMPO_PYTHON" -m nemo_ampo.demo_judge --host 0.0.0.0 --port "$JUDGE_PORT")
+  local command=("$AMPO_PYTHON" -m nemo_ampo.world.judge_server --host 0.0.0.0 --port "$JUDGE_PORT")
   # The site's command is shell text that may use $JUDGE_PORT; quoting and variables are its own.
   if [[ $AMPO_JUDGE_COMMAND ]]; then command=(bash -c "$AMPO_JUDGE_COMMAND"); fi
   export JUDGE_PORT

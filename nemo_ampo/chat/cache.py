@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from nemo_ampo.chat.completion import Completion
 from nemo_ampo.errors import ChatError, ConfigError, DiskError
 from nemo_ampo.files import disk_errors, is_file, strict_json
-from nemo_ampo.lock import hold_output
+from nemo_ampo.output.lock import hold_output
 
 SCHEMA_VERSION = 1
 """Raised whenever a key or a column changes its meaning."""

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from nemo_ampo.chat.completion import CallError
+from nemo_ampo.chat.proxies import passwords, proxy_for, through
 from nemo_ampo.chat.secrets import Secrets
 from nemo_ampo.compat.pyreqwest import import_here, rest_before_exit
-from nemo_ampo.proxies import passwords, proxy_for, through
 from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from typing import Any
 
 from nemo_ampo.errors import DiskError, UserError
 from nemo_ampo.files import disk_errors, look_alike
-from nemo_ampo.staging import scratch_folder, staged
+from nemo_ampo.output.staging import scratch_folder, staged
 from nemo_ampo.text import one_line
 
 ASSETS_FOLDER = "hf_assets"

@@ -44,7 +44,7 @@ from nemo_ampo.checkpoint.store import (
     measure,
 )
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.runlog import log_hashes, log_positions
+from nemo_ampo.run.runlog import log_hashes, log_positions
 
 RANDOM_STATES = "random"
 SPACE_MARGIN = 1.05

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from nemo_ampo.data.chat import build_messages, check_tokenizer, encode_prompt
 from nemo_ampo.data.rows import Record, read_records
 from nemo_ampo.errors import DataError, FormatError
-from nemo_ampo.grammar import parse_reply
+from nemo_ampo.reply.grammar import parse_reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING
+from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING
 from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:

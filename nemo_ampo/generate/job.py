@@ -28,11 +28,11 @@ from nemo_ampo.generate.situations import Situation, Situations
 from nemo_ampo.generate.teacher import Teacher
 from nemo_ampo.judge import Judge, JudgeConfig
 from nemo_ampo.judge.client import verdict_protocol
-from nemo_ampo.lock import hold_output
-from nemo_ampo.modes import MODES
-from nemo_ampo.outcome import Outcome
-from nemo_ampo.progress import Progress
-from nemo_ampo.protocol import digest, keep_protocol
+from nemo_ampo.output.lock import hold_output
+from nemo_ampo.output.outcome import Outcome
+from nemo_ampo.output.protocol import digest, keep_protocol
+from nemo_ampo.reply.modes import MODES
+from nemo_ampo.run.progress import Progress
 
 Kind = Literal["bc", "rl"]
 SUFFIXES = (".jsonl", ".json")

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from nemo_ampo.data.rows import Record, read_records, write_json
+from nemo_ampo.dialogue.prompts import View, Viewer, visible_text
+from nemo_ampo.dialogue.scenarios import Environment, check_official, load_scenarios
 from nemo_ampo.errors import DataError, UserError
-from nemo_ampo.sotopia.prompts import View, Viewer, visible_text
-from nemo_ampo.sotopia.scenarios import Environment, check_official, load_scenarios
 
 if TYPE_CHECKING:
-    from nemo_ampo.sotopia.scenarios import ScenarioPack
+    from nemo_ampo.dialogue.scenarios import ScenarioPack
 
 SHIPPED = Path(__file__).with_name("evaluation_scenarios.json")
 _LABEL = re.compile(r"^[^:\n]{1,80}: ")

@@ -12,14 +12,14 @@ from random import Random
 from typing import Any, Protocol
 
 from nemo_ampo.data.episodes import UNUSED_SCORES
+from nemo_ampo.dialogue.episode import LeaveRule, leaves
+from nemo_ampo.dialogue.opening import START_SCORE
+from nemo_ampo.dialogue.prompts import turn_line
 from nemo_ampo.errors import BudgetError, ChatError
 from nemo_ampo.generate.situations import Situation
 from nemo_ampo.generate.teacher import Teacher
-from nemo_ampo.grammar import parse_reply
-from nemo_ampo.modes import MODES
-from nemo_ampo.sotopia.episode import LeaveRule, leaves
-from nemo_ampo.sotopia.opening import START_SCORE
-from nemo_ampo.sotopia.prompts import turn_line
+from nemo_ampo.reply.grammar import parse_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.types import JudgeRequest, Verdict
 
 
@@ -89,7 +89,7 @@ async def play_rl(situation: Situation, teacher: Teacher, judge: Scorer, system:
     """RL rows: the dialogue before each turn, with the judge's scores of both agents as state.
 
     Before the first word nothing can be judged; both agents start at
-    :data:`~nemo_ampo.sotopia.opening.START_SCORE`. A judge that fails ends the dialogue: no state is made up.
+    :data:`~nemo_ampo.dialogue.opening.START_SCORE`. A judge that fails ends the dialogue: no state is made up.
     """
     played, spoken = Played(), list(situation.opening)
     try:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from nemo_ampo.dialogue.prompts import View, agent_instruction, load_texts, turn_line, visible_text
+from nemo_ampo.dialogue.scenarios import SEATS, Scenario, load_scenarios
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.generate.overlap import is_evaluation
-from nemo_ampo.sotopia.prompts import View, agent_instruction, load_texts, turn_line, visible_text
-from nemo_ampo.sotopia.scenarios import SEATS, Scenario, load_scenarios
 from nemo_ampo.types import JudgeRequest, Seat
 from nemo_ampo.world.pack import judge_request
 from nemo_ampo.world.scenes import Scene, draw_scene

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_ampo.errors import FormatError
-from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING, parse_reply, spoken_text
-from nemo_ampo.modes import MODES
 from nemo_ampo.prompts import load_prompt
+from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING, parse_reply, spoken_text
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.types import Reply
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import yaml
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import DataError, DiskError, UserError
 from nemo_ampo.files import append_whole, disk_errors, stream_jsonl, strict_json, write_once
-from nemo_ampo.outcome import EXIT_USER_ERROR
+from nemo_ampo.output.outcome import EXIT_USER_ERROR
 
 FOLDER = "slurm"
 PLAN, ATTEMPTS = "plan.json", "attempts.jsonl"

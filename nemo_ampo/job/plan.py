@@ -18,8 +18,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.megatron import STRETCH_ELEMENTS
 from nemo_ampo.model_folder.facts import facts_of, read_object
-from nemo_ampo.training import STRETCH_ELEMENTS
 
 GB = 1e9
 FP32, BF16 = 4, 2
@@ -249,7 +249,7 @@ def make_plan(
     """
     if gpu not in HARDWARE:
         raise ConfigError(f"--gpu: expected one of {', '.join(HARDWARE)}, got {gpu!r}")
-    from nemo_ampo.config import check_parallel_layout
+    from nemo_ampo.config.stages import check_parallel_layout
 
     model = cfg.model
     tensor, pipeline = int(model.tensor_model_parallel_size), int(model.pipeline_model_parallel_size)
@@ -454,7 +454,7 @@ def compose_for_plan(stage: str, config_name: str, overrides: list[str]) -> Dict
     Raises:
         ConfigError: unknown stage, file or key.
     """
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
 
     if stage not in ("bc", "ampo"):
         raise ConfigError(f"STAGE: a plan is for bc or ampo, got {stage!r}")

@@ -26,9 +26,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.chat.proxies import opener_for, through
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.proxies import opener_for, through
-from nemo_ampo.terminal import printable_output
 from nemo_ampo.text import one_line
 
 NOT_FIT = 3

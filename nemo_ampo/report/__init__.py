@@ -4,9 +4,9 @@ Read :mod:`.inputs` for what is read, :mod:`.charts` for which metric goes where
 figures and the alarms, :mod:`.plots` for how it is drawn and :mod:`.html` for the page. Nothing here needs torch or NeMo.
 """
 
-from nemo_ampo.report.html import file_problems, write_report
-from nemo_ampo.report.inputs import Evaluation, Run, parse_evaluation, read_evaluation, read_run
-from nemo_ampo.report.tables import evaluation_table, training_table
+from nemo_ampo.report.training.inputs import Evaluation, Run, parse_evaluation, read_evaluation, read_run
+from nemo_ampo.report.training.page import file_problems, write_report
+from nemo_ampo.report.training.tables import evaluation_table, training_table
 
 __all__ = [
     "Evaluation",

@@ -23,6 +23,8 @@ from megatron.core.inference_params import InferenceParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from nemo_ampo.compat.layer_spec import RotatedCacheSelfAttention, SdpaAttention
+from nemo_ampo.megatron.forward import inference_mode
+from nemo_ampo.megatron.padding import vocab_size
 from nemo_ampo.rollout.collective import check_equal_on_replica
 from nemo_ampo.rollout.engine import (
     Caps,
@@ -38,8 +40,6 @@ from nemo_ampo.rollout.engine import (
     finish_response,
 )
 from nemo_ampo.rollout.sampling import draw, uniform_draws
-from nemo_ampo.training.forward import inference_mode
-from nemo_ampo.training.padding import vocab_size
 
 _COMPACT_BELOW = 0.85
 """The cache is rewritten without its finished rows once fewer than this share of its rows is alive."""

@@ -18,6 +18,7 @@ import torch
 from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_mp
 
 from nemo_ampo.compat.common import load_trt_llm
+from nemo_ampo.megatron.padding import vocab_size
 from nemo_ampo.rollout.collective import check_equal_on_replica
 from nemo_ampo.rollout.engine import (
     Caps,
@@ -36,7 +37,6 @@ from nemo_ampo.rollout.engine import (
 )
 from nemo_ampo.rollout.trtllm_export import RepairedExporter
 from nemo_ampo.rollout.trtllm_version import require_tensorrt_llm
-from nemo_ampo.training.padding import vocab_size
 
 
 def stop_words(stop_token_ids: Sequence[int], rows: int) -> Any:

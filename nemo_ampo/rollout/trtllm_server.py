@@ -24,8 +24,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from nemo_ampo.chat.proxies import proxy_for, through
 from nemo_ampo.errors import EngineError
-from nemo_ampo.proxies import proxy_for, through
 from nemo_ampo.rollout.config import TrtLlmServerConfig
 from nemo_ampo.rollout.engine import (
     Caps,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import no_model_folder
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.config import ServeConfig, check_serve
 from nemo_ampo.serve.local import run_app
-from nemo_ampo.terminal import printable_output
 
 _log = logging.getLogger(__name__)
 

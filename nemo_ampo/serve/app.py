@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from starlette.requests import ClientDisconnect
 
 from nemo_ampo.errors import EngineError, UserError
-from nemo_ampo.modes import MAX_BIAS
+from nemo_ampo.reply.modes import MAX_BIAS
 from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
 from nemo_ampo.text import one_line
 

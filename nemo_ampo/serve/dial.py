@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING
+from nemo_ampo.reply.modes import MODES
 
 if TYPE_CHECKING:
     import torch

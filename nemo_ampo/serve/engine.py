@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.data.chat import check_tokenizer, encode_prompt
 from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.model_folder.loading import load_model, load_tokenizer
+from nemo_ampo.model_folder.policy_files import stop_token_ids
 from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.rows import KeysValues, next_logits
 from nemo_ampo.text import one_line

@@ -19,8 +19,8 @@ from typing import Any
 
 import uvicorn
 
+from nemo_ampo.chat.proxies import opener_for
 from nemo_ampo.errors import Stopped, UserError
-from nemo_ampo.proxies import opener_for
 
 _PARENT_POLL_S = 0.5
 SHUTDOWN_S = 2

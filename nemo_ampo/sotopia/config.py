@@ -11,21 +11,21 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from nemo_ampo.chat import EndpointConfig
+from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig
+from nemo_ampo.dialogue.episode import LeaveRule
+from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import check_folder, is_folder, look_alike
 from nemo_ampo.ranges import LARGEST_SEED, number
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
-from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
 from nemo_ampo.sotopia.dimensions import PROMPT, TEMPERATURES, load_score_prompt
-from nemo_ampo.sotopia.episode import LeaveRule
 from nemo_ampo.sotopia.pairings import Pairing, Subset, check_pairing
-from nemo_ampo.sotopia.prompts import load_texts
 
 _JUDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 class ViewName(StrEnum):
-    """What the characters know of each other, see :mod:`nemo_ampo.sotopia.prompts`."""
+    """What the characters know of each other, see :mod:`nemo_ampo.dialogue.prompts`."""
 
     sotopia = "sotopia"
     reference = "reference"

@@ -22,7 +22,7 @@ from nemo_ampo.text import utf8_safe
 from nemo_ampo.types import Seat
 
 if TYPE_CHECKING:
-    from nemo_ampo.sotopia.scenarios import Scenario
+    from nemo_ampo.dialogue.scenarios import Scenario
 
 DIMENSIONS: dict[str, tuple[int, int]] = {
     "believability": (0, 10),
@@ -133,10 +133,10 @@ def score_messages(scenario: Scenario, dialogue: str, template: PromptTemplate |
     Args:
         scenario: the situation and its two characters.
         dialogue: what was said, ``Turn k: NAME said: "..."`` with a blank line between turns
-            (:meth:`nemo_ampo.sotopia.records.Episode.dialogue`).
+            (:meth:`nemo_ampo.dialogue.records.Episode.dialogue`).
         template: from :func:`load_score_prompt`; the shipped one by default.
     """
-    from nemo_ampo.sotopia.prompts import context_block
+    from nemo_ampo.dialogue.prompts import context_block
 
     template = template or load_score_prompt()
     first, second = scenario.agents

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemo_ampo.sotopia.agents import CHARACTERS_PER_TOKEN, AgentConfig, system_text
+from nemo_ampo.dialogue.agents import CHARACTERS_PER_TOKEN, AgentConfig, system_text
+from nemo_ampo.dialogue.episode import EpisodeRules
+from nemo_ampo.dialogue.prompts import instruction_after, instruction_head
+from nemo_ampo.dialogue.scenarios import SEATS, Scenario
 from nemo_ampo.sotopia.config import ScoreJudgeConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt, score_messages
-from nemo_ampo.sotopia.episode import EpisodeRules
-from nemo_ampo.sotopia.prompts import instruction_after, instruction_head
-from nemo_ampo.sotopia.scenarios import SEATS, Scenario
 from nemo_ampo.types import Seat
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from enum import StrEnum
 
+from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig, check_agent
+from nemo_ampo.dialogue.records import EpisodeKey
+from nemo_ampo.dialogue.scenarios import SEATS, Scenario, ScenarioPack
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig, check_agent
-from nemo_ampo.sotopia.records import EpisodeKey
-from nemo_ampo.sotopia.scenarios import SEATS, Scenario, ScenarioPack
 from nemo_ampo.types import Seat
 
 

@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.checkpoint.policy_files import policy_hash
+from nemo_ampo.dialogue.agents import AgentConfig, model_hash, system_text
+from nemo_ampo.dialogue.episode import EpisodeRules
+from nemo_ampo.dialogue.prompts import load_texts
+from nemo_ampo.dialogue.records import EpisodeKey
+from nemo_ampo.dialogue.scenarios import PackCounts, Scenario, load_scenarios, other_seat, unlike_published
+from nemo_ampo.model_folder.policy_files import policy_hash
 from nemo_ampo.serve.config import ServeConfig
-from nemo_ampo.sotopia.agents import AgentConfig, model_hash, system_text
 from nemo_ampo.sotopia.config import ScenarioSet, ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.dimensions import load_score_prompt
-from nemo_ampo.sotopia.episode import EpisodeRules
 from nemo_ampo.sotopia.pairings import Subset, chosen, opposite, planned, policy_seats
-from nemo_ampo.sotopia.prompts import load_texts
-from nemo_ampo.sotopia.records import EpisodeKey
-from nemo_ampo.sotopia.scenarios import PackCounts, Scenario, load_scenarios, other_seat, unlike_published
 from nemo_ampo.types import Seat
 
 

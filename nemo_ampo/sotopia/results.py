@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_ampo.data.rows import Record, read_records
+from nemo_ampo.dialogue.records import Episode, EpisodeKey, Termination, Turn
+from nemo_ampo.dialogue.scenarios import SEATS, ScenarioPack
 from nemo_ampo.errors import DataError, FormatError
-from nemo_ampo.grammar import parse_reply
-from nemo_ampo.modes import NO_MODE
+from nemo_ampo.reply.grammar import parse_reply
+from nemo_ampo.reply.modes import NO_MODE
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoreError, Scores, ScoresFormatError, whole_number
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeResult, Termination, Turn
-from nemo_ampo.sotopia.scenarios import SEATS, ScenarioPack
+from nemo_ampo.sotopia.records import EpisodeResult
 from nemo_ampo.types import Seat
 
 FAILED_REWARD = -100

@@ -1,6 +1,6 @@
 """One SOTOPIA run, summarised: scores with intervals, counts, a few dialogues, and whether anything is missing.
 
-A run is a folder of episodes (:class:`~nemo_ampo.sotopia.records.EpisodeStore`) or a result file of the authors'
+A run is a folder of episodes (:class:`~nemo_ampo.dialogue.records.EpisodeStore`) or a result file of the authors'
 evaluation (:class:`~nemo_ampo.sotopia.results.ImportedResults`). Episodes are read one at a time; what stays in
 memory is 14 numbers for each scored one, and the dialogues that are shown.
 """
@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_ampo.dialogue.records import EpisodeKey
+from nemo_ampo.dialogue.scenarios import OFFICIAL_COUNTS, SEATS, PackCounts, load_scenarios, unlike_published
 from nemo_ampo.errors import DataError
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, Scores
-from nemo_ampo.sotopia.records import EPISODES_FOLDER, PROTOCOL_FILE, EpisodeKey, EpisodeResult, EpisodeStore
+from nemo_ampo.sotopia.records import EPISODES_FOLDER, PROTOCOL_FILE, EpisodeResult, EpisodeStore
 from nemo_ampo.sotopia.results import ImportedResults
-from nemo_ampo.sotopia.scenarios import OFFICIAL_COUNTS, SEATS, PackCounts, load_scenarios, unlike_published
 from nemo_ampo.sotopia.statistics import RESAMPLES, ScoredEpisode, SubsetSummary, summarise, with_overall
 from nemo_ampo.sotopia.tally import SELF_PLAY, Tally
 from nemo_ampo.types import Seat

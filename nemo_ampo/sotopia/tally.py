@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from nemo_ampo.modes import MODES, NO_MODE
-from nemo_ampo.sotopia.records import Episode, EpisodeResult, Turn
-from nemo_ampo.sotopia.scenarios import SEATS
+from nemo_ampo.dialogue.records import Episode, Turn
+from nemo_ampo.dialogue.scenarios import SEATS
+from nemo_ampo.reply.modes import MODES, NO_MODE
+from nemo_ampo.sotopia.records import EpisodeResult
 from nemo_ampo.types import Seat
 
 MODE_IDS = (*MODES, NO_MODE)

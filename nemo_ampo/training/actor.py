@@ -16,16 +16,16 @@ from nemo_aligner.models.nlp.gpt.megatron_gpt_reinforce_actor import MegatronGPT
 from nemo_aligner.utils.train_utils import set_sync_funcs
 from nemo_aligner.utils.utils import cpu_weight_swap
 
-from nemo_ampo.algorithm import AggregateOver, AlgorithmConfig
-from nemo_ampo.loss import (
+from nemo_ampo.algo.algorithm import AggregateOver, AlgorithmConfig
+from nemo_ampo.algo.loss import (
     filled_micro_batches,
     token_loss,
     update_weights,
     weighted_sum,
 )
-from nemo_ampo.training.forward import accumulate, split_of_update, token_logprobs, totals_of_job
-from nemo_ampo.training.micro_batches import by_rows, by_tokens
-from nemo_ampo.training.vocab_parallel import narrow_logits, next_token_logprobs
+from nemo_ampo.megatron.forward import accumulate, split_of_update, token_logprobs, totals_of_job
+from nemo_ampo.megatron.micro_batches import by_rows, by_tokens
+from nemo_ampo.megatron.vocab_parallel import narrow_logits, next_token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""

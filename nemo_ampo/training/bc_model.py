@@ -14,11 +14,11 @@ from nemo.collections.nlp.parts.utils_funcs import get_last_rank
 from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
+from nemo_ampo.algo.loss import token_weights, weighted_sum
 from nemo_ampo.data.collate import whole_rows
-from nemo_ampo.loss import token_weights, weighted_sum
-from nemo_ampo.training import WIDTH_MULTIPLE
-from nemo_ampo.training.forward import accumulate, split_of_update, totals_of_job
-from nemo_ampo.training.vocab_parallel import narrow_logits, next_token_logprobs
+from nemo_ampo.megatron import WIDTH_MULTIPLE
+from nemo_ampo.megatron.forward import accumulate, split_of_update, totals_of_job
+from nemo_ampo.megatron.vocab_parallel import narrow_logits, next_token_logprobs
 
 
 class BcModel(GPTSFTModel):

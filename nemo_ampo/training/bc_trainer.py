@@ -13,21 +13,21 @@ import torch
 from nemo_aligner.algorithms.supervised import SupervisedTrainer
 from nemo_aligner.utils.trainer_utils import check_progress
 
-from nemo_ampo.config import BcDataConfig
 from nemo_ampo.data.bc import BcExample
 from nemo_ampo.data.collate import BcDataset, collate_bc, whole_rows
+from nemo_ampo.data.config import BcDataConfig
 from nemo_ampo.errors import FormatError
-from nemo_ampo.grammar import parse_reply
-from nemo_ampo.job.deadline import Deadline
-from nemo_ampo.job.interrupt import StopRequest
-from nemo_ampo.metrics import mean
-from nemo_ampo.modes import MODES, NO_MODE
-from nemo_ampo.progress import Progress
+from nemo_ampo.megatron.forward import token_logprobs
+from nemo_ampo.megatron.micro_batches import by_rows, by_tokens
 from nemo_ampo.ranks import Ranks, slice_for
+from nemo_ampo.reply.grammar import parse_reply
+from nemo_ampo.reply.modes import MODES, NO_MODE
 from nemo_ampo.rollout.engine import Engine, Request, SamplingSpec, request_seed
-from nemo_ampo.runlog import RunLog
-from nemo_ampo.training.forward import token_logprobs
-from nemo_ampo.training.micro_batches import by_rows, by_tokens
+from nemo_ampo.run.deadline import Deadline
+from nemo_ampo.run.interrupt import StopRequest
+from nemo_ampo.run.metrics import mean
+from nemo_ampo.run.progress import Progress
+from nemo_ampo.run.runlog import RunLog
 from nemo_ampo.training.optimise import optimise
 from nemo_ampo.training.sampler import SizedBatches, rows_of_step
 

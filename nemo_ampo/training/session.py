@@ -43,10 +43,10 @@ from nemo_ampo.checkpoint.nemo_file import (
 from nemo_ampo.checkpoint.pickles import check_folder
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
-from nemo_ampo.lock import Lock
+from nemo_ampo.megatron.padding import mask_padded_vocab
+from nemo_ampo.output.lock import Lock
+from nemo_ampo.output.staging import place_with_room
 from nemo_ampo.ranks import COLLECTIVE_TIMEOUT_S
-from nemo_ampo.staging import place_with_room
-from nemo_ampo.training.padding import mask_padded_vocab
 
 UNPACK_PATIENCE_S = 3600.0
 _UNPACKED = ".init-"

@@ -18,17 +18,17 @@ from nemo_aligner.algorithms.reinforce import ReinforceTrainer
 from nemo_aligner.utils.trainer_utils import check_progress
 from nemo_aligner.utils.utils import clear_memory
 
+from nemo_ampo.algo.guard import Streaks
 from nemo_ampo.errors import JudgeOutageError, UserError
-from nemo_ampo.grammar import answer_of
-from nemo_ampo.guard import Streaks
-from nemo_ampo.job.deadline import Deadline
-from nemo_ampo.job.interrupt import StopRequest
 from nemo_ampo.judge.second import FirstOpinion, SecondJudge
 from nemo_ampo.judge.stats import JudgeStats
-from nemo_ampo.metrics import continued
-from nemo_ampo.progress import Progress
+from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.rollout.engine import UnavailableError
-from nemo_ampo.runlog import RunLog
+from nemo_ampo.run.deadline import Deadline
+from nemo_ampo.run.interrupt import StopRequest
+from nemo_ampo.run.metrics import continued
+from nemo_ampo.run.progress import Progress
+from nemo_ampo.run.runlog import RunLog
 from nemo_ampo.step import Parts, StepResult, ampo_step
 from nemo_ampo.training.optimise import optimise
 from nemo_ampo.training.sampler import SizedBatches, rows_of_step

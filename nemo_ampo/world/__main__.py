@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.terminal import printable_output
 from nemo_ampo.world.pack import NUM_BC, NUM_HELDOUT, NUM_RL, make_pack
 
 

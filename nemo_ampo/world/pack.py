@@ -17,8 +17,8 @@ from random import Random
 from typing import Any
 
 from nemo_ampo.files import write_once
-from nemo_ampo.lock import hold_output
-from nemo_ampo.modes import MODES
+from nemo_ampo.output.lock import hold_output
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.types import JudgeRequest
 from nemo_ampo.world.replies import gold_reply
 from nemo_ampo.world.rules import RIGHT, judge_dialogue

@@ -7,8 +7,8 @@ more. Every mode speaks the same right words: how often a *model* gets there is 
 
 from __future__ import annotations
 
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.world.scenes import HardFamily, Numbers, Scene, Side
 
 

@@ -30,9 +30,9 @@ from transformers import (
 
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.files import full_or_read_only
+from nemo_ampo.output.staging import publish, staged
+from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.staging import publish, staged
-from nemo_ampo.terminal import printable_output
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

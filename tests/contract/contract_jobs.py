@@ -31,9 +31,9 @@ def open_session() -> tuple[Any, Path]:
     from nemo_ampo import compat
 
     compat.setup("cpu")
-    from nemo_ampo.algorithm import AlgorithmConfig
+    from nemo_ampo.algo.algorithm import AlgorithmConfig
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
@@ -476,8 +476,8 @@ class Trainer:
 
 def two_steps(session: Any, engines: Engines, name: str, count: int = 2) -> list[dict[str, float]]:
     """That many AMPO steps from the same weights and a fresh optimizer; the weights are put back afterwards."""
+    from nemo_ampo.algo.rewards import RewardConfig
     from nemo_ampo.ranks import MegatronRanks
-    from nemo_ampo.rewards import RewardConfig
     from nemo_ampo.rollout.config import RolloutConfig
     from nemo_ampo.step import Parts, ampo_step
     from nemo_ampo.types import DialogueTurn, Prompt

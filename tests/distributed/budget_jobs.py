@@ -28,7 +28,7 @@ def main(folder: Path, tensor: int, pipeline: int) -> None:
     compat.setup("cpu")
     from megatron.core import parallel_state
 
-    from nemo_ampo.algorithm import AlgorithmConfig
+    from nemo_ampo.algo.algorithm import AlgorithmConfig
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.bc_model import BcModel
 
@@ -55,7 +55,7 @@ def main(folder: Path, tensor: int, pipeline: int) -> None:
 
 def open_model(folder: Path, stage: str, algorithm: str, model_class: Any, layout: list[str]) -> Any:
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.session import open_session, prepare_config
 
     nemo = str(folder / "model.nemo")
@@ -138,8 +138,8 @@ def logprob_gaps(model: Any, tokens_BT: torch.Tensor, lengths: tuple[int, ...]) 
 
 def micro_batches(model: Any, mask_BT: torch.Tensor) -> dict[str, list[int]]:
     """How many there are by split: of this replica alone, and as run."""
-    from nemo_ampo.training.forward import split_of_update
-    from nemo_ampo.training.micro_batches import by_tokens, needed_tokens
+    from nemo_ampo.megatron.forward import split_of_update
+    from nemo_ampo.megatron.micro_batches import by_tokens, needed_tokens
 
     counts = {}
     for name, split in SPLITS.items():

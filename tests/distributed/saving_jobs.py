@@ -63,7 +63,7 @@ def session(
 ) -> Any:
     from nemo_ampo.checkpoint.config import CheckpointConfig
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import Keep, open_session, prepare_config
 

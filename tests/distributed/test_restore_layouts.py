@@ -128,7 +128,7 @@ def _rank(folder: Path, tp: int, pp: int, size: int) -> None:
     import torch
 
     from nemo_ampo.checkpoint.nemo_file import save_nemo, unpack_assets
-    from nemo_ampo.training.padding import mask_padded_vocab
+    from nemo_ampo.megatron.padding import mask_padded_vocab
 
     rank = int(os.environ["RANK"])
     for case in CASES:

@@ -14,9 +14,9 @@ def main(folder: Path) -> None:
     from nemo_ampo import compat
 
     compat.setup("cpu")
-    from nemo_ampo.algorithm import AlgorithmConfig
+    from nemo_ampo.algo.algorithm import AlgorithmConfig
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
@@ -78,7 +78,7 @@ def oracle(hf: Path, batch: dict[str, torch.Tensor], rules: Any) -> dict[str, fl
     """Loss and gradient norm of the whole batch in one piece, by autograd on the transformers model."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_ampo.loss import entropy_from_logits, token_loss, token_weights, weighted_sum
+    from nemo_ampo.algo.loss import entropy_from_logits, token_loss, token_weights, weighted_sum
 
     model = AutoModelForCausalLM.from_pretrained(hf).eval()
     logits = model(batch["tokens_BT"]).logits[:, :-1].float()

@@ -18,9 +18,9 @@ def main(folder: Path) -> None:
     from megatron.core import parallel_state, tensor_parallel
     from nemo_aligner.utils.distributed import from_parallel_logits_to_logprobs
 
-    from nemo_ampo.loss import entropy_from_logits
-    from nemo_ampo.training import vocab_parallel
-    from nemo_ampo.training.vocab_parallel import next_token_logprobs
+    from nemo_ampo.algo.loss import entropy_from_logits
+    from nemo_ampo.megatron import vocab_parallel
+    from nemo_ampo.megatron.vocab_parallel import next_token_logprobs
 
     alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     torch.distributed.init_process_group("gloo", **alone)
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
 
 
 def one_stretch(logits: Any, tokens: Any, of_logprobs: Any, of_entropy: Any) -> torch.Tensor:
-    from nemo_ampo.training.vocab_parallel import next_token_logprobs
+    from nemo_ampo.megatron.vocab_parallel import next_token_logprobs
 
     mine = logits.clone().requires_grad_()
     values = next_token_logprobs(mine, tokens)

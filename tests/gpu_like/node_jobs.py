@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 def open_model(folder: Path) -> Any:
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
@@ -68,8 +68,8 @@ def classes(model: Any) -> list[str]:
 
 
 def logprobs(session: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
-    from nemo_ampo.training.forward import token_logprobs
-    from nemo_ampo.training.micro_batches import by_rows
+    from nemo_ampo.megatron.forward import token_logprobs
+    from nemo_ampo.megatron.micro_batches import by_rows
 
     return token_logprobs(session.model, tokens_BT, by_rows(len(tokens_BT), 2, tokens_BT.size(1))).cpu()
 

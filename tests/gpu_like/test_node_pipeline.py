@@ -12,7 +12,7 @@ import torch
 from nemo_process import CPU_OF_GPU_NODE, GPU_NODE, Finished, convert, run_nemo
 from safetensors.torch import load_file
 
-from nemo_ampo.demo_judge import demo_judge_process
+from nemo_ampo.world.judge_server import demo_judge_process
 from nemo_ampo.world.pack import make_pack
 from nemo_ampo.world.tiny_model import make_tiny_checkpoint
 

@@ -24,7 +24,7 @@ def open_actor() -> tuple[Any, Any]:
 
     compat.setup("cpu")
     from nemo_ampo.checkpoint.nemo_file import unpack_assets
-    from nemo_ampo.compose import compose
+    from nemo_ampo.config.compose import compose
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.session import open_session, prepare_config
 
@@ -44,10 +44,10 @@ def hf_logprobs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
 
 def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     from nemo_ampo.errors import EngineError
+    from nemo_ampo.megatron.padding import vocab_size
     from nemo_ampo.rollout import megatron
     from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.training.padding import vocab_size
 
     vocab = vocab_size(session.model)
     engine = MegatronEngine(session.model, batch_size=16)
@@ -114,9 +114,9 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
 
 def work_checks(session: Any) -> dict[str, Any]:
     """How many tokens go through the model, and through its output layer, for what is asked."""
+    from nemo_ampo.megatron.padding import vocab_size
     from nemo_ampo.rollout.engine import Request, SamplingSpec
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.training.padding import vocab_size
 
     vocab = vocab_size(session.model)
     (module,) = session.model.get_model_module_list()
@@ -149,9 +149,9 @@ def work_checks(session: Any) -> dict[str, Any]:
 
 def leaving_checks(session: Any) -> dict[str, Any]:
     """Rows fed and bytes cached in each forward pass, when all but 16 rows of a batch draw a stop token at once."""
+    from nemo_ampo.megatron.padding import vocab_size
     from nemo_ampo.rollout.engine import Request, SamplingSpec
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.training.padding import vocab_size
 
     (module,) = session.model.get_model_module_list()
     engine = MegatronEngine(session.model, batch_size=64)
@@ -201,8 +201,8 @@ def frequencies(session: Any, hf: Any) -> dict[str, Any]:
 
 def update_checks(session: Any, hf: Any) -> dict[str, Any]:
     """One optimizer step against autograd on the transformers model with the same pure loss functions."""
-    from nemo_ampo.algorithm import PRESETS, AlgorithmConfig
-    from nemo_ampo.loss import entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
+    from nemo_ampo.algo.algorithm import PRESETS, AlgorithmConfig
+    from nemo_ampo.algo.loss import entropy_from_logits, kl_estimate, surrogate, token_weights, weighted_sum
     from nemo_ampo.training.optimise import optimise
 
     out: dict[str, Any] = {}

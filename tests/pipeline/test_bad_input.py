@@ -11,7 +11,7 @@ import pytest
 from stage_runs import ROOT, Finished, Quickstart, run
 from tokenizers import Tokenizer
 
-from nemo_ampo.sotopia.opening import write_opening_rows
+from nemo_ampo.dialogue.opening import write_opening_rows
 
 pytestmark = pytest.mark.slow
 SOTOPIA = ROOT.parent / "shared" / "sotopia"

@@ -15,8 +15,8 @@ from typing import IO
 import pytest
 from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
-from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = pytest.mark.slow
 STEPS, FAILURES = 6, 3

@@ -15,8 +15,8 @@ from stage_runs import AMPO, AMPO_STEPS, ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.data.episodes import read_turns
 from nemo_ampo.files import read_jsonl
-from nemo_ampo.grammar import answer_of
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
+from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.types import JudgeRequest
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from stage_runs import Quickstart
 
 from nemo_ampo.checkpoint.nemo_file import unpack_assets
 from nemo_ampo.checkpoint.store import Store
-from nemo_ampo.demo_judge import DemoJudgeOptions, demo_judge_process
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.world.judge_server import DemoJudgeOptions, demo_judge_process
 
 pytestmark = pytest.mark.slow
 SMALL = [

@@ -13,9 +13,9 @@ import yaml
 from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
-from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.files import read_jsonl
-from nemo_ampo.metrics import DESCRIPTIONS
+from nemo_ampo.run.metrics import DESCRIPTIONS
+from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = pytest.mark.slow
 

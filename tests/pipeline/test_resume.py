@@ -17,8 +17,8 @@ from plan_check import plan_error
 from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.checkpoint.store import Store
-from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = pytest.mark.slow
 STEPS, SAVE_EVERY, KILLED_AFTER = 10, 5, 7

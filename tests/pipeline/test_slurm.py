@@ -20,10 +20,10 @@ from slurm_cluster import Cluster, missing_reason, slurm_cluster, wait_for
 from slurm_jobs import AMPO, Story, output, recipe, started_with_a_clone, submit, wait_for_end
 from stage_runs import ROOT, Quickstart
 
-from nemo_ampo.demo_judge import demo_judge_process
+from nemo_ampo.commands.status import read_status
 from nemo_ampo.files import read_jsonl
 from nemo_ampo.job.attempts import AttemptLog, checkpoint_step
-from nemo_ampo.job.status import read_status
+from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = [
     pytest.mark.slow,
@@ -85,7 +85,9 @@ def test_nothing_is_lost_whatever_ends_an_attempt(
     # A slow judge makes a step long, so that the deadlines come in the middle of the run and of a step.
     judge_options, reserves = tmp_path / "judge_options", [cluster.folder / f"{name}.env" for name in ("n1", "n2")]
     judge_options.write_text("--latency-ms 8000")
-    command = f'exec {sys.executable} -m nemo_ampo.demo_judge --host 0.0.0.0 --port "$JUDGE_PORT" $(cat {judge_options})'
+    command = (
+        f'exec {sys.executable} -m nemo_ampo.world.judge_server --host 0.0.0.0 --port "$JUDGE_PORT" $(cat {judge_options})'
+    )
     for reserve in reserves:
         # More than is left of the limit: over after the first step, by the trainer's own clock.
         reserve.write_text("export AMPO_SAVE_RESERVE_S=1000\n")

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from stage_runs import ROOT
 
+from nemo_ampo.dialogue.records import Episode, Termination
 from nemo_ampo.serve.local import server_process
-from nemo_ampo.sotopia.records import Episode, EpisodeStore, Termination
+from nemo_ampo.sotopia.records import EpisodeStore
 
 SOTOPIA = Path(os.environ.get("NEMO_AMPO_SOTOPIA_DIR", ROOT.parent / "shared" / "sotopia"))
 pytestmark = [

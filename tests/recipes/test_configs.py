@@ -11,9 +11,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_ampo.check import check_stage
-from nemo_ampo.compose import CONFIGS, compose
-from nemo_ampo.config import STAGES, AmpoConfig, BcConfig, check_ampo, check_bc, check_parallel_layout, read_config
+from nemo_ampo.config.check import check_stage
+from nemo_ampo.config.compose import CONFIGS, compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import STAGES, AmpoConfig, BcConfig, check_ampo, check_bc, check_parallel_layout
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.sotopia.config import SotopiaConfig
 

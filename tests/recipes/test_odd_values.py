@@ -13,10 +13,11 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_ampo.compose import CONFIGS, compose
-from nemo_ampo.config import STAGES, check_ampo, check_bc, check_evaluate, read_config, read_section
+from nemo_ampo.config.compose import CONFIGS, compose
+from nemo_ampo.config.nemo_keys import NEMO, SCHEDULES, check_schedule
+from nemo_ampo.config.reading import read_config, read_section
+from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.nemo_keys import NEMO, SCHEDULES, check_schedule
 from nemo_ampo.sotopia.config import check_sotopia
 
 ODD: tuple[Any, ...] = (
@@ -188,7 +189,7 @@ def test_what_nemo_would_never_read_is_refused(stage: str, tmp_path: Path) -> No
     ],
 )
 def test_what_is_saved_must_have_been_validated(every: float, save: int, limit: float, fits: bool, tmp_path: Path) -> None:
-    from nemo_ampo.config import check_steps
+    from nemo_ampo.config.stages import check_steps
 
     cfg = composed("bc", tmp_path)
     cfg.trainer.sft.update({"val_check_interval": every, "save_interval": save, "limit_train_batches": limit})

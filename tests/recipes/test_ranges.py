@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.compose import CONFIGS, compose
-from nemo_ampo.config import STAGES, check_ampo, check_bc, check_evaluate, read_config
+from nemo_ampo.config.compose import CONFIGS, compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate
 from nemo_ampo.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_ampo.compose import CONFIGS, compose
+from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
 from recipes.quickstart import stages as quickstart_stages

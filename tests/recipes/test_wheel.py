@@ -56,7 +56,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(installed: Path, arguments: Sequence[str], folder: Path, stdin: str = "") -> str:
     """Standard output of ``nemo-ampo`` from the wheel, in a Python in which NeMo and Megatron cannot be imported."""
-    code = "import sys; from nemo_ampo.cli import main; sys.exit(main())"
+    code = "import sys; from nemo_ampo.commands.cli import main; sys.exit(main())"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, input=stdin, capture_output=True, text=True,

@@ -88,7 +88,7 @@ def job(at: Callable[[str], None]) -> None:
     from megatron.core import parallel_state
 
     from nemo_ampo.ranks import MegatronRanks
-    from nemo_ampo.watchdog import watch_ranks
+    from nemo_ampo.run.watchdog import watch_ranks
 
     watch_ranks(silence_s=4.0)
     torch.distributed.init_process_group("gloo")
@@ -103,8 +103,8 @@ def job(at: Callable[[str], None]) -> None:
 def step(ranks: Any, at: Callable[[str], None]) -> None:
     from opening_turn import turn
 
-    from nemo_ampo.algorithm import AlgorithmConfig
-    from nemo_ampo.rewards import RewardConfig
+    from nemo_ampo.algo.algorithm import AlgorithmConfig
+    from nemo_ampo.algo.rewards import RewardConfig
     from nemo_ampo.rollout.config import RolloutConfig
     from nemo_ampo.rollout.engine import Caps, Response, SyncReport
     from nemo_ampo.step import Parts, ampo_step

@@ -16,8 +16,8 @@ import re
 import uvicorn
 from fastapi import FastAPI, Request
 
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
 
 MODELS = ("rule-speaker", "rule-partner", "rule-judge")

@@ -21,8 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.serve.local import run_app
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
 

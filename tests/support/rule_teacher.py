@@ -23,9 +23,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
 from nemo_ampo.prompts import read_judge_prompt
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 
 MODEL = "rules"
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from nemo_ampo.grammar import render_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.dialogue.records import Episode, EpisodeKey, Termination, Turn
+from nemo_ampo.dialogue.scenarios import SEATS
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, ScoreError, Scores
-from nemo_ampo.sotopia.records import Episode, EpisodeKey, EpisodeStore, Termination, Turn
-from nemo_ampo.sotopia.scenarios import SEATS
+from nemo_ampo.sotopia.records import EpisodeStore
 
 NAMES = {"agent1": "Ada Quill", "agent2": "Bo Reed"}
 GOALS = {"agent1": "Buy the boat for at most 40 coins", "agent2": "Sell the boat for at least 60 coins"}

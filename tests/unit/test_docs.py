@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
-from nemo_ampo.advantage import ampo_advantage, ampo_with_report, grpo_advantage
-from nemo_ampo.cli import COMMANDS
-from nemo_ampo.config import STAGES
+from nemo_ampo.algo.advantage import ampo_advantage, ampo_with_report, grpo_advantage
+from nemo_ampo.commands.cli import COMMANDS
+from nemo_ampo.config.stages import STAGES
 from recipes.slurm import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[2]

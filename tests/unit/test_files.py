@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_work_begins(read_only: 
 def test_commands_on_a_read_only_disk_end_with_one_line(read_only: Path) -> None:
     world = ("nemo_ampo.world", "--out", f"{read_only}/w", "--num-bc", "4", "--num-rl", "4", "--num-heldout", "4")
     rows = (
-        "nemo_ampo.cli",
+        "nemo_ampo.commands.cli",
         "generate",
         "bc",
         "--world",

@@ -37,13 +37,13 @@ def top_level_modules_after(*modules: str) -> set[str]:
     [
         "nemo_ampo.errors",
         "nemo_ampo.types",
-        "nemo_ampo.modes",
-        "nemo_ampo.grammar",
-        "nemo_ampo.rewards",
+        "nemo_ampo.reply.modes",
+        "nemo_ampo.reply.grammar",
+        "nemo_ampo.algo.rewards",
         "nemo_ampo.chat",
         "nemo_ampo.judge",
-        "nemo_ampo.sotopia.commands",
-        "nemo_ampo.generate.command",
+        "nemo_ampo.commands.sotopia_report",
+        "nemo_ampo.commands.generate",
     ],
 )
 def test_text_and_judge_parts_need_no_torch(module: str) -> None:
@@ -51,11 +51,13 @@ def test_text_and_judge_parts_need_no_torch(module: str) -> None:
 
 
 def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
-    loaded = top_level_modules_after("nemo_ampo.grammar", "nemo_ampo.rewards", "nemo_ampo.judge", "nemo_ampo.types")
+    loaded = top_level_modules_after(
+        "nemo_ampo.reply.grammar", "nemo_ampo.algo.rewards", "nemo_ampo.judge", "nemo_ampo.types"
+    )
     assert loaded & (HEAVY | {"pyreqwest", "openai"}) == set()
 
 
 def test_the_mathematics_needs_torch_and_no_framework() -> None:
-    loaded = top_level_modules_after("nemo_ampo.advantage", "nemo_ampo.loss")
+    loaded = top_level_modules_after("nemo_ampo.algo.advantage", "nemo_ampo.algo.loss")
     assert "torch" in loaded
     assert loaded & FRAMEWORKS == set()

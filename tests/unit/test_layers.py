@@ -1,4 +1,4 @@
-"""Imports go one way: no file needs, by whatever detour, a file that needs it."""
+"""Imports go one way: between files, between rooms, and between the three packages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ABOVE = {"recipes": {"nemo_ampo", "converters"}, "converters": {"nemo_ampo"}, "nemo_ampo": set()}
 """Top-level package to those it may import besides itself."""
-COMMANDS = "nemo_ampo.cli"
+COMMANDS = "nemo_ampo.commands.cli"
 """The front door: it starts recipes too."""
+
+
+ROOMS = (
+    *("text", "speech", "errors", "types", "ranges", "overrides", "files", "ranks"),
+    *("output", "reply", "prompts", "model_folder", "data", "compat"),
+    *("chat", "serve", "world", "algo", "run", "megatron", "rollout", "judge", "step", "checkpoint", "training"),
+    *("dialogue", "sotopia", "evaluate", "config", "job", "report", "generate", "commands"),
+)
+"""The folders of ``nemo_ampo`` and the files beside them; each may import those before it."""
 
 
 def module_of(file: Path) -> str:
@@ -49,3 +58,15 @@ def test_packages_import_downwards() -> None:
         package = "recipes" if module == COMMANDS else module.partition(".")[0]
         wrong = {name for name in needed if name.partition(".")[0] not in ABOVE[package] | {package}}
         assert not wrong, f"{module} imports {wrong}"
+
+
+def test_rooms_import_those_before_them() -> None:
+    room = {module: module.split(".")[1] for module in GRAPH if module.startswith("nemo_ampo.")}
+    assert set(room.values()) == set(ROOMS)
+    wrong = [
+        f"{module} imports {needed}"
+        for module, all_needed in GRAPH.items()
+        for needed in all_needed
+        if module in room and needed in room and ROOMS.index(room[needed]) > ROOMS.index(room[module])
+    ]
+    assert not wrong, "\n".join(wrong)

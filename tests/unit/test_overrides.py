@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_ampo.compose import compose
-from nemo_ampo.config import BcConfig, read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import BcConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.overrides import as_typed, literal, override, typed_path
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_ampo.errors import ConfigError, DataError
-from nemo_ampo.modes import MODES
 from nemo_ampo.prompts import (
     PromptTemplate,
     load_prompt,
@@ -19,6 +18,7 @@ from nemo_ampo.prompts import (
     render_judge_prompt,
     require_judge_placeholders,
 )
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.types import JudgeRequest
 
 JUDGE = load_prompt("judge")

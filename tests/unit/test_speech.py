@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from sotopia_episodes import made_up_turn
 
+from nemo_ampo.dialogue.prompts import turn_line
+from nemo_ampo.dialogue.records import Episode, EpisodeKey
 from nemo_ampo.prompts import harmless_request, load_prompt, read_judge_prompt, render_judge_prompt
-from nemo_ampo.sotopia.prompts import turn_line
-from nemo_ampo.sotopia.records import Episode, EpisodeKey
 from nemo_ampo.speech import spoken, without_control_tokens
 from nemo_ampo.types import DialogueTurn, JudgeRequest
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from opening_turn import turn
 
-from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, ModeCredit
+from nemo_ampo.algo.algorithm import PRESETS, AlgorithmConfig, ModeCredit
+from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.ranks import OneProcess
-from nemo_ampo.rewards import RewardConfig
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.rollout.probe import Probe, ProbeError

@@ -13,13 +13,13 @@ import torch
 from fault_judge import MODEL, FaultJudge, fault_judge, fault_of, scores_of
 from opening_turn import turn
 
-from nemo_ampo.algorithm import AlgorithmConfig
+from nemo_ampo.algo.algorithm import AlgorithmConfig
+from nemo_ampo.algo.guard import GuardConfig
+from nemo_ampo.algo.rewards import RewardConfig, combine, goal_gain
 from nemo_ampo.errors import JudgeOutageError
-from nemo_ampo.guard import GuardConfig
 from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.ranks import OneProcess
-from nemo_ampo.rewards import RewardConfig, combine, goal_gain
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport, UnavailableError
 from nemo_ampo.step import Parts, StepResult, ampo_step

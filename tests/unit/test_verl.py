@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemo_ampo.advantage import group_levels, grpo_advantage
-from nemo_ampo.algorithm import PRESETS, AlgorithmConfig, Baseline, Correction, ModeLevel, Ratio, Scale
-from nemo_ampo.loss import Surrogate, kl_estimate, policy_loss, surrogate, token_weights, weighted_sum
-from nemo_ampo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.algo.advantage import group_levels, grpo_advantage
+from nemo_ampo.algo.algorithm import PRESETS, AlgorithmConfig, Baseline, Correction, ModeLevel, Ratio, Scale
+from nemo_ampo.algo.loss import Surrogate, kl_estimate, policy_loss, surrogate, token_weights, weighted_sum
+from nemo_ampo.algo.mismatch import importance_weights, mismatch_metrics
 
 VERL = json.loads((Path(__file__).resolve().parents[1] / "golden" / "verl.json").read_text(encoding="utf-8"))
 CLOSE = {"rtol": 0.0, "atol": 1e-6}

@@ -7,8 +7,9 @@ import pytest
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.run_identity import check_resume, check_unchanged, identity, inputs, verdict_identity
 from nemo_ampo.checkpoint.store import Layout, Manifest, Store
-from nemo_ampo.compose import compose
-from nemo_ampo.config import AmpoConfig, read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.config.stages import AmpoConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.prompts import load_prompt
 

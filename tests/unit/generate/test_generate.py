@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from rule_teacher import MODEL, RuleTeacher, draw, serving
 
+from nemo_ampo.commands.generate import main
 from nemo_ampo.data.bc import read_bc_rows, system_prompt_of
 from nemo_ampo.data.episodes import read_turns
-from nemo_ampo.generate.command import main
+from nemo_ampo.dialogue.opening import START_SCORE
 from nemo_ampo.prompts import load_prompt
-from nemo_ampo.sotopia.opening import START_SCORE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -171,7 +171,7 @@ def test_killed_and_started_again_no_answer_is_paid_for_twice(tmp_path, folder):
     with serving(RuleTeacher(hang_after=12)) as teacher:
         command = arguments("rl", out, teacher, "--sotopia-dir", folder)
         process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_ampo.cli", "generate", *command],
+            [sys.executable, "-m", "nemo_ampo.commands.cli", "generate", *command],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
         )
@@ -239,7 +239,7 @@ def test_an_estimate_asks_nobody(tmp_path, folder, teacher, capsys):
 def test_starts_at_the_same_moment_stay_within_the_limit_together(tmp_path, folder, teacher):
     out = tmp_path / "rl.jsonl"
     command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-calls", 10)
-    program = [sys.executable, "-m", "nemo_ampo.cli", "generate", *command]
+    program = [sys.executable, "-m", "nemo_ampo.commands.cli", "generate", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     starts = [subprocess.Popen(program, **pipes) for _ in range(3)]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.data.episodes import rows_to_parquet
+from nemo_ampo.dialogue.opening import write_opening_rows
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.generate.overlap import check_no_overlap, digest, evaluation_fingerprints, main, write_fingerprints
 from nemo_ampo.generate.situations import from_sotopia
-from nemo_ampo.sotopia.opening import write_opening_rows
 from nemo_ampo.world.pack import make_pack
 
 

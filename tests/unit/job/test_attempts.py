@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemo_ampo.checkpoint.store import MANIFEST, OPTIMIZER, Layout, Manifest, measure
+from nemo_ampo.commands.status import read_status
 from nemo_ampo.errors import UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, checkpoint_step, write_plan
-from nemo_ampo.job.status import read_status
 
 
 @pytest.fixture

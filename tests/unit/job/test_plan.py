@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nemo_ampo.cli import make_app
+from nemo_ampo.commands.cli import make_app
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.plan import (
     SHAPES,

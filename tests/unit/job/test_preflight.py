@@ -14,8 +14,8 @@ import pytest
 from hf_backend import HfBackend
 from serving import served
 
-from nemo_ampo.demo_judge import demo_judge_process
 from nemo_ampo.job.preflight import NOT_FIT, different, problems
+from nemo_ampo.world.judge_server import demo_judge_process
 
 ROOT = Path(__file__).parents[3]
 

@@ -33,10 +33,11 @@ import logging, os, sys, traceback
 from dataclasses import replace
 from pathlib import Path
 from omegaconf import OmegaConf
-from nemo_ampo.compose import compose
-from nemo_ampo.config import EvaluateConfig, read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.judge import JudgeRequest, open_judge
-from nemo_ampo.runlog import RunLog, write_provenance
+from nemo_ampo.run.runlog import RunLog, write_provenance
 
 logging.basicConfig(level=logging.DEBUG)
 folder, url, end = Path(sys.argv[1]), sys.argv[2], sys.argv[3]

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.judge import JudgeStats
-from nemo_ampo.metrics import DESCRIPTIONS
+from nemo_ampo.run.metrics import DESCRIPTIONS
 
 
 def recorded(latencies_s: list[float]) -> ChatStats:

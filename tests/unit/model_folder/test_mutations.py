@@ -14,10 +14,10 @@ import pytest
 import torch
 from tiny_hf import split_in_two
 
-from nemo_ampo.checkpoint.policy_files import record_stop_tokens, stop_token_ids
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import facts_of, read_facts
 from nemo_ampo.model_folder.loading import load_model, load_tokenizer
+from nemo_ampo.model_folder.policy_files import record_stop_tokens, stop_token_ids
 from nemo_ampo.model_folder.portable import make_portable
 
 JUNK: tuple[Any, ...] = (

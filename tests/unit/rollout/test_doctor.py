@@ -137,7 +137,7 @@ def test_an_engine_that_takes_no_weights_ends_the_examination() -> None:
 
 
 def test_the_command_says_what_it_needs_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nemo_ampo.cli", "rollout-doctor"]
+    command = [sys.executable, "-m", "nemo_ampo.commands.cli", "rollout-doctor"]
     root = Path(__file__).resolve().parents[3]
     for given, words in (
         ([], "error: run.init_from: a value is required"),

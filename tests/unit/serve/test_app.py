@@ -22,12 +22,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
+from nemo_ampo.commands.serve import main
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served, tied
 from nemo_ampo.serve import app as app_module
 from nemo_ampo.serve.app import create_app
 from nemo_ampo.serve.capabilities import announces_mode_bias
-from nemo_ampo.serve.command import main
 from nemo_ampo.serve.config import PROGRAMS
 from nemo_ampo.serve.engine import Generated
 from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
@@ -434,7 +434,7 @@ def test_bad_values_name_their_key(config: ServeConfig, key: str) -> None:
 
 def test_the_command_serves_in_the_foreground(tiny_checkpoint: Path, tmp_path: Path) -> None:
     port = free_port("127.0.0.1")
-    command = [sys.executable, "-m", "nemo_ampo.cli", "serve", str(tiny_checkpoint), "--engine", "embedded"]
+    command = [sys.executable, "-m", "nemo_ampo.commands.cli", "serve", str(tiny_checkpoint), "--engine", "embedded"]
     command += ["--port", str(port), "--max-batch", "4"]
     url = f"http://127.0.0.1:{port}/v1"
     with server_process(command, what="serve", start_timeout_s=120, base_url=url):

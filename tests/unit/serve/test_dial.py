@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from nemo_ampo.modes import bias_problem
+from nemo_ampo.reply.modes import bias_problem
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from nemo_ampo.checkpoint.policy_files import stop_token_ids
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.model_folder.policy_files import stop_token_ids
 from nemo_ampo.serve import engine as engine_module
 from nemo_ampo.serve.dial import ModeDial
 from nemo_ampo.serve.engine import Engine, GenerateRequest, sample

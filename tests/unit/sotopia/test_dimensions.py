@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from nemo_ampo.dialogue.scenarios import load_scenarios
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.sotopia.dimensions import (
     DIMENSIONS,
@@ -17,7 +18,6 @@ from nemo_ampo.sotopia.dimensions import (
     parse_scores,
     score_messages,
 )
-from nemo_ampo.sotopia.scenarios import load_scenarios
 
 GOOD = {
     agent: {name: {"reasoning": f"{agent} {name}", "score": low + i} for name, (low, _) in DIMENSIONS.items()}

@@ -10,17 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nemo_ampo.dialogue.records import Episode, EpisodeKey, Termination, Turn
 from nemo_ampo.errors import ConfigError, DataError, UserError
 from nemo_ampo.sotopia.dimensions import DIMENSIONS
-from nemo_ampo.sotopia.records import (
-    Episode,
-    EpisodeKey,
-    EpisodeStore,
-    ScoreError,
-    Scores,
-    Termination,
-    Turn,
-)
+from nemo_ampo.sotopia.records import EpisodeStore, ScoreError, Scores
 
 
 def key(env_id=0, seat="agent1", seed=1):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from nemo_ampo.dialogue.records import Termination
 from nemo_ampo.errors import DataError
-from nemo_ampo.sotopia.records import Termination
 from nemo_ampo.sotopia.results import ImportedResults
 from nemo_ampo.sotopia.statistics import SubsetSummary, summarise
 from nemo_ampo.sotopia.summary import read_summary, scored_episode

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from scripted_chat import Act, serve
 
-from nemo_ampo.compose import compose
-from nemo_ampo.config import read_config
+from nemo_ampo.config.compose import compose
+from nemo_ampo.config.reading import read_config
+from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig
 from nemo_ampo.errors import BudgetError, ConfigError
-from nemo_ampo.outcome import Outcome
+from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.serve.local import server_process
-from nemo_ampo.sotopia.agents import PartnerConfig, PolicyConfig
 from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
 from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate, shared_limits

@@ -7,8 +7,8 @@ from random import Random
 
 import pytest
 
-from nemo_ampo.grammar import parse_reply
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import parse_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.world.replies import gold_reply
 from nemo_ampo.world.scenes import EASY, HARD, HardFamily, Scene, draw_scene
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from nemo_ampo.data.bc import check_tokenizer, encode_bc_rows, read_bc_rows
 from nemo_ampo.errors import DataError, UserError
-from nemo_ampo.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.world.pack import make_pack
 from nemo_ampo.world.tiny_model import TinyModel, make_tiny_checkpoint
 

@@ -1,0 +1,102 @@
+"""How far the engine that drew the tokens is from the trainer that learns from them, and weights that correct for it.
+
+Engine and trainer hold the same weights but compute with other kernels, precisions and filters, so a token drawn with
+log-probability q has log-probability p in the trainer. Legend: B samples, T tokens; d = p - q inside the mask, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_ampo.algo.algorithm import AlgorithmConfig, Correction, Ratio
+from nemo_ampo.algo.loss import MAX_LOG_RATIO
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Sums over the drawn tokens of one replica; :func:`mismatch_metrics` joins the replicas.
+
+    Attributes:
+        tokens: drawn tokens.
+        error: sum of exp(|d|), the factor by which the two probabilities of a token differ.
+        kl: sum of exp(d) - 1 - d, the k3 estimate of KL(engine || trainer).
+        sequence_max: largest mean of exp(|d|) over the tokens of one response.
+        weight: sum of the importance weights.
+        changed: tokens whose weight was cut or set to zero.
+    """
+
+    tokens: int
+    error: float
+    kl: float
+    sequence_max: float
+    weight: float
+    changed: int
+
+
+def importance_weights(
+    logprobs_BT: Tensor, sampling_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig
+) -> tuple[Tensor, Mismatch]:
+    """Weight of each token's policy loss, and how far engine and trainer are apart.
+
+    With ratio = exp(d) of the token, or exp(sum of d) of its response with ``mismatch_level=sequence``, every exponent
+    clamped to [-20, 20] in float32 first::
+
+        mismatch=off        weight = 1
+        mismatch=truncate   weight = min(ratio, mismatch_high)                       (truncated importance sampling)
+        mismatch=mask       weight = ratio inside [mismatch_low, mismatch_high], else 0   (masked importance sampling)
+
+    Args:
+        logprobs_BT: the trainer's log-probabilities before the update.
+        sampling_logprobs_BT: the engine's.
+        mask_BT: the tokens that were drawn.
+        rules: ``mismatch*`` is read.
+
+    Returns:
+        Weights, float32 [B, T] without gradient, 1 outside the mask; and the sums for the metrics.
+    """
+    mask_BT = mask_BT.bool()
+    gap_BT = torch.where(mask_BT, logprobs_BT.detach().float() - sampling_logprobs_BT.float(), 0.0)
+    error_BT = torch.where(mask_BT, _exp(gap_BT.abs()), 0.0)
+    exponent_BT = gap_BT.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    kl_BT = exponent_BT.expm1() - exponent_BT  # in float32 the usual gaps of 1e-4 would drown in rounding
+    tokens_B = mask_BT.sum(-1)
+
+    log_ratio_BT = gap_BT.sum(-1, keepdim=True).expand_as(gap_BT) if rules.mismatch_level == Ratio.sequence else gap_BT
+    ratio_BT = _exp(log_ratio_BT)
+    if rules.mismatch == Correction.truncate:
+        weights_BT = ratio_BT.clamp(max=rules.mismatch_high)
+    elif rules.mismatch == Correction.mask:
+        inside_BT = (ratio_BT >= rules.mismatch_low) & (ratio_BT <= rules.mismatch_high)
+        weights_BT = torch.where(inside_BT, ratio_BT, 0.0)
+    else:
+        ratio_BT = weights_BT = torch.ones_like(gap_BT)
+    return torch.where(mask_BT, weights_BT, 1.0), Mismatch(
+        tokens=int(tokens_B.sum()),
+        error=float(error_BT.sum()),
+        kl=float(kl_BT.sum()),
+        sequence_max=float((error_BT.sum(-1) / tokens_B.clamp(min=1)).max()),
+        weight=float(weights_BT[mask_BT].sum()),
+        changed=int((weights_BT != ratio_BT)[mask_BT].sum()),
+    )
+
+
+def mismatch_metrics(parts: Sequence[Mismatch]) -> dict[str, float]:
+    """The ``mismatch/`` metrics of a step from what every replica measured; nothing when no token was drawn."""
+    tokens = sum(part.tokens for part in parts)
+    if not tokens:
+        return {}
+    return {
+        "mismatch/error": sum(part.error for part in parts) / tokens,
+        "mismatch/kl": sum(part.kl for part in parts) / tokens,
+        "mismatch/sequence_max": max(part.sequence_max for part in parts),
+        "mismatch/weight": sum(part.weight for part in parts) / tokens,
+        "mismatch/changed_fraction": sum(part.changed for part in parts) / tokens,
+    }
+
+
+def _exp(log_BT: Tensor) -> Tensor:
+    return log_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

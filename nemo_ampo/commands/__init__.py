@@ -1,0 +1,1 @@
+"""The command line: ``nemo-ampo`` and what its commands do."""

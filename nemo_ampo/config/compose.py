@@ -1,0 +1,77 @@
+"""From a name and overrides to one config: Hydra's composition of ``configs/<stage>/<name>.yaml``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_ampo.config.reading import default_keys, fill_preset
+from nemo_ampo.config.stages import STAGES
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import shipped
+from nemo_ampo.overrides import as_typed
+
+CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
+"""Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. ``model`` itself is
+not among them: a checkpoint's own config decides what it may hold."""
+
+CONFIGS = shipped("configs")
+
+
+def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """Hydra's composition of ``configs/<stage>/<name>.yaml`` and the command line.
+
+    Raises:
+        ConfigError: unknown file or key.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+
+    ConfigStore.instance().store(f"{stage}_keys", default_keys(STAGES[stage]))
+
+    where = (folder or CONFIGS / stage).resolve()
+    if not (where / f"{name}.yaml").is_file():
+        known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
+        raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
+    overrides = [as_typed(given, lambda key: _is_text(stage, key)) for given in overrides]
+    try:
+        with initialize_config_dir(str(where), version_base=None):
+            cfg = hydra_compose(name, list(overrides))
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"), overrides)
+    fill_preset(cfg)
+    return cfg
+
+
+def _is_text(stage: str, key: str) -> bool:
+    """Whether a key of our own sections holds text."""
+    section, _, rest = key.partition(".")
+    hint = get_type_hints(STAGES[stage]).get(section)
+    for name in rest.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return hint is str or hint == str | None
+
+
+def _refuse_unknown_keys(cfg: DictConfig, base: Any, overrides: Sequence[str]) -> None:
+    """Hold the sections whose keys are all in ``base.yaml`` to those; one more has to be added by a ``+key=`` override.
+
+    Raises:
+        ConfigError: naming the key and the one that may be meant.
+    """
+    added = {override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")}
+    for section in CLOSED_SECTIONS:
+        known = list(OmegaConf.select(base, section) or {})
+        for key in OmegaConf.select(cfg, section) or {}:
+            path = f"{section}.{key}"
+            if key not in known and not any(path == name or name.startswith(f"{path}.") for name in added):
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                raise ConfigError(f"{path}: no such key; {hint} (+{path}=... on the command line adds it all the same)")

@@ -1,0 +1,419 @@
+"""How good is an exported checkpoint on held-out turns? Answers drawn with transformers, judged and scored as in training.
+
+This is the embedded evaluation: one reply per held-out turn. It loads nothing of NeMo, so it also proves that the export is
+an ordinary Hugging Face folder. Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_ampo.algo.rewards import RewardConfig, score_reply
+from nemo_ampo.errors import BudgetError, DataError, JudgeError, UserError
+from nemo_ampo.evaluate.answer_file import AnswerFile, StoredReply
+from nemo_ampo.evaluate.config import EvaluateConfig
+from nemo_ampo.files import sealed, sha256_of, write_once
+from nemo_ampo.output.lock import hold_output
+from nemo_ampo.output.outcome import PARTIAL_FOLDER, Outcome
+from nemo_ampo.output.protocol import digest, keep_protocol
+from nemo_ampo.reply.grammar import answer_of
+from nemo_ampo.reply.modes import MODES
+from nemo_ampo.run.metrics import mean
+from nemo_ampo.serve.dial import DialProcessor, ModeDial
+from nemo_ampo.types import DialogueTurn, JudgeRequest, RewardParts, Verdict
+
+if TYPE_CHECKING:
+    from nemo_ampo.judge import JudgeThread
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One reply of the evaluated checkpoint.
+
+    Attributes:
+        turn: what was asked.
+        text: decoded reply.
+        num_tokens: reply tokens, the stop token included.
+        answer: the spoken part, None when the reply breaks the grammar.
+        parts: reward and what it was made of.
+        verdict: None when the judge was not asked or failed.
+        judge_error: kind of the judge's failure.
+    """
+
+    turn: DialogueTurn
+    text: str
+    num_tokens: int
+    answer: str | None
+    parts: RewardParts
+    verdict: Verdict | None
+    judge_error: str | None
+
+    def row(self) -> dict[str, Any]:
+        """As written to the results file."""
+        return {
+            "row_id": self.turn.row_id,
+            "tag": self.turn.tag,
+            "dialogue": "\n".join(self.turn.dialog),
+            "text": self.text,
+            "answer": self.answer,
+            "num_tokens": self.num_tokens,
+            "mode": self.parts.mode,
+            "reward": self.parts.reward,
+            "goal": self.parts.goal,
+            "valid": self.parts.valid,
+            "format_rule": self.parts.format_rule,
+            "agent1_score": self.verdict.agent1 if self.verdict else None,
+            "agent2_score": self.verdict.agent2 if self.verdict else None,
+            "judge_error": self.judge_error,
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """One planned answer.
+
+    Attributes:
+        turn: what is asked.
+        prompt: its tokens.
+    """
+
+    turn: DialogueTurn
+    prompt: list[int]
+
+
+def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
+    """Answer, judge and summarise; what an earlier start of the same evaluation drew and paid for is taken over.
+
+    Returns:
+        The result file, ``<run.dir>/<run.name>.json`` when everything is judged and ``<run.dir>/partial/<run.name>.json``
+        otherwise; and how far it got.
+
+    Raises:
+        DataError: no rows, or a prompt too long for the model.
+        ConfigError: the judge cannot be reached, or the evaluation was begun with other settings.
+        UserError: another job makes the same evaluation.
+        DiskError: something cannot be written.
+    """
+    from nemo_ampo.data.chat import check_tokenizer, encode_prompt
+    from nemo_ampo.data.episodes import chat_messages, read_turns
+    from nemo_ampo.judge.client import verdict_protocol
+    from nemo_ampo.model_folder.loading import load_tokenizer
+    from nemo_ampo.model_folder.policy_files import stop_token_ids, system_prompt
+
+    judged_by = verdict_protocol(config.judge)
+    turns = read_turns(config.data.turns)
+    if config.data.limit >= 0:
+        turns = turns[: config.data.limit]
+    if not turns:
+        raise DataError(f"{config.data.turns}: no rows to evaluate (data.limit={config.data.limit})")
+    folder, run_dir = Path(config.run.checkpoint), Path(config.run.dir)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer)
+    system = system_prompt(folder, config.data.system_prompt)
+    asked = [Question(turn, encode_prompt(chat_messages(turn, system), tokenizer)) for turn in turns]
+    check_positions(asked, folder, config)
+    asked = [question for question in asked for _ in range(config.data.samples)]
+    whole, partial = run_dir / f"{config.run.name}.json", run_dir / PARTIAL_FOLDER / f"{config.run.name}.json"
+    # A folder of its own: several checkpoints are evaluated into one run folder, each with a budget.
+    own = run_dir / "judge" / config.run.name
+    with hold_output(whole, "run.name"):
+        settings = protocol(config, system, stop_token_ids(folder, tokenizer)) | {"judge": judged_by}
+        cure = f"give another run.name, or remove {own} to evaluate anew"
+        hold = functools.partial(
+            keep_protocol, own / "protocol.json", settings, "run.name", parts=("generate", "reward", "judge"), cure=cure
+        )
+        hold(write=False)
+        answers = AnswerFile(own / "answers.jsonl", [question.turn.row_id for question in asked])
+        unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device, begin=hold)
+        scored = [
+            _score(
+                question.turn,
+                answers.replies[i],
+                answers.verdicts.get(i),
+                unjudged.failures.get(i),
+                tokenizer,
+                config.reward,
+            )
+            for i, question in enumerate(asked)
+            if i in answers.replies
+        ]
+        outcome = _outcome(len(asked), scored, unjudged.by)
+        result = {
+            "name": config.run.name,
+            "checkpoint": config.run.checkpoint,
+            "seed": config.run.seed,
+            "mode_bias": config.generate.mode_bias,
+            "planned": outcome.planned,
+            "complete": outcome.complete,
+            "summary": summarise(scored),
+            "samples": [answer.row() for answer in scored],
+        }
+        path = whole if outcome.complete else partial
+        write_once(path, json.dumps(sealed(result), ensure_ascii=False, indent=1))
+        if outcome.complete:
+            partial.unlink(missing_ok=True)
+    return path, outcome
+
+
+def protocol(config: EvaluateConfig, system: str, stops: tuple[int, ...]) -> dict[str, Any]:
+    """Everything the numbers depend on but the judge; an evaluation that goes on is held to it."""
+    from nemo_ampo.model_folder.policy_files import policy_hash
+
+    return {
+        "checkpoint": policy_hash(Path(config.run.checkpoint)),
+        "turns": sha256_of(config.data.turns),
+        "limit": config.data.limit,
+        "samples": config.data.samples,
+        "system_prompt": digest(system),
+        "stop_tokens": list(stops),
+        "seed": config.run.seed,
+        "generate": {name: value for name, value in vars(config.generate).items() if value is not None},
+        "reward": asdict(config.reward),
+    }
+
+
+def check_positions(asked: Sequence[Question], folder: Path, config: EvaluateConfig) -> None:
+    """A model says nothing sensible beyond the positions it was made for.
+
+    Raises:
+        DataError: a prompt leaves no room for the longest reply, naming the row.
+    """
+    from nemo_ampo.model_folder.facts import read_facts
+
+    positions = read_facts(folder).max_positions
+    for question in asked:
+        tokens = len(question.prompt) + config.generate.max_new_tokens
+        if tokens > positions:
+            raise DataError(
+                f"{config.data.turns}: row {question.turn.row_id}: prompt of {len(question.prompt)} tokens plus "
+                f"generate.max_new_tokens={config.generate.max_new_tokens} exceeds the {positions} positions of "
+                f"{folder} (max_position_embeddings); lower it or leave the row out"
+            )
+
+
+def _outcome(planned: int, answers: Sequence[Answered], stopped: str | None) -> Outcome:
+    outcome = Outcome(planned, begun=len(answers), words=("answers drawn", "judged or needing no judge"), stopped=stopped)
+    for answer in answers:
+        if answer.judge_error is None:
+            outcome.done += 1
+        else:
+            outcome.miss(f"verdict ({answer.judge_error})", f"row {answer.turn.row_id}: no verdict ({answer.judge_error})")
+    return outcome
+
+
+def summarise(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
+    """Means over all answers and per tag. A failed judge call is left out of reward and goal, and counted."""
+    tags = sorted({a.turn.tag for a in answers if a.turn.tag})
+    groups = {"all": list(answers)} | {tag: [a for a in answers if a.turn.tag == tag] for tag in tags}
+    return {name: _summary(group) for name, group in groups.items()}
+
+
+def _summary(answers: Sequence[Answered]) -> dict[str, Any]:
+    """Means of one group; null where there is nothing to average."""
+    means = {
+        "reward": mean(a.parts.reward for a in answers),
+        "goal": mean(a.parts.goal for a in answers if a.parts.mode),
+        "valid_format": mean(float(a.parts.format_rule is None) for a in answers),
+        "tokens": mean(float(a.num_tokens) for a in answers),
+    }
+    return {name: None if math.isnan(value) else value for name, value in means.items()} | {
+        "samples": len(answers),
+        "judge_failed": sum(a.judge_error is not None for a in answers),
+        "mode_share": {str(k): mean(float(a.parts.mode == k) for a in answers) for k in MODES} if answers else {},
+    }
+
+
+@dataclass
+class Unjudged:
+    """What is not judged, and why.
+
+    Attributes:
+        failures: place of an answer to the kind of the judge's failure.
+        by: the budget that was spent, in one line.
+    """
+
+    failures: dict[int, str] = field(default_factory=dict)
+    by: str | None = None
+
+
+def _answer_and_judge(
+    asked: list[Question],
+    answers: AnswerFile,
+    tokenizer: Any,
+    config: EvaluateConfig,
+    own: Path,
+    device: str,
+    begin: Callable[[], None],
+) -> Unjudged:
+    """Draw and judge what is missing, batch by batch; a batch is judged while the next one is drawn.
+
+    ``begin`` is called once the judge is known to answer: a start that failed binds the evaluation to nothing.
+    """
+    from nemo_ampo.judge import open_judge
+
+    spoken = [i for i in answers.replies if _answer(answers.replies[i], config) is not None]
+    if len(answers.replies) == len(asked) and len(answers.verdicts) == len(spoken):
+        return Unjudged()
+    with open_judge(config.judge, own) as judge:
+        judge.check()
+        begin()
+        work = _Judging(asked, answers, judge, config)
+        for index in sorted(answers.replies):
+            work.submit(index)
+        policy: _Policy | None = None
+        for number, places in enumerate(_batches(len(asked), config.generate.batch_size)):
+            if all(index in answers.replies for index in places):
+                continue
+            if work.spent:
+                break
+            policy = policy or _Policy(tokenizer, config, device)
+            drawn = policy.draw([asked[index] for index in places], number)
+            answers.add_replies({i: reply for i, reply in zip(places, drawn, strict=True) if i not in answers.replies})
+            for index in places:
+                work.submit(index)
+        return work.finish()
+
+
+class _Judging:
+    """Verdicts under way; each is kept as soon as it is there."""
+
+    def __init__(self, asked: list[Question], answers: AnswerFile, judge: JudgeThread, config: EvaluateConfig) -> None:
+        self._asked, self._answers, self._judge, self._config = asked, answers, judge, config
+        self._futures: dict[int, Future[Verdict]] = {}
+
+    def submit(self, index: int) -> None:
+        """Have an answer judged, unless it was, or says nothing."""
+        answer = _answer(self._answers.replies[index], self._config)
+        if answer is None or index in self._answers.verdicts:
+            return
+        future = self._futures[index] = self._judge.submit(JudgeRequest.about(self._asked[index].turn, answer))
+        future.add_done_callback(functools.partial(self._keep, index))
+
+    def _keep(self, index: int, done: Future[Verdict]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._answers.add_verdict(index, done.result())
+
+    @property
+    def spent(self) -> bool:
+        """The job may not ask any more."""
+        done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
+        return any(isinstance(future.exception(), UserError) for future in done)
+
+    def finish(self) -> Unjudged:
+        """Wait for all: those under way are paid for.
+
+        Raises:
+            UserError: what ended the asking, other than a budget.
+            DiskError: a verdict could not be written.
+        """
+        wait(self._futures.values())
+        self._answers.require_written()
+        unjudged = Unjudged()
+        for index, future in self._futures.items():
+            error = future.exception()
+            if isinstance(error, BudgetError):
+                unjudged.failures[index], unjudged.by = "budget", str(error)
+            elif isinstance(error, JudgeError):
+                unjudged.failures[index] = error.kind
+            elif error is not None:
+                raise error
+        return unjudged
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+class _Policy:
+    """The evaluated checkpoint."""
+
+    def __init__(self, tokenizer: Any, config: EvaluateConfig, device: str) -> None:
+        from nemo_ampo.model_folder.loading import load_model
+        from nemo_ampo.model_folder.policy_files import stop_token_ids
+
+        folder = Path(config.run.checkpoint)
+        model: Any = load_model(folder)
+        self._model = model.to("cuda" if device == "gpu" else "cpu").eval()
+        self._tokenizer, self._config = tokenizer, config
+        self._stops = stop_token_ids(folder, tokenizer)
+        self._dial = ModeDial(tokenizer) if config.generate.mode_bias else None
+
+    def draw(self, asked: list[Question], number: int) -> list[StoredReply]:
+        """Replies of a batch.
+
+        Args:
+            asked: the batch.
+            number: of the batch, which has a seed of its own: an evaluation that goes on draws what one that never
+                stopped does.
+        """
+        import torch
+
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._config.run.seed} {number}".encode()).digest()[:4]))
+        replies = generate(self._model, [question.prompt for question in asked], self._stops, self._config, self._dial)
+        return [
+            StoredReply(question.turn.row_id, self._tokenizer.decode(ids, skip_special_tokens=True), len(ids))
+            for question, ids in zip(asked, replies, strict=True)
+        ]
+
+
+def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
+    return answer_of(reply.text, strict=config.reward.strict_format)
+
+
+def generate(
+    model: Any, prompts: list[list[int]], stops: tuple[int, ...], config: EvaluateConfig, dial: ModeDial | None = None
+) -> list[list[int]]:
+    """Reply tokens of a batch of prompts, each up to and including its stop token; ``dial`` applies the mode dial."""
+    import torch
+
+    width = max(map(len, prompts))
+    pad = stops[0]
+    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    sampled = config.generate.temperature > 0
+    options: dict[str, Any] = (
+        {"do_sample": True, "temperature": config.generate.temperature, "top_k": 0, "top_p": 1.0}
+        if sampled
+        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    )
+    if dial is not None:
+        options["logits_processor"] = [DialProcessor(dial, config.generate.mode_bias or {}, width)]
+    with torch.no_grad():
+        out_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=config.generate.max_new_tokens,
+            eos_token_id=list(stops),
+            pad_token_id=pad,
+            **options,
+        )
+    return [_until_stop(row, stops) for row in out_BT[:, width:].tolist()]
+
+
+def _until_stop(ids: list[int], stops: tuple[int, ...]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stops:
+            return ids[: position + 1]
+    return ids
+
+
+def _score(
+    turn: DialogueTurn,
+    reply: StoredReply,
+    verdict: Verdict | None,
+    failure: str | None,
+    tokenizer: Any,
+    reward: RewardConfig,
+) -> Answered:
+    answer = answer_of(reply.text, strict=reward.strict_format)
+    answer_tokens = len(tokenizer.tokenize(answer)) if answer is not None else 0
+    parts = score_reply(turn, reply.text, verdict, answer_tokens, reward)
+    return Answered(turn, reply.text, reply.num_tokens, answer, parts, verdict, failure)

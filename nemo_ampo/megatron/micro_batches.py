@@ -1,0 +1,73 @@
+"""Which rows of a batch go through the model together: so many rows, or as many as a budget of tokens holds.
+
+Legend: B rows, T positions of the whole batch, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemo_ampo.megatron import WIDTH_MULTIPLE
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one pass.
+
+    Attributes:
+        rows: their places in the batch.
+        width: positions of each, padding included.
+    """
+
+    rows: tuple[int, ...]
+    width: int
+
+    def of(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """These rows of a batch of tensors [B, T] and [B, T-1], cut to the width."""
+        whole = max(tensor.size(1) for tensor in batch.values())
+        rows = list(self.rows)
+        return {name: tensor[rows, : tensor.size(1) - whole + self.width] for name, tensor in batch.items()}
+
+
+def by_rows(rows: int, size: int, width: int) -> list[MicroBatch]:
+    """``size`` rows each in their order, the last with what is left, none cut."""
+    return [MicroBatch(tuple(range(begin, min(begin + size, rows))), width) for begin in range(0, rows, size)]
+
+
+def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[MicroBatch]:
+    """Rows by length, the longest first, each micro-batch with as many as rows x width <= budget allows.
+
+    Args:
+        lengths: tokens of each row without padding.
+        budget: tokens, padding included; a row that is longer goes alone.
+        at_least: micro-batches wanted, at most as many as rows: those with most tokens are halved.
+    """
+
+    def width(part: Sequence[int]) -> int:
+        return -(-lengths[part[0]] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    assert at_least <= len(left)
+    parts: list[list[int]] = []
+    while left:
+        size = max(1, budget // width(left))
+        parts.append(left[:size])
+        left = left[size:]
+    while len(parts) < at_least:
+        at = max((i for i, part in enumerate(parts) if len(part) > 1), key=lambda i: len(parts[i]) * width(parts[i]))
+        half = -(-len(parts[at]) // 2)
+        parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
+    return [MicroBatch(tuple(part), width(part)) for part in parts]
+
+
+def needed_tokens(mask_BT: torch.Tensor) -> list[int]:
+    """Tokens of each row up to the last one that counts in a loss over next tokens; 1 where none does.
+
+    Args:
+        mask_BT: [B, T-1], column t is about token t + 1.
+    """
+    columns_T = torch.arange(1, mask_BT.size(1) + 1, device=mask_BT.device)
+    return ((mask_BT.bool() * columns_T).amax(1) + 1).tolist()

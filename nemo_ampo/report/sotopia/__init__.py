@@ -1,0 +1,1 @@
+"""The pages of SOTOPIA runs: one, two side by side, many."""
