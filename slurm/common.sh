@@ -289,6 +289,8 @@ attempt() {
   say "job $JOB, attempt $RESTART, ${#NODES[@]} nodes (${NODES[*]}), $RANKS ranks, logs in $LOGS"
   REASON=''
   stages || status=$?
+  # The end of a job reaches its steps and this shell in any order: a stage that just failed may be the first to hear of it.
+  if ((status)) && [[ ! $STOP ]] && being_ended; then stop "asked to end"; fi
   if [[ $STOP ]]; then
     # Whatever a stage made of the request, or of the loss of its server: it did not finish, and another attempt may.
     REASON=$STOP status=$STOPPED
@@ -425,15 +427,19 @@ job_end_time() { # the trainer stops by itself when the next step would not fit
   export SLURM_JOB_END_TIME
 }
 
+being_ended() { # by Slurm, whose word for it is any state but RUNNING (COMPLETING, CANCELLED, ...)
+  local shown
+  shown=$(scontrol show job "$JOB" 2>/dev/null) && [[ ! $shown =~ JobState=RUNNING ]]
+}
+
 finish() { # STATUS REASON: write it down, requeue if that brings anything, exit
-  local status=$1 decision state=
+  local status=$1 decision
   trap '' USR1 USR2 TERM
   decision=$(helper recipes.slurm end "$RUN" --status "$status" --reason "$2" --max-restarts "$AMPO_MAX_RESTARTS")
   say "$2 (status $status): $decision"
   if [[ $decision == requeue ]]; then
-    state=$(scontrol show job "$JOB" 2>/dev/null || true)
-    # Somebody who cancelled the job does not want it back; Slurm is ending it then (COMPLETING).
-    if [[ ! $state =~ JobState=RUNNING ]]; then
+    # Somebody who cancelled the job does not want it back.
+    if being_ended; then
       say "not requeued: the job is being ended"
     else
       scontrol requeue "$JOB"
