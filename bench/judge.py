@@ -27,7 +27,10 @@ from _server import chat_server
 from nemo_ampo.chat.broker import Broker, BrokerClient
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+from nemo_ampo.judge.background import JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest
 
 SLOTS = 64
 REFERENCE_PROCESSES = 30

@@ -81,7 +81,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
     from nemo_ampo.data.chat import check_tokenizer
-    from nemo_ampo.judge import open_judge
+    from nemo_ampo.judge.job import open_judge
     from nemo_ampo.model_folder.loading import load_tokenizer
     from nemo_ampo.model_folder.policy_files import (
         check_vocabulary,

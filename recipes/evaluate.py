@@ -23,7 +23,8 @@ def run(cfg: DictConfig) -> bool:
 
     from nemo_ampo.compat import resolve_device
     from nemo_ampo.evaluate.held_out import evaluate
-    from nemo_ampo.report import evaluation_table, read_evaluation
+    from nemo_ampo.report.training.inputs import read_evaluation
+    from nemo_ampo.report.training.tables import evaluation_table
 
     written, outcome = evaluate(config, resolve_device(config.run.device))
     for failure in outcome.failures:

@@ -111,7 +111,9 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
 
 def finish(root: Path) -> None:
     """Table on the terminal and ``report.html``."""
-    from nemo_ampo.report import evaluation_table, read_evaluation, write_report
+    from nemo_ampo.report.training.inputs import read_evaluation
+    from nemo_ampo.report.training.page import write_report
+    from nemo_ampo.report.training.tables import evaluation_table
 
     names = ("base", "bc", "ampo")
     show(evaluation_table([read_evaluation(root / "evaluate" / f"{name}.json") for name in names]), columns=80)

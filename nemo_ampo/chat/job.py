@@ -65,7 +65,7 @@ def shared(
     Args:
         config: of the endpoint.
         run_dir: folder all processes of the job see.
-        recording: settings that decide what is asked, see :class:`~nemo_ampo.chat.ChatClient`.
+        recording: settings that decide what is asked, see :class:`~nemo_ampo.chat.client.ChatClient`.
         environment: who this process is, as torchrun says; ``os.environ`` if None.
         timeout_s: how long to wait for the main rank, seconds.
 

@@ -14,8 +14,8 @@ from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import sha256_of
-from nemo_ampo.judge import JudgeConfig
 from nemo_ampo.judge.client import verdict_protocol
+from nemo_ampo.judge.config import JudgeConfig
 
 WATCHED = (
     "run.seed",

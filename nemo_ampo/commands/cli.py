@@ -178,7 +178,9 @@ def report(
 
 
 def _report_training(run_dir: Path, out: Path | None) -> None:
-    from nemo_ampo.report import evaluation_table, file_problems, read_run, training_table, write_report
+    from nemo_ampo.report.training.inputs import read_run
+    from nemo_ampo.report.training.page import file_problems, write_report
+    from nemo_ampo.report.training.tables import evaluation_table, training_table
 
     written = write_report(run_dir, out)
     run = read_run(run_dir)

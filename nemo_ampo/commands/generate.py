@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from nemo_ampo.chat import Price
+from nemo_ampo.chat.config import Price
 from nemo_ampo.dialogue.prompts import View
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import check_writable, full_or_read_only
 from nemo_ampo.generate.job import JobConfig, TeacherConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
-from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.prompts import load_prompt

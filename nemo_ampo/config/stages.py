@@ -22,7 +22,7 @@ from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.files import check_folder, file_name_problem, is_file, missing, no_model_folder
-from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
 from nemo_ampo.rollout.config import RolloutConfig, check_rollout

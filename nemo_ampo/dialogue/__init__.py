@@ -1,1 +1,5 @@
-"""Dialogues between two characters: scenarios, who may know what, who speaks, and when it is over."""
+"""Dialogues between two characters.
+
+The scenarios (:mod:`.scenarios`), what each character may know (:mod:`.prompts`), who speaks (:mod:`.agents`), when it is
+over (:mod:`.episode`), what is kept (:mod:`.records`), and opening turns as RL rows (:mod:`.opening`).
+"""

@@ -10,10 +10,10 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Protocol
 
 from nemo_ampo.dialogue.agents import SILENT, Agent, Said
+from nemo_ampo.dialogue.config import LeaveRule
 from nemo_ampo.dialogue.prompts import PromptTexts, View, instruction_after, instruction_head, turn_line, visible_text
 from nemo_ampo.dialogue.records import LEAVING_WORDS, Episode, EpisodeKey, Termination, Turn
 from nemo_ampo.dialogue.scenarios import SEATS, Scenario
@@ -22,15 +22,6 @@ from nemo_ampo.types import Seat
 
 _LEAVING_PHRASES = (LEAVING_WORDS, "leave the conversation")
 _OUTER_SIGNS = re.compile(r"^[\W_]+|[\W_]+$")
-
-
-class LeaveRule(StrEnum):
-    """When an utterance ends the dialogue."""
-
-    strict = "strict"
-    """It is ``left the conversation`` or ``leave the conversation`` and nothing else, signs around it aside."""
-    reference = "reference"
-    """It contains one of the two, as in the authors' code: also in "please do not leave the conversation"."""
 
 
 @dataclass(frozen=True)

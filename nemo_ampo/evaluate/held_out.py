@@ -31,7 +31,7 @@ from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import DialogueTurn, JudgeRequest, RewardParts, Verdict
 
 if TYPE_CHECKING:
-    from nemo_ampo.judge import JudgeThread
+    from nemo_ampo.judge.background import JudgeThread
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _answer_and_judge(
 
     ``begin`` is called once the judge is known to answer: a start that failed binds the evaluation to nothing.
     """
-    from nemo_ampo.judge import open_judge
+    from nemo_ampo.judge.job import open_judge
 
     spoken = [i for i in answers.replies if _answer(answers.replies[i], config) is not None]
     if len(answers.replies) == len(asked) and len(answers.verdicts) == len(spoken):

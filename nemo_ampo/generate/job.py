@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from nemo_ampo.chat import ChatClient, EndpointConfig
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.data.rows import as_record, write_json, write_rows
@@ -26,8 +27,8 @@ from nemo_ampo.generate.overlap import check_records
 from nemo_ampo.generate.rows import Played, play_bc, play_rl
 from nemo_ampo.generate.situations import Situation, Situations
 from nemo_ampo.generate.teacher import Teacher
-from nemo_ampo.judge import Judge, JudgeConfig
-from nemo_ampo.judge.client import verdict_protocol
+from nemo_ampo.judge.client import Judge, verdict_protocol
+from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.output.lock import hold_output
 from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.output.protocol import digest, keep_protocol

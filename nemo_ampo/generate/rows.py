@@ -12,7 +12,8 @@ from random import Random
 from typing import Any, Protocol
 
 from nemo_ampo.data.episodes import UNUSED_SCORES
-from nemo_ampo.dialogue.episode import LeaveRule, leaves
+from nemo_ampo.dialogue.config import LeaveRule
+from nemo_ampo.dialogue.episode import leaves
 from nemo_ampo.dialogue.opening import START_SCORE
 from nemo_ampo.dialogue.prompts import turn_line
 from nemo_ampo.errors import BudgetError, ChatError
@@ -24,7 +25,7 @@ from nemo_ampo.types import JudgeRequest, Verdict
 
 
 class Scorer(Protocol):
-    """The part of :class:`nemo_ampo.judge.Judge` that is used."""
+    """The part of :class:`nemo_ampo.judge.client.Judge` that is used."""
 
     async def score(self, request: JudgeRequest) -> Verdict:
         """Goal achievement of both agents."""

@@ -19,7 +19,7 @@ from nemo_ampo.reply.modes import MODES
 from nemo_ampo.types import Reply
 
 if TYPE_CHECKING:
-    from nemo_ampo.chat import ChatClient
+    from nemo_ampo.chat.client import ChatClient
 
 OTHER_MODE, UNSPEAKABLE = "other_mode", "unspeakable"
 """Rules beside those of the grammar: the reply is in another mode; it holds nothing to be said on one line."""

@@ -1,6 +1,6 @@
 """The judge: one dialogue, one verdict.
 
-The patience is :class:`~nemo_ampo.chat.ChatClient`'s. A reply that cannot be read as a verdict is asked for again, at
+The patience is :class:`~nemo_ampo.chat.client.ChatClient`'s. A reply that cannot be read as a verdict is asked for again, at
 the temperatures of ``JudgeConfig.temperatures``: the first tries are greedy, later ones sample, since a greedy model
 repeats its mistake (reference behaviour: 0, 0, 1, 1, 1). When patience ends, :class:`JudgeError`.
 """
@@ -130,17 +130,17 @@ class Judge:
         )
 
     async def reach(self) -> None:
-        """See :meth:`nemo_ampo.chat.ChatClient.reach`."""
+        """See :meth:`nemo_ampo.chat.client.ChatClient.reach`."""
         await self._chat.reach()
 
     @property
     def refused(self) -> str | None:
-        """See :attr:`nemo_ampo.chat.ChatClient.refused`."""
+        """See :attr:`nemo_ampo.chat.client.ChatClient.refused`."""
         return self._chat.refused
 
     @property
     def takes_schema(self) -> list[bool | None]:
-        """See :attr:`nemo_ampo.chat.ChatClient.takes_schema`."""
+        """See :attr:`nemo_ampo.chat.client.ChatClient.takes_schema`."""
         return self._chat.takes_schema
 
     @takes_schema.setter

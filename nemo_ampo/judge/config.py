@@ -31,7 +31,7 @@ class SecondJudgeConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig(EndpointConfig):
-    """The judge's endpoint, see :class:`~nemo_ampo.chat.EndpointConfig`, and what it is asked there.
+    """The judge's endpoint, see :class:`~nemo_ampo.chat.config.EndpointConfig`, and what it is asked there.
 
     Attributes:
         prompt: shipped prompt name or the path of a file with the same placeholders.

@@ -11,7 +11,7 @@ PREFIX = "judge/"
 
 
 class JudgeStats(ChatStats):
-    """Counts of one judge, or, through :meth:`of`, of the judges of all ranks; see :class:`~nemo_ampo.chat.ChatStats`."""
+    """Counts of one judge, or, through :meth:`of`, of the judges of all ranks."""
 
     @classmethod
     def of(cls, parts: Iterable[ChatStats]) -> JudgeStats:

@@ -3,8 +3,3 @@
 :mod:`.launch` starts a server process (``vllm serve``, ``trtllm-serve`` or the embedded one) and waits until it
 answers; :mod:`.engine` and :mod:`.app` are the embedded one. Importing this package loads no framework.
 """
-
-from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
-from nemo_ampo.serve.launch import Served, served
-
-__all__ = ["ServeConfig", "ServeEngine", "Served", "check_serve", "choose_engine", "served"]

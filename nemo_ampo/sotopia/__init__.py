@@ -1,9 +1,8 @@
 """SOTOPIA: episodes between two characters, their scores, and what the scores are worth.
 
-Who meets whom (:mod:`.scenarios`), what each of them may know (:mod:`.prompts`), how they talk (:mod:`.episode`,
-:mod:`.run`), what is kept (:mod:`.records`), the seven dimensions (:mod:`.dimensions`), intervals and tests
-(:mod:`.statistics`), reports (:mod:`.summary`, :mod:`.report`, :mod:`.compare`, :mod:`.overview`), others' results
-(:mod:`.results`), first RL rows (:mod:`.opening`).
+Who meets whom (:mod:`.pairings`), all of it planned (:mod:`.plan`) and played (:mod:`.run`), what is kept
+(:mod:`.records`), the seven dimensions (:mod:`.dimensions`), intervals and tests (:mod:`.statistics`), the whole run in
+numbers (:mod:`.summary`), others' results (:mod:`.results`). Pages are in :mod:`nemo_ampo.report.sotopia`.
 
 The project ships no copy of the SOTOPIA files; every function takes the folder that holds them.
 """

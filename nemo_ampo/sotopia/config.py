@@ -10,9 +10,8 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_ampo.chat import EndpointConfig
-from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig
-from nemo_ampo.dialogue.episode import LeaveRule
+from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.dialogue.config import LeaveRule, PartnerConfig, PolicyConfig, ViewName
 from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import check_folder, is_folder, look_alike
@@ -22,13 +21,6 @@ from nemo_ampo.sotopia.dimensions import PROMPT, TEMPERATURES, load_score_prompt
 from nemo_ampo.sotopia.pairings import Pairing, Subset, check_pairing
 
 _JUDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-
-
-class ViewName(StrEnum):
-    """What the characters know of each other, see :mod:`nemo_ampo.dialogue.prompts`."""
-
-    sotopia = "sotopia"
-    reference = "reference"
 
 
 @dataclass

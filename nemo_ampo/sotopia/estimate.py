@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemo_ampo.dialogue.agents import CHARACTERS_PER_TOKEN, AgentConfig, system_text
+from nemo_ampo.dialogue.agents import CHARACTERS_PER_TOKEN, system_text
+from nemo_ampo.dialogue.config import AgentConfig
 from nemo_ampo.dialogue.episode import EpisodeRules
 from nemo_ampo.dialogue.prompts import instruction_after, instruction_head
 from nemo_ampo.dialogue.scenarios import SEATS, Scenario

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from enum import StrEnum
 
-from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig, check_agent
+from nemo_ampo.dialogue.config import PartnerConfig, PolicyConfig, check_agent
 from nemo_ampo.dialogue.records import EpisodeKey
 from nemo_ampo.dialogue.scenarios import SEATS, Scenario, ScenarioPack
 from nemo_ampo.errors import ConfigError

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nemo_ampo.dialogue.agents import AgentConfig, model_hash, system_text
+from nemo_ampo.dialogue.agents import model_hash, system_text
+from nemo_ampo.dialogue.config import AgentConfig
 from nemo_ampo.dialogue.episode import EpisodeRules
 from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.dialogue.records import EpisodeKey

@@ -18,20 +18,21 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nemo_ampo.chat import ChatClient, ChatError
 from nemo_ampo.chat.cache import ReplyFile
+from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits
-from nemo_ampo.dialogue.agents import Agent, AgentConfig, token_counter
+from nemo_ampo.dialogue.agents import Agent, token_counter
+from nemo_ampo.dialogue.config import AgentConfig
 from nemo_ampo.dialogue.episode import new_episode, play
 from nemo_ampo.dialogue.records import Episode, EpisodeKey, Termination, Turn
 from nemo_ampo.dialogue.scenarios import Scenario
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import ChatError, ConfigError, UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.run.runlog import write_provenance
-from nemo_ampo.serve import served
 from nemo_ampo.serve.capabilities import announces_mode_bias
+from nemo_ampo.serve.launch import served
 from nemo_ampo.sotopia.config import ScoreJudgeConfig
 from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, ScoreError, Scores, load_score_prompt, parse_scores, score_messages
 from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge

@@ -21,9 +21,12 @@ from typing import Any
 
 import pytest
 
-from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
-from nemo_ampo.errors import ConfigError
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, Verdict
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.errors import ChatError, ConfigError, JudgeError
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest, Verdict
 
 PYTHON = os.environ.get("PEER_PYTHON", "")
 START_S = 600.0

@@ -40,8 +40,8 @@ def top_level_modules_after(*modules: str) -> set[str]:
         "nemo_ampo.reply.modes",
         "nemo_ampo.reply.grammar",
         "nemo_ampo.algo.rewards",
-        "nemo_ampo.chat",
-        "nemo_ampo.judge",
+        "nemo_ampo.chat.client",
+        "nemo_ampo.judge.job",
         "nemo_ampo.commands.sotopia_report",
         "nemo_ampo.commands.generate",
     ],
@@ -52,9 +52,18 @@ def test_text_and_judge_parts_need_no_torch(module: str) -> None:
 
 def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
     loaded = top_level_modules_after(
-        "nemo_ampo.reply.grammar", "nemo_ampo.algo.rewards", "nemo_ampo.judge", "nemo_ampo.types"
+        "nemo_ampo.reply.grammar", "nemo_ampo.algo.rewards", "nemo_ampo.judge.job", "nemo_ampo.types"
     )
     assert loaded & (HEAVY | {"pyreqwest", "openai"}) == set()
+
+
+def test_configuration_and_batch_recipes_need_only_what_reads_yaml() -> None:
+    modules = ("nemo_ampo.config.stages", "nemo_ampo.config.check", "nemo_ampo.config.compose", "recipes.slurm")
+    bare = top_level_modules_after("sys")
+    assert top_level_modules_after(*modules) - bare - set(sys.stdlib_module_names) <= {
+        *("nemo_ampo", "recipes", "omegaconf", "yaml", "_yaml", "antlr4", "attr", "cython_runtime", "__mp_main__"),
+        *(name for name in top_level_modules_after("yaml") if name.startswith("_cython_")),
+    }
 
 
 def test_the_mathematics_needs_torch_and_no_framework() -> None:

@@ -17,7 +17,9 @@ from nemo_ampo.algo.algorithm import AlgorithmConfig
 from nemo_ampo.algo.guard import GuardConfig
 from nemo_ampo.algo.rewards import RewardConfig, combine, goal_gain
 from nemo_ampo.errors import JudgeOutageError
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeThread
+from nemo_ampo.judge.background import JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rollout.config import RolloutConfig

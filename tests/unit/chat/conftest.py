@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, serve
 
-from nemo_ampo.chat import EndpointConfig
+from nemo_ampo.chat.config import EndpointConfig
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, says
 
-from nemo_ampo.chat import BudgetError, ChatClient, ChatError, Completion
 from nemo_ampo.chat.broker import Broker, BrokerClient, BrokerLostError, is_there
 from nemo_ampo.chat.cache import ReplyFile
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.completion import Completion
 from nemo_ampo.chat.job import shared
 from nemo_ampo.chat.limiter import LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits, Spent
-from nemo_ampo.errors import DataError, DiskError, UserError
+from nemo_ampo.errors import BudgetError, ChatError, DataError, DiskError, UserError
 
 WAIT_S = 60.0
 
@@ -352,7 +353,8 @@ def test_a_damaged_record_of_spending_is_named(tmp_path: Path) -> None:
 
 RANK = """
 import asyncio, sys
-from nemo_ampo.chat import ChatClient, EndpointConfig
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.job import shared
 
 config = EndpointConfig(sys.argv[1], "referee", max_concurrency=3, cache=sys.argv[3])
@@ -403,7 +405,7 @@ def test_the_ranks_of_a_job_find_each_other_and_share_everything(server: Scripte
 
 STAYS = """
 import sys, time
-from nemo_ampo.chat import EndpointConfig
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.job import shared
 with shared(EndpointConfig("http://127.0.0.1:9/v1", "referee"), sys.argv[1], {}):
     print("there", flush=True)

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, says
 
-from nemo_ampo.chat import ChatClient, ChatError, ChatStats
 from nemo_ampo.chat.cache import SCHEMA_VERSION, ReplyFile
+from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.completion import Completion
-from nemo_ampo.errors import ConfigError, DiskError, UserError
+from nemo_ampo.chat.stats import ChatStats
+from nemo_ampo.errors import ChatError, ConfigError, DiskError, UserError
 
 Talk = list[dict[str, str]]
 

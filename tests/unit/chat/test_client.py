@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, Seen, says
 
-from nemo_ampo.chat import Asked, BudgetError, ChatClient, ChatError, ChatStats, PoolMember, Price
+from nemo_ampo.chat.client import Asked, ChatClient
+from nemo_ampo.chat.config import PoolMember, Price
+from nemo_ampo.chat.stats import ChatStats
 from nemo_ampo.chat.transport import read_retry_after
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.errors import BudgetError, ChatError, ConfigError
 
 HELLO = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

@@ -17,13 +17,14 @@ import pytest
 from scripted_chat import Act, ScriptedChat, says
 from small_disk import SmallDisk, small_disk
 
-from nemo_ampo.chat import BudgetError, ChatClient, Completion
 from nemo_ampo.chat.cache import ReplyFile
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.completion import Completion
 from nemo_ampo.chat.job import shared
 from nemo_ampo.chat.limiter import SAVE_INTERVAL_S, LocalLimiter, SpentFile
 from nemo_ampo.chat.limits import Limits, Spent
 from nemo_ampo.chat.stats import ChatStats
-from nemo_ampo.errors import DataError, UserError
+from nemo_ampo.errors import BudgetError, DataError, UserError
 
 WAIT_S = 60.0
 

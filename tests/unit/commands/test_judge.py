@@ -10,11 +10,11 @@ import pytest
 from scripted_chat import Act, ScriptedChat, says, serve, verdict_json
 from typer.testing import CliRunner, Result
 
-from nemo_ampo.chat import Price
+from nemo_ampo.chat.config import Price
 from nemo_ampo.commands.cli import make_app
 from nemo_ampo.data.episodes import read_turns, write_turns
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.judge import JudgeConfig, SecondJudgeConfig
+from nemo_ampo.judge.config import JudgeConfig, SecondJudgeConfig
 from nemo_ampo.judge.estimate import ANSWER, estimate_training, notes_on
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.types import DialogueTurn, JudgeRequest

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig, check_agent, hear, model_hash, system_text, token_counter
+from nemo_ampo.dialogue.agents import hear, model_hash, system_text, token_counter
+from nemo_ampo.dialogue.config import PartnerConfig, PolicyConfig, check_agent
 from nemo_ampo.dialogue.scenarios import load_scenarios
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.reply.grammar import render_reply

@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_ampo.chat import ChatError, Completion
-from nemo_ampo.dialogue.agents import Agent, PartnerConfig, PolicyConfig, token_counter
-from nemo_ampo.dialogue.episode import EpisodeRules, LeaveRule, leaves, new_episode, play, turn_seed
+from nemo_ampo.chat.completion import Completion
+from nemo_ampo.dialogue.agents import Agent, token_counter
+from nemo_ampo.dialogue.config import LeaveRule, PartnerConfig, PolicyConfig
+from nemo_ampo.dialogue.episode import EpisodeRules, leaves, new_episode, play, turn_seed
 from nemo_ampo.dialogue.prompts import agent_instruction, load_texts, turn_line
 from nemo_ampo.dialogue.records import EpisodeKey, Termination
 from nemo_ampo.dialogue.scenarios import load_scenarios
+from nemo_ampo.errors import ChatError
 from nemo_ampo.reply.grammar import render_reply
 from nemo_ampo.sotopia.records import EpisodeStore
 

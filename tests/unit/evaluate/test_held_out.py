@@ -21,7 +21,7 @@ from nemo_ampo.evaluate import held_out as evaluation
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.judge.client import _FIRST_REQUEST
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
-from nemo_ampo.report import parse_evaluation, read_evaluation
+from nemo_ampo.report.training.inputs import parse_evaluation, read_evaluation
 from nemo_ampo.report.training.tables import evaluation_rows
 from nemo_ampo.world.pack import make_pack
 from recipes import evaluate as recipe

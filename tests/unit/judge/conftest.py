@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from nemo_ampo.judge import JudgeConfig, JudgeRequest
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from nemo_ampo.chat.limiter import SAVE_INTERVAL_S
-from nemo_ampo.errors import UserError
-from nemo_ampo.judge import Judge, JudgeError, JudgeThread, Verdict, open_judge
+from nemo_ampo.errors import JudgeError, UserError
+from nemo_ampo.judge.background import JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.job import open_judge
+from nemo_ampo.types import Verdict
 
 WAIT_S = 30
 """Only spent when a test fails."""
@@ -82,7 +85,9 @@ def test_check_is_the_judges(tools: Any) -> None:
 RANK = """
 import sys, time
 from nemo_ampo.errors import UserError
-from nemo_ampo.judge import JudgeConfig, JudgeRequest, open_judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest
+from nemo_ampo.judge.job import open_judge
 
 config = JudgeConfig(sys.argv[1], "referee", temperatures=[0.0, 0.5, 1.0], connection_retries=1, backoff_initial_s=0.001,
                      backoff_max_s=0.002)
@@ -187,7 +192,10 @@ def test_an_error_in_the_block_ends_the_thread_and_is_not_replaced(tools: Any) -
 
 SCRIPT = """
 import sys
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest
+from nemo_ampo.judge.background import JudgeThread
 
 request = JudgeRequest("d", "A", "B", "g", "h")
 thread = JudgeThread(Judge(JudgeConfig(base_url=sys.argv[1], model="referee")))
@@ -235,7 +243,10 @@ def test_a_thread_nobody_closed_does_not_keep_the_process_alive(tools: Any) -> N
 
 ONE_AFTER_THE_OTHER = """
 import sys
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeRequest, JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.types import JudgeRequest
+from nemo_ampo.judge.background import JudgeThread
 for _ in range(8):
     with JudgeThread(Judge(JudgeConfig(sys.argv[1], "referee"))) as judge:
         judge.submit(JudgeRequest("d", "A", "B", "g", "h")).result()

@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 from tenacity import RetryCallState
 
-from nemo_ampo.chat import ChatClient
+from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.completion import CallError
-from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeStats, Verdict
+from nemo_ampo.errors import ConfigError, JudgeError, UserError
 from nemo_ampo.judge import client as judge_client
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.prompts import read_judge_prompt
 from nemo_ampo.serve.local import free_port
+from nemo_ampo.types import JudgeRequest, Verdict
 
 KEY = "sk-do-not-show-4711"
 KEY_VARIABLE = "TEST_JUDGE_KEY"

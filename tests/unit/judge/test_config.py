@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_ampo.chat import PoolMember, Price
+from nemo_ampo.chat.config import PoolMember, Price
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.judge import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig
 
 
 def config(**changes: Any) -> JudgeConfig:

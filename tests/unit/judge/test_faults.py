@@ -16,7 +16,11 @@ import pytest
 from omegaconf import OmegaConf
 from scripted_chat import Act, ScriptedChat, Seen, says, serve, verdict_json
 
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeStats, Verdict
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.stats import JudgeStats
+from nemo_ampo.types import JudgeRequest, Verdict
 
 DIALOGUES = 20
 TRUTH = {number: (float(number % 11), float((3 * number) % 11)) for number in range(DIALOGUES)}

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from scripted_chat import Act, ScriptedChat, Seen, says, serve, verdict_json
 
 from nemo_ampo.chat.completion import read_completion, split_thoughts
-from nemo_ampo.errors import DataError
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, JudgeThread, parse_verdict
+from nemo_ampo.errors import DataError, JudgeError
+from nemo_ampo.judge.background import JudgeThread
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.judge.injection import HARMLESS, INJECTIONS, attacks_on, measure_injections
+from nemo_ampo.judge.verdict import parse_verdict
 from nemo_ampo.prompts import harmless_request, load_prompt, read_judge_prompt, render_judge_prompt
-from nemo_ampo.types import DialogueTurn
+from nemo_ampo.types import DialogueTurn, JudgeRequest
 
 TURN = DialogueTurn(
     row_id="r1",

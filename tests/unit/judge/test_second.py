@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from scripted_chat import Act, ScriptedChat, Seen, says, serve, verdict_json
 
-from nemo_ampo.chat import Price
+from nemo_ampo.chat.config import Price
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.judge import JudgeConfig, JudgeRequest, SecondJudgeConfig, Verdict, open_judge
+from nemo_ampo.judge.config import JudgeConfig, SecondJudgeConfig
+from nemo_ampo.judge.job import open_judge
 from nemo_ampo.judge.second import FirstOpinion, SecondJudge, agreement
 from nemo_ampo.prompts import read_judge_prompt
+from nemo_ampo.types import JudgeRequest, Verdict
 
 
 @pytest.fixture(scope="module")

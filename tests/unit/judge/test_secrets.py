@@ -36,7 +36,8 @@ from omegaconf import OmegaConf
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.judge import JudgeRequest, open_judge
+from nemo_ampo.types import JudgeRequest
+from nemo_ampo.judge.job import open_judge
 from nemo_ampo.run.runlog import RunLog, write_provenance
 
 logging.basicConfig(level=logging.DEBUG)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
-from nemo_ampo.judge import JudgeStats
+from nemo_ampo.judge.stats import JudgeStats
 from nemo_ampo.run.metrics import DESCRIPTIONS
 
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_ampo.judge import JudgeError, Verdict, parse_verdict
+from nemo_ampo.errors import JudgeError
+from nemo_ampo.judge.verdict import parse_verdict
+from nemo_ampo.types import Verdict
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "judge_parse.json"
 CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]

@@ -21,16 +21,17 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_ampo.chat import ChatClient, ChatError, EndpointConfig
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.commands.serve import main
-from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.serve import ServeConfig, Served, ServeEngine, check_serve, choose_engine, served, tied
+from nemo_ampo.errors import ChatError, ConfigError, UserError
 from nemo_ampo.serve import app as app_module
+from nemo_ampo.serve import tied
 from nemo_ampo.serve.app import create_app
 from nemo_ampo.serve.capabilities import announces_mode_bias
-from nemo_ampo.serve.config import PROGRAMS
+from nemo_ampo.serve.config import PROGRAMS, ServeConfig, ServeEngine, check_serve, choose_engine
 from nemo_ampo.serve.engine import Generated
-from nemo_ampo.serve.launch import MODEL_NAME, foreign_command
+from nemo_ampo.serve.launch import MODEL_NAME, Served, foreign_command, served
 from nemo_ampo.serve.local import child_environment, free_port, server_process
 
 EMBEDDED = ServeConfig(engine=ServeEngine.embedded, device="cpu", start_timeout_s=120)
@@ -334,7 +335,8 @@ sys.exit(main([folder, *(names.get(word, word) for word in rest)]))
 
 STARTING = """
 import sys
-from nemo_ampo.serve import ServeConfig, ServeEngine, served
+from nemo_ampo.serve.config import ServeConfig, ServeEngine
+from nemo_ampo.serve.launch import served
 with served(sys.argv[1], ServeConfig(engine=ServeEngine.vllm, start_timeout_s=300)):
     pass
 """

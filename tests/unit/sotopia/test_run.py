@@ -19,7 +19,7 @@ from scripted_chat import Act, serve
 
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.dialogue.agents import PartnerConfig, PolicyConfig
+from nemo_ampo.dialogue.config import PartnerConfig, PolicyConfig
 from nemo_ampo.errors import BudgetError, ConfigError
 from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.serve.local import server_process

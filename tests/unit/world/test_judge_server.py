@@ -22,9 +22,12 @@ from typing import Any
 import pytest
 import uvicorn
 
-from nemo_ampo.errors import UserError
-from nemo_ampo.judge import Judge, JudgeConfig, JudgeError, JudgeRequest, Verdict, parse_verdict
+from nemo_ampo.errors import JudgeError, UserError
+from nemo_ampo.judge.client import Judge
+from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.verdict import parse_verdict
 from nemo_ampo.prompts import harmless_request, load_prompt, render_judge_prompt
+from nemo_ampo.types import JudgeRequest, Verdict
 from nemo_ampo.world.judge_server import (
     MODEL,
     ApiError,

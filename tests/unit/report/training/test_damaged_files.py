@@ -15,7 +15,8 @@ from sample_run import GROUP, evaluation, turn, write_ampo, write_bc
 from nemo_ampo.checkpoint.store import MANIFEST, Layout, Manifest
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import sealed
-from nemo_ampo.report import file_problems, read_run, write_report
+from nemo_ampo.report.training.inputs import read_run
+from nemo_ampo.report.training.page import file_problems, write_report
 from nemo_ampo.run.runlog import log_hashes, log_positions
 
 INPUTS = 600

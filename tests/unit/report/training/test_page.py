@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from sample_run import evaluation, write_ampo, write_bc
 
-from nemo_ampo.report import write_report
 from nemo_ampo.report.training.inputs import ShownSample, read_run
-from nemo_ampo.report.training.page import card, headlines, render
+from nemo_ampo.report.training.page import card, headlines, render, write_report
 
 ROOT = Path(__file__).resolve().parents[4]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

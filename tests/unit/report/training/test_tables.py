@@ -6,9 +6,16 @@ from pathlib import Path
 from rich.console import Console
 from sample_run import evaluation
 
-from nemo_ampo.report import evaluation_table, parse_evaluation, read_run, training_table, write_report
-from nemo_ampo.report.training.inputs import MetricsLog
-from nemo_ampo.report.training.tables import ABSENT, EVALUATION_COLUMNS, evaluation_rows, training_rows
+from nemo_ampo.report.training.inputs import MetricsLog, parse_evaluation, read_run
+from nemo_ampo.report.training.page import write_report
+from nemo_ampo.report.training.tables import (
+    ABSENT,
+    EVALUATION_COLUMNS,
+    evaluation_rows,
+    evaluation_table,
+    training_rows,
+    training_table,
+)
 
 
 def printed(table: object, width: int = 80) -> str:
