@@ -33,7 +33,7 @@ class Characters:
 class Engine:
     """Answers two of eight requests in each mode; deeper modes think in more words."""
 
-    caps = Caps("raw", True, 8, 999, 9999, 70_000, True, False)
+    caps = Caps("raw", 8, 999, 9999, 70_000, False)
 
     def sync(self, weight_version):
         return SyncReport(weight_version, 0, 0, 0.0)

@@ -31,7 +31,6 @@ from nemo_ampo.text import one_line
 from recipes.pipeline import Stage, hold_folder, remember_settings
 
 TRAINING = ("bc", "ampo")
-JUDGE_PATH = "/v1"
 
 
 class JudgeMode(StrEnum):

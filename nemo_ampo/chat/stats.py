@@ -48,11 +48,6 @@ class ChatStats:
     latencies_s: tuple[float, ...] = ()
 
     @property
-    def latency_mean_s(self) -> float | None:
-        """Mean latency, seconds; None before the first answer."""
-        return math.fsum(self.latencies_s) / len(self.latencies_s) if self.latencies_s else None
-
-    @property
     def latency_p50_s(self) -> float | None:
         """Median latency, seconds; None before the first answer."""
         return nearest_rank(self.latencies_s, 0.50)

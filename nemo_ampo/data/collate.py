@@ -57,9 +57,8 @@ def collate_bc(
 
     Returns:
         ``tokens`` [B, T] int64; ``labels`` [B, T] int64, the next token; ``loss_mask`` [B, T] float32, 1
-        where the label is a reply token or its end-of-sequence token; ``attention_mask`` [1, 1, T, T] bool,
-        True = may not look (Megatron's convention), causal; ``position_ids`` [B, T] int64; ``modes`` [B]
-        int64.
+        where the label is a reply token or its end-of-sequence token; ``position_ids`` [B, T] int64; ``modes``
+        [B] int64. Right padding and causal attention need no mask.
 
     Raises:
         ConfigError: ``max_len`` is no multiple of ``seq_multiple``.
@@ -82,7 +81,6 @@ def collate_bc(
         "tokens": tokens_BT,
         "labels": labels_BT,
         "loss_mask": loss_mask_BT,
-        "attention_mask": torch.ones((1, 1, width, width), dtype=torch.bool).triu(diagonal=1),
         "position_ids": torch.arange(width).repeat(len(batch), 1),
         "modes": torch.stack([item["mode"] for item in batch]),
     }

@@ -119,21 +119,17 @@ class Caps:
     Attributes:
         logprob_kind: ``raw`` engines know the policy's own log-probability at any temperature; ``sampling`` ones only
             that after temperature, which is the same at temperature 1 and refused elsewhere.
-        seeded: equal seeds give equal responses.
         max_batch: requests answered at once; longer calls are split.
         max_prompt, max_total: longest prompt, longest prompt plus response, tokens.
         vocab_size: ids at or above it do not exist.
-        collective: every model-parallel rank must call with equal requests.
         own_weights: the engine holds a copy of the weights that can be wrong, so it is probed after each sync.
     """
 
     logprob_kind: LogprobKind
-    seeded: bool
     max_batch: int
     max_prompt: int
     max_total: int
     vocab_size: int
-    collective: bool
     own_weights: bool
 
 

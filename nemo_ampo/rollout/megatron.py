@@ -67,12 +67,10 @@ class MegatronEngine:
         max_total = int(model.cfg.max_position_embeddings)
         self.caps = Caps(
             logprob_kind="raw",
-            seeded=True,
             max_batch=batch_size,
             max_prompt=max_total,
             max_total=max_total,
             vocab_size=vocab_size(model),
-            collective=True,
             own_weights=False,
         )
 

@@ -137,12 +137,10 @@ class TrtLlmRefitEngine:
         )
         self.caps = Caps(
             logprob_kind="sampling",
-            seeded=True,
             max_batch=max_batch,
             max_prompt=max_prompt,
             max_total=max_prompt + max_new_tokens,
             vocab_size=vocab_size(model),
-            collective=True,
             own_weights=True,
         )
 

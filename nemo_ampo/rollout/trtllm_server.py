@@ -111,12 +111,10 @@ class TrtLlmServerEngine:
         require_server_version(state.tensorrt_llm)
         self.caps = Caps(
             logprob_kind="raw",
-            seeded=True,
             max_batch=max_batch,
             max_prompt=state.max_prompt,
             max_total=state.max_total,
             vocab_size=state.vocab_size,
-            collective=True,
             own_weights=True,
         )
 

@@ -110,8 +110,7 @@ class BcTrainer(SupervisedTrainer):
         rows = rows_of_step(len(self._rows), sizes.global_batch_size, self.step, self.parts.seed)
         mine = slice_for(rows, ranks.data_rank, ranks.data_size)
         batch = collate_bc([self._rows[i] for i in mine], self.parts.pad_id)
-        # Right padding and causal attention need no mask; NeMo's splitter would also refuse its batch dimension of 1.
-        return {k: v for k, v in batch.items() if k not in ("attention_mask", "modes")}
+        return {name: tensor for name, tensor in batch.items() if name != "modes"}
 
     def _my_heldout(self, limit: int | None = None) -> list[tuple[int, BcExample]]:
         rows = list(enumerate(self.parts.heldout))[:limit]

@@ -15,7 +15,7 @@ from nemo_ampo.rollout.engine import check_requests as refuse
 from recipes import launch
 from recipes.launch import main
 
-CAPS = Caps("raw", True, 8, 5, 9, 300, True, False)
+CAPS = Caps("raw", 8, 5, 9, 300, False)
 SAMPLING = SamplingSpec(max_new_tokens=4, stop_token_ids=(0,))
 STAGE = ["run.name=x", "run.checkpoint=c", "run.dir=r", "data.turns=t"]
 

@@ -111,7 +111,7 @@ def step(ranks: Any, at: Callable[[str], None]) -> None:
     from nemo_ampo.types import Prompt, Verdict
 
     class Engine:
-        caps = Caps("raw", True, 8, 99, 99, 300, True, False)
+        caps = Caps("raw", 8, 99, 99, 300, False)
 
         def sync(self, weight_version: int) -> SyncReport:
             at("sync")

@@ -46,7 +46,7 @@ class Script:
     requests: list[Request] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     sampling: SamplingSpec | None = None
-    caps: Caps = field(default_factory=lambda: Caps("raw", True, 8, 99, 99, 300, True, False))
+    caps: Caps = field(default_factory=lambda: Caps("raw", 8, 99, 99, 300, False))
 
     def sync(self, weight_version: int) -> SyncReport:
         self.calls.append(f"sync {weight_version}")
@@ -285,7 +285,7 @@ def test_the_engine_gets_the_weights_first_and_gives_its_memory_back() -> None:
 
 
 def test_a_wrong_engine_stops_the_step_before_a_rollout_is_drawn() -> None:
-    engine = Script([BAD], caps=Caps("raw", True, 8, 99, 99, 300, True, own_weights=True))
+    engine = Script([BAD], caps=Caps("raw", 8, 99, 99, 300, own_weights=True))
     judge, policy = Scores(), Recorder()
     parts = Parts(
         engine=engine,

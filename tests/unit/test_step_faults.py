@@ -53,7 +53,7 @@ class Characters:
 class Scripted:
     """An engine whose every reply is different, so that every question to the judge is."""
 
-    caps = Caps("raw", True, 8, 99, 99, 300, True, False)
+    caps = Caps("raw", 8, 99, 99, 300, False)
 
     def sync(self, weight_version: int) -> SyncReport:
         return SyncReport(weight_version, 0, 0, 0.0)

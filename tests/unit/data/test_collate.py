@@ -39,13 +39,6 @@ def test_a_batch_worked_by_hand():
     assert whole[:, 1:].tolist() == batch["labels"].tolist()
 
 
-def test_the_attention_mask_hides_the_future():
-    batch = collate_bc([BcDataset([SHORT])[0]], pad_id=PAD, seq_multiple=2)
-    mask = batch["attention_mask"]
-    assert mask.shape == (1, 1, 2, 2) and mask.dtype == torch.bool
-    assert mask[0, 0].tolist() == [[False, True], [False, False]]
-
-
 def test_an_end_token_used_as_padding_is_still_trained_once():
     # With pad = eos (SmolLM2, Llama) a mask made from the token ids would lose the end of every reply.
     batch = collate_bc([BcDataset([LONG])[0]], pad_id=2, seq_multiple=8)

@@ -28,7 +28,7 @@ from nemo_ampo.rollout.probe import Probe
 from nemo_ampo.rollout.sampling import draw, uniform_draws
 
 VOCAB = 50
-CAPS = Caps("raw", True, 8, 99, 99, VOCAB, True, True)
+CAPS = Caps("raw", 8, 99, 99, VOCAB, True)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from nemo_ampo.rollout.engine import (
 from nemo_ampo.rollout.probe import duplicate_fraction
 from nemo_ampo.rollout.trtllm_version import require_mpi_ranks
 
-CAPS = Caps("raw", True, 4, 8, 12, 100, True, True)
+CAPS = Caps("raw", 4, 8, 12, 100, True)
 SPEC = SamplingSpec(4, (0,))
 REQUESTS = [Request(0, (5, 6), 1), Request(1, (7,), 2)]
 

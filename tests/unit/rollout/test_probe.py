@@ -18,7 +18,7 @@ PROBE = Probe(((5, 6), (7,)), 3, 0.1, (0,), 0)
 class Engine:
     """Answers -1 for each of its tokens; ``late`` sits on the old version."""
 
-    caps: Caps = field(default_factory=lambda: Caps("raw", True, 8, 99, 99, 300, True, True))
+    caps: Caps = field(default_factory=lambda: Caps("raw", 8, 99, 99, 300, True))
     late: int = 0
     calls: list[str] = field(default_factory=list)
 
