@@ -39,7 +39,7 @@ class Engine:
 
 
 def trainer(value: float) -> object:
-    return lambda tokens_BT: torch.full((len(tokens_BT), tokens_BT.size(1) - 1), value)
+    return lambda tokens_BT, _lengths: torch.full((len(tokens_BT), tokens_BT.size(1) - 1), value)
 
 
 def test_the_gap_counts_drawn_tokens_only() -> None:
