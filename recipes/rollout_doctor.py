@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import NEMO_SECTIONS, read_config
-from nemo_ampo.config.stages import check_parallel_layout
+from nemo_ampo.config.stages import check_parallel_layout, check_start
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.output.outcome import EXIT_USER_ERROR
 from nemo_ampo.output.terminal import printable_output, show
@@ -53,8 +53,7 @@ def run(cfg: DictConfig) -> bool:
 
     check_rollout(config.rollout)
     require_engine(config.rollout.engine)
-    if not Path(config.run.init_from).is_file():
-        raise ConfigError(f"run.init_from: no such file: {config.run.init_from}")
+    check_start(config.run.init_from)
 
     from converters.model_config import check_architecture
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -260,6 +261,35 @@ def own_rollout_server(recipe: PipelineConfig) -> RolloutLimits | None:
     return RolloutLimits(rollout.max_prompt_tokens, rollout.max_prompt_tokens + rollout.max_new_tokens)
 
 
+def bytes_to_come(recipe: PipelineConfig) -> float:
+    """At most so much the pipeline will still write into its run folder: converted checkpoint and exports, and for each
+    training stage its checkpoints and its starting policy unpacked, less what the folder already holds.
+
+    Raises:
+        ConfigError: a stage's configuration or the starting checkpoint is wrong.
+    """
+    from nemo_ampo.config.compose import compose
+    from nemo_ampo.job.plan import checkpoint_bytes, kept_bytes, shape_of
+
+    if recipe.data.world:
+        return 1e9  # the job itself makes the tiny checkpoint; there is nothing to count yet
+    try:
+        shape = shape_of(start_of(recipe), "")
+    except UserError as error:
+        raise ConfigError(f"checkpoint: {str(error).removeprefix('--model ')}") from None
+    total = 0.0
+    for name in TRAINING:
+        stage: StageConfig = getattr(recipe, name)
+        try:
+            cfg = compose(name, stage.config, stage.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name}: {error}") from None
+        _, weights = checkpoint_bytes(shape, bool(cfg.model.megatron_amp_O2))
+        total += kept_bytes(cfg, shape) + weights * (1 + (name == "bc") + (name in recipe.evaluate.policies))
+    written = sum(path.stat().st_size for path in Path(recipe.run_dir).rglob("*") if path.is_file())
+    return max(0.0, total - written)
+
+
 def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> list[Stage]:
     """The pipeline of a checked recipe, asking the judge at ``judge_url``.
 
@@ -433,6 +463,7 @@ def get_command(args: argparse.Namespace) -> None:
         recipe.rollout.port,
         recipe.rollout.start_s,
         " ".join(f"--{f.name.replace('_', '-')} {getattr(limits, f.name)}" for f in fields(limits)) if limits else "-",
+        math.ceil(bytes_to_come(recipe) / 1e9),
         sep="\n",
     )
 

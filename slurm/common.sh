@@ -8,6 +8,7 @@ set -euo pipefail
 
 PREFLIGHT_S=120
 STOPPED=75 # a stage that was asked to stop and continues with the same command
+SERVERS=()                # groups behind the trainer's
 declare -A SERVER_PIDS=() # of the servers that were started, by name
 
 say() { printf '%s %s\n' "$(date '+%F %T')" "$*" >&2; }
@@ -35,8 +36,8 @@ settings() {
   fi
   : "${AMPO_NODES:=1}" "${AMPO_GPUS_PER_NODE:=0}" "${AMPO_JUDGE_GPUS:=0}" "${AMPO_SBATCH:=}" "${AMPO_JUDGE_COMMAND:=}"
   : "${AMPO_RANKS_PER_NODE:=$((AMPO_GPUS_PER_NODE > 0 ? AMPO_GPUS_PER_NODE : 1))}"
-  : "${ROLLOUT_GPUS:=1}" "${AMPO_CONTAINER:=none}" "${AMPO_IMAGE:=}" "${AMPO_MOUNTS:=}" "${AMPO_MPI:=pmix}"
-  : "${AMPO_MAX_RESTARTS:=20}" "${AMPO_MIN_FREE_GB:=10}"
+  : "${ROLLOUT_GPUS:=1}" "${AMPO_CONTAINER:=none}" "${AMPO_IMAGE:=}" "${AMPO_JUDGE_IMAGE:=}" "${AMPO_MOUNTS:=}"
+  : "${AMPO_MPI:=pmix}" "${AMPO_MAX_RESTARTS:=20}" "${AMPO_MIN_FREE_GB:=}"
   if [[ -z ${AMPO_PYTHON:-} ]]; then
     AMPO_PYTHON=python
     if [[ $AMPO_CONTAINER == none && -x $ROOT/.venv/bin/python ]]; then AMPO_PYTHON=$ROOT/.venv/bin/python; fi
@@ -46,9 +47,14 @@ settings() {
     pyxis | apptainer) [[ $AMPO_IMAGE ]] || fail "AMPO_IMAGE: an image is required for AMPO_CONTAINER=$AMPO_CONTAINER" ;;
     *) fail "AMPO_CONTAINER: expected none, pyxis or apptainer, got '$AMPO_CONTAINER'" ;;
   esac
+  if [[ $AMPO_JUDGE_IMAGE ]]; then
+    [[ $AMPO_CONTAINER != none ]] || fail "AMPO_JUDGE_IMAGE: nothing starts it; set AMPO_CONTAINER to pyxis or apptainer"
+    [[ $AMPO_JUDGE_COMMAND ]] || fail "AMPO_JUDGE_IMAGE: the demo judge runs in AMPO_IMAGE; set AMPO_JUDGE_COMMAND to what this image serves"
+  fi
   JOB=${SLURM_HET_JOB_ID:-${SLURM_JOB_ID:-0}}
   JOB=${SLURM_JOB_ID_HET_GROUP_0:-$JOB}
   RESTART=${SLURM_RESTART_COUNT:-0}
+  IMAGE=$AMPO_IMAGE CONTAINER=ampo-$JOB
   HET=${SLURM_HET_SIZE:-}
   mapfile -t NODES < <(node_names "${SLURM_JOB_NODELIST_HET_GROUP_0:-${SLURM_JOB_NODELIST:-}}" "$AMPO_NODES" node)
   RANKS=$((${#NODES[@]} * AMPO_RANKS_PER_NODE))
@@ -78,6 +84,7 @@ node_address() {
 #   COUNT  processes per node;  GPUS per node
 #   LOG    log file of each process, or - for the job's own output
 #   MPI    mpi or plain: only a stage that needs MPI gets its environment
+# IMAGE is run; pyxis keeps the container under the name CONTAINER, so that the job's next line on that node starts at once.
 line() {
   local name=$1 where=$2 count=$3 gpus=$4 log=$5 mpi=$6 nodes=1 group=0 inside=()
   shift 6
@@ -95,13 +102,13 @@ line() {
   if [[ $log != - ]]; then LINE+=("--output=$log" --open-mode=append); fi
   case $AMPO_CONTAINER in
     pyxis)
-      LINE+=("--container-image=$AMPO_IMAGE" "--container-mounts=$ROOT:$ROOT${AMPO_MOUNTS:+,$AMPO_MOUNTS}")
+      LINE+=("--container-image=$IMAGE" "--container-name=$CONTAINER" "--container-mounts=$ROOT:$ROOT${AMPO_MOUNTS:+,$AMPO_MOUNTS}")
       LINE+=("--container-workdir=$ROOT" --no-container-mount-home)
       ;;
     apptainer)
       inside=(apptainer exec)
       if ((gpus)); then inside+=(--nv); fi
-      inside+=(--bind "$ROOT:$ROOT${AMPO_MOUNTS:+,$AMPO_MOUNTS}" --pwd "$ROOT" "$AMPO_IMAGE")
+      inside+=(--bind "$ROOT:$ROOT${AMPO_MOUNTS:+,$AMPO_MOUNTS}" --pwd "$ROOT" "$IMAGE")
       ;;
   esac
   LINE+=("$ROOT/slurm/rank.sh" "${inside[@]}" "$@")
@@ -117,12 +124,16 @@ stage_line() { # FIELD...: a line of `recipes.slurm plan`
   fi
 }
 
+in_judge_image() { # COMMAND...
+  IMAGE=${AMPO_JUDGE_IMAGE:-$AMPO_IMAGE} CONTAINER=$CONTAINER${AMPO_JUDGE_IMAGE:+-judge} "$@"
+}
+
 judge_line() { # WHERE
   local command=("$AMPO_PYTHON" -m nemo_ampo.world.judge_server --host 0.0.0.0 --port "$JUDGE_PORT")
   # The site's command is shell text that may use $JUDGE_PORT; quoting and variables are its own.
   if [[ $AMPO_JUDGE_COMMAND ]]; then command=(bash -c "$AMPO_JUDGE_COMMAND"); fi
   export JUDGE_PORT
-  line judge "$1" 1 "$AMPO_JUDGE_GPUS" "$LOGS/judge.log" plain "${command[@]}"
+  in_judge_image line judge "$1" 1 "$AMPO_JUDGE_GPUS" "$LOGS/judge.log" plain "${command[@]}"
 }
 
 rollout_line() { # GROUP [--dry-run]
@@ -135,8 +146,36 @@ preflight_line() {
   local rollout=()
   if [[ $DRY || ${SERVER_PIDS[rollout server]:-} ]]; then rollout=(${ROLLOUT_URL:+--rollout-url "$ROLLOUT_URL"}); fi
   line preflight all "$AMPO_RANKS_PER_NODE" "$AMPO_GPUS_PER_NODE" - plain "$AMPO_PYTHON" -m nemo_ampo.job.preflight \
-    --shared "$RUN" --token "$JOB-$RESTART" --gpus "$AMPO_GPUS_PER_NODE" --min-free-gb "$AMPO_MIN_FREE_GB" \
+    --shared "$RUN" --token "$JOB-$RESTART" --gpus "$AMPO_GPUS_PER_NODE" --run-gb "${AMPO_MIN_FREE_GB:-$RUN_GB}" \
     --judge-url "${JUDGE_URL#-}" "${rollout[@]}"
+}
+
+# --- containers -------------------------------------------------------------------------------------------------
+
+# Importing an image takes minutes. It is done once per node and before any clock runs; the lines that follow find the
+# container by its name.
+make_container() { # WHERE
+  local begin=$SECONDS
+  if [[ $AMPO_CONTAINER != pyxis ]]; then return; fi
+  line image "$1" 1 0 - plain true
+  if [[ $DRY ]]; then show "${LINE[@]}" && return; fi
+  say "image: $(show "${LINE[@]}")"
+  run_step || { REASON="$IMAGE cannot be started" && return 5; }
+  say "image: $CONTAINER made in $((SECONDS - begin)) s"
+}
+
+# Pyxis does so by itself only where the site has set container_scope=job.
+remove_container() { # WHERE
+  if [[ $AMPO_CONTAINER != pyxis ]]; then return; fi
+  AMPO_CONTAINER=none line remove "$1" 1 0 - plain enroot remove --force "pyxis_$CONTAINER"
+  if [[ $DRY ]]; then show "${LINE[@]}" && return; fi
+  "${LINE[@]}" &>/dev/null || true
+}
+
+each_container() { # COMMAND: runs it for the trainer's nodes, and for the judge's
+  local group
+  "$1" all || return
+  if group=$(group_of judge); then in_judge_image "$1" "$group"; fi
 }
 
 # Python that only reads and writes the run folder: here, or in the container on the job's first node.
@@ -173,12 +212,14 @@ dry_run() {
   printf '# submit\n' && show "${LINE[@]}"
   printf '\n# script: %s\n' "$ROOT/slurm/$SCRIPT" && cat "$ROOT/slurm/$SCRIPT"
   printf '\n# srun\n'
+  each_container make_container
   if group=$(group_of judge); then judge_line "$group" && show "${LINE[@]}"; fi
   if group=$(group_of rollout); then rollout_line "$group" --dry-run && "${LINE[@]}"; fi
   preflight_line && show "${LINE[@]}"
   while IFS=$'\t' read -r -a fields; do
     stage_line "${fields[@]}" && show "${LINE[@]}"
   done <<<"$PLAN"
+  each_container remove_container
   printf '\n# recipe\n'
   helper recipes.slurm show "$RECIPE" "${OVERRIDES[@]}"
 }
@@ -195,10 +236,11 @@ open_recipe() {
   settings
   if [[ ${1:-} && $1 != *=* ]]; then RECIPE=$1 && shift; fi
   OVERRIDES=("$@")
+  if [[ ! $DRY && ${SLURM_JOB_ID:-} ]]; then trap 'each_container remove_container' EXIT; fi
   facts=$(helper recipes.slurm get "$RECIPE" "${OVERRIDES[@]}") || exit 2
   {
     IFS= read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S
-    IFS= read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits
+    IFS= read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits && read -r RUN_GB
   } <<<"$facts"
   if ((JUDGE_PORT == 0)); then JUDGE_PORT=$((AMPO_PORT + 15)); fi
   if ((ROLLOUT_PORT == 0)); then ROLLOUT_PORT=$((AMPO_PORT + 14)); fi
@@ -223,7 +265,6 @@ run_job() {
   open_recipe "$1" "${@:3}"
   # The parts of the pipeline that are run alone do not draw.
   if ((${#only[@]})); then ROLLOUT_MODEL=-; fi
-  SERVERS=()
   if [[ $JUDGE_MODE == hetjob ]]; then SERVERS+=(judge); fi
   if [[ $ROLLOUT_MODEL != - ]]; then SERVERS+=(rollout); fi
   submit_unless_inside
@@ -238,7 +279,6 @@ run_job() {
 run_judge() {
   AMPO_RANKS_PER_NODE=1 AMPO_GPUS_PER_NODE=${AMPO_JUDGE_GPUS:-0}
   open_recipe judge.sh "$@"
-  SERVERS=()
   submit_unless_inside
   JUDGE_URL=http://$MASTER_ADDR:$JUDGE_PORT/v1
   judge_line first
@@ -247,7 +287,7 @@ run_judge() {
     return
   fi
   mkdir -p "$LOGS"
-  trap 'rm -f "$RUN/judge.url"' EXIT
+  trap 'rm -f "$RUN/judge.url"; remove_container first; in_judge_image remove_container first' EXIT
   echo "$JUDGE_URL" >"$RUN/judge.url"
   say "judge: $(show "${LINE[@]}")"
   "${LINE[@]}"
@@ -302,6 +342,7 @@ attempt() {
 
 stages() {
   local fields number=0
+  each_container make_container || return
   start_judge || return
   start_rollout_server || return
   preflight || return
@@ -437,6 +478,8 @@ finish() { # STATUS REASON: write it down, requeue if that brings anything, exit
   trap '' USR1 USR2 TERM
   decision=$(helper recipes.slurm end "$RUN" --status "$status" --reason "$2" --max-restarts "$AMPO_MAX_RESTARTS")
   say "$2 (status $status): $decision"
+  each_container remove_container
+  trap - EXIT
   if [[ $decision == requeue ]]; then
     # Somebody who cancelled the job does not want it back.
     if being_ended; then

@@ -5,7 +5,7 @@ Hugging Face tokenizer, it stores the path of the folder. So every ``.nemo`` of 
 member, ``hf_assets/``, with each file of the Hugging Face folder that is not a weight, byte for byte: config,
 tokenizer, chat template, generation config, licence. Loading unpacks it and points NeMo there; export copies
 it back. The last member, ``hashes.json``, holds the SHA-256 of all others; whatever is read is checked by it. Nothing
-here imports NeMo.
+here imports NeMo. The folder that such a file was unpacked into (``tar -xf``) is read like the file.
 
 A ``.nemo`` may come from a stranger: members other than files and folders, names that leave the folder or occur twice, and
 settings that NeMo would execute are refused.
@@ -23,12 +23,14 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from nemo_ampo.errors import DiskError, UserError
-from nemo_ampo.files import disk_errors, look_alike
+from nemo_ampo.files import disk_errors, look_alike, sha256_of
 from nemo_ampo.output.staging import scratch_folder, staged
 from nemo_ampo.text import one_line
 
@@ -78,80 +80,107 @@ def _relative(member: tarfile.TarInfo) -> PurePosixPath:
     return path
 
 
-def _members(tar: tarfile.TarFile, folder: str) -> dict[PurePosixPath, tarfile.TarInfo]:
-    """Files below ``folder``, by their path inside it."""
-    return {
-        path.relative_to(folder): member
-        for member in tar.getmembers()
-        if member.isfile() and folder in (path := _relative(member)).parts[:1]
-    }
-
-
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> io.BufferedReader:
     stream = tar.extractfile(member)
-    assert stream is not None  # only directories and links have no stream, and _members keeps files
+    assert stream is not None  # only directories and links have no stream, and files are asked for
     return stream  # type: ignore[return-value]
 
 
-def _hashes(tar: tarfile.TarFile) -> dict[str, str]:
-    """SHA-256 of every member by its name; empty for a file that others wrote."""
-    for member in tar.getmembers():
-        if member.isfile() and _relative(member) == PurePosixPath(HASHES_NAME):
+@dataclass(frozen=True)
+class _Files:
+    """What a ``.nemo`` holds, packed or unpacked.
+
+    Attributes:
+        path: file or folder, for messages.
+        openers: by each file's path inside.
+    """
+
+    path: Path
+    openers: Mapping[PurePosixPath, Callable[[], IO[bytes]]]
+
+    def below(self, folder: str) -> list[PurePosixPath]:
+        """Files of a folder, by their path inside of all."""
+        return [path for path in self.openers if folder in path.parts[:1]]
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file by its path; empty where others wrote them."""
+        opener = self.openers.get(PurePosixPath(HASHES_NAME))
+        if opener is None:
+            return {}
+        with opener() as source:
             try:
-                return dict(json.loads(_read(tar, member).read()))
+                return dict(json.loads(source.read()))
             except (ValueError, TypeError) as error:
-                raise UserError(f"{tar.name!s}: {HASHES_NAME} is damaged ({error})") from None
-    return {}
+                raise UserError(f"{self.path}: {HASHES_NAME} is damaged ({error})") from None
 
+    def read(self, path: PurePosixPath) -> bytes:
+        """A small file, checked."""
+        out = io.BytesIO()
+        self._copy(path, out, self.hashes())
+        return out.getvalue()
 
-def _check_hash(tar: tarfile.TarFile, member: tarfile.TarInfo, found: str, hashes: dict[str, str]) -> None:
-    name = _relative(member).as_posix()
-    if hashes and hashes.get(name) != found:
-        raise UserError(f"{tar.name!s}: {name} is damaged: its content does not have the hash it was written with")
+    def check(self, paths: Iterable[PurePosixPath]) -> None:
+        """Read files that are used where they are."""
+        hashes = self.hashes()
+        for path in paths if hashes else ():
+            self._copy(path, io.BytesIO(), hashes, keep=False)
 
+    def copy(self, paths: Iterable[PurePosixPath], dest: Path, inside: str = "") -> None:
+        """Write files into ``dest``, each complete or not at all, so that several ranks may do so at once.
 
-def _copy_out(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, hashes: dict[str, str]) -> None:
-    """Write one member, complete or not at all, so that several ranks may unpack into one folder."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".unpack-")
-    try:
-        digest, source = hashlib.sha256(), _read(tar, member)
-        with os.fdopen(handle, "wb") as out:
+        Args:
+            paths: of the files.
+            dest: folder.
+            inside: folder of theirs that is left off their names.
+        """
+        hashes = self.hashes()
+        for path in paths:
+            target = dest / path.relative_to(inside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".unpack-")
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    self._copy(path, out, hashes)
+                Path(temporary).chmod(0o644)
+                Path(temporary).replace(target)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def _copy(self, path: PurePosixPath, out: IO[bytes], hashes: Mapping[str, str], keep: bool = True) -> None:
+        digest = hashlib.sha256()
+        with self.openers[path]() as source:
             while part := source.read(_COPY_BYTES):
                 digest.update(part)
-                out.write(part)
-        _check_hash(tar, member, digest.hexdigest(), hashes)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+                if keep:
+                    out.write(part)
+        if hashes and hashes.get(path.as_posix()) != digest.hexdigest():
+            raise UserError(f"{self.path}: {path} is damaged: its content does not have the hash it was written with")
 
 
-def _asset_members(tar: tarfile.TarFile, nemo_path: Path) -> dict[PurePosixPath, tarfile.TarInfo]:
-    found = _members(tar, ASSETS_FOLDER)
-    if not found:
-        raise UserError(
-            f"{nemo_path}: has no {ASSETS_FOLDER}/ (tokenizer, chat template, config); make it with "
-            "`python -m converters.hf_to_nemo`, or add them with nemo_ampo.checkpoint.nemo_file.add_assets"
-        )
-    return found
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Files]:
+    """A ``.nemo`` file, or the folder that one was unpacked into."""
+    if path.is_dir():
+        found = (file for file in sorted(path.rglob("*")) if file.is_file())
+        yield _Files(path, {PurePosixPath(file.relative_to(path)): partial(io.FileIO, file) for file in found})
+        return
+    with _open_tar(path) as tar:
+        members = (member for member in tar.getmembers() if member.isfile())
+        yield _Files(path, {_relative(member): partial(_read, tar, member) for member in members})
 
 
 def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
-    """``model_config.yaml`` of a ``.nemo`` file.
+    """``model_config.yaml`` of a ``.nemo`` file, or of the folder it was unpacked into.
 
     Raises:
         UserError: no such file, not a ``.nemo`` file, no config in it, or one that would be executed.
     """
-    path = Path(nemo_path)
-    with _open_tar(path) as tar:
-        for member in tar.getmembers():
-            if member.isfile() and _relative(member) == PurePosixPath(CONFIG_NAME):
-                content = _read(tar, member).read()
-                _check_hash(tar, member, hashlib.sha256(content).hexdigest(), _hashes(tar))
-                return _parse_config(content, f"{path}: {CONFIG_NAME}")
-    raise UserError(f"{path}: not a .nemo file (no {CONFIG_NAME} in it)")
+    path, name = Path(nemo_path), PurePosixPath(CONFIG_NAME)
+    with disk_errors(f"cannot read {path}"), _opened(path) as files:
+        if name not in files.openers:
+            raise UserError(f"{path}: not a .nemo file (no {CONFIG_NAME} in it)")
+        return _parse_config(files.read(name), f"{path}: {CONFIG_NAME}")
 
 
 def check_model_config(path: Path) -> None:
@@ -195,7 +224,7 @@ def _check_plain(value: Any, where: str, key: str) -> None:
 
 
 def unpack_assets(nemo_path: Path | str, dest: Path | str) -> Path:
-    """Write the Hugging Face files of a ``.nemo`` file into ``dest``, byte for byte.
+    """Write the Hugging Face files of a ``.nemo`` file, or of an unpacked one, into ``dest``, byte for byte.
 
     Safe to call from several processes at once and again later: each file appears complete or not at all.
 
@@ -206,10 +235,14 @@ def unpack_assets(nemo_path: Path | str, dest: Path | str) -> Path:
         UserError: the file is absent, torn, or carries no assets.
     """
     path, folder = Path(nemo_path), Path(dest)
-    with disk_errors(f"{path}: cannot unpack in {folder}"), _open_tar(path) as tar:
-        hashes = _hashes(tar)
-        for relative, member in _asset_members(tar, path).items():
-            _copy_out(tar, member, folder / relative, hashes)
+    with disk_errors(f"{path}: cannot unpack in {folder}"), _opened(path) as files:
+        found = files.below(ASSETS_FOLDER)
+        if not found:
+            raise UserError(
+                f"{path}: has no {ASSETS_FOLDER}/ (tokenizer, chat template, config); make it with "
+                "`python -m converters.hf_to_nemo`, or add them with nemo_ampo.checkpoint.nemo_file.add_assets"
+            )
+        files.copy(found, folder, ASSETS_FOLDER)
     return folder
 
 
@@ -223,16 +256,43 @@ def unpack_weights(nemo_path: Path | str, dest: Path | str) -> Path:
         UserError: the file is absent or torn, or holds no distributed checkpoint.
     """
     path, folder = Path(nemo_path), Path(dest)
-    with disk_errors(f"{path}: cannot unpack in {folder}"), _open_tar(path) as tar:
-        weights, hashes = _members(tar, WEIGHTS_FOLDER), _hashes(tar)
-        if not weights:
-            raise UserError(f"{path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported")
-        for relative, member in weights.items():
-            _copy_out(tar, member, folder / WEIGHTS_FOLDER / relative, hashes)
-        for member in tar.getmembers():
-            if member.isfile() and _relative(member) == PurePosixPath(CONFIG_NAME):
-                _copy_out(tar, member, folder / CONFIG_NAME, hashes)
+    with disk_errors(f"{path}: cannot unpack in {folder}"), _opened(path) as files:
+        files.copy(_loaded(files), folder)
     return folder
+
+
+def check_unpacked(folder: Path) -> None:
+    """Compare what NeMo would load from an unpacked ``.nemo`` with its hashes.
+
+    Raises:
+        UserError: a file is damaged, or there is no distributed checkpoint.
+    """
+    with disk_errors(f"cannot read {folder}"), _opened(folder) as files:
+        files.check(_loaded(files))
+
+
+def _loaded(files: _Files) -> list[PurePosixPath]:
+    """What NeMo reads of a ``.nemo``."""
+    weights = files.below(WEIGHTS_FOLDER)
+    if not weights:
+        raise UserError(f"{files.path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported")
+    return [*weights, *(path for path in files.openers if path == PurePosixPath(CONFIG_NAME))]
+
+
+def content_hash(nemo_path: Path | str) -> str:
+    """SHA-256 of a ``.nemo`` file; of an unpacked one that of its list of hashes, or of all its files where it has none.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
+    path = Path(nemo_path)
+    if not path.is_dir():
+        return sha256_of(path)
+    if (path / HASHES_NAME).is_file():
+        return sha256_of(path / HASHES_NAME)
+    with disk_errors(f"cannot read {path}"), _opened(path) as files:
+        names = [f"{name} {sha256_of(path / name)}" for name in files.openers]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 # --- config -------------------------------------------------------------------------------------------------
@@ -296,8 +356,8 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
     files = [p for p in sorted(source.rglob("*")) if p.is_file() and not _hidden(p.relative_to(source))]
     if source / "config.json" not in files:
         raise UserError(f"{source}: no config.json; expected the Hugging Face files of the model")
-    with _open_tar(path) as tar:
-        replaces = bool(_members(tar, ASSETS_FOLDER) or _hashes(tar))
+    with _opened(path) as there:
+        replaces = bool(there.below(ASSETS_FOLDER) or there.hashes())
     if not (atomic or replaces):
         _append(path, source, files)
         return
@@ -320,10 +380,10 @@ def _append(path: Path, source: Path, files: list[Path]) -> None:
         for file in files:
             tar.add(file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous)
     hashes = {}
-    with _open_tar(path) as tar:
-        for member in tar.getmembers():
-            if member.isfile():
-                hashes[_relative(member).as_posix()] = hashlib.file_digest(_read(tar, member), "sha256").hexdigest()
+    with _opened(path) as packed:
+        for name, opener in packed.openers.items():
+            with opener() as content_of:
+                hashes[name.as_posix()] = hashlib.file_digest(content_of, "sha256").hexdigest()  # type: ignore[arg-type]
     content = json.dumps(hashes, indent=1).encode()
     with tarfile.open(path, "a:") as tar:
         sealed = tarfile.TarInfo(f"./{HASHES_NAME}")

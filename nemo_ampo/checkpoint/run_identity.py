@@ -11,9 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
+from nemo_ampo.checkpoint.nemo_file import content_hash
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.files import sha256_of
 from nemo_ampo.judge.client import verdict_protocol
 from nemo_ampo.judge.config import JudgeConfig
 
@@ -70,7 +70,7 @@ def inputs(data_hashes: Mapping[str, str], init_from: str, token_ids: Iterable[S
     return {
         "data": " ".join(data_hashes.values()),
         "data.tokens": tokens.hexdigest(),
-        "run.init_from": sha256_of(init_from),
+        "run.init_from": content_hash(init_from),
     }
 
 

@@ -399,6 +399,9 @@ def _write_item() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     from torch.distributed.checkpoint import filesystem
 
+    if not hasattr(filesystem, "_StorageWriterTransforms"):
+        return  # an older torch, such as the container's 2.6
+
     def write_item(*args: Any) -> Any:
         return filesystem._write_item(
             filesystem._StorageWriterTransforms(),

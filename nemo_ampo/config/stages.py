@@ -21,7 +21,7 @@ from nemo_ampo.config.nemo_keys import check_nemo, check_schedule
 from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.files import check_folder, file_name_problem, is_file, missing, no_model_folder
+from nemo_ampo.files import check_folder, file_name_problem, is_file, is_folder, missing, no_model_folder
 from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
@@ -70,7 +70,7 @@ def check_bc(config: BcConfig, nemo: DictConfig, world_size: int) -> None:
     data_parallel_size(nemo, world_size)
     sft = nemo.trainer.sft
     check_steps(nemo, None if isinstance(sft.limit_train_batches, float) else sft.limit_train_batches)
-    _file("run.init_from", config.run.init_from)
+    check_start(config.run.init_from)
     _file("data.train", config.data.train)
     _file("data.heldout", config.data.heldout)
 
@@ -90,7 +90,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     check_schedule(nemo.model.optim, nemo.trainer.reinforce.max_steps)
     check_algorithm(config.algorithm)
     check_rollout(config.rollout)
-    _file("run.init_from", config.run.init_from)
+    check_start(config.run.init_from)
     if (config.data.train is None) == (config.data.sotopia_dir is None):
         raise ConfigError("data.train, data.sotopia_dir: give exactly one of the two")
     if config.data.train is not None:
@@ -316,6 +316,16 @@ def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
                 f"{model['max_position_embeddings']} positions"
             )
+
+
+def check_start(path: str) -> None:
+    """``run.init_from``: something has to be there; what it is, its reader says.
+
+    Raises:
+        ConfigError: nothing is.
+    """
+    if not is_folder(path):
+        _file("run.init_from", path)
 
 
 def _file(key: str, path: str) -> None:

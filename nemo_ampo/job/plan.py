@@ -180,7 +180,7 @@ def shape_of(source: Path | None, config_name: str) -> ModelShape:
     """Shape of a model from its files, or of the model a shipped config is for.
 
     Args:
-        source: a Hugging Face folder, its ``config.json``, or a ``.nemo`` file.
+        source: a Hugging Face folder, its ``config.json``, or a ``.nemo`` file, unpacked or not.
         config_name: used without a source.
 
     Raises:
@@ -190,7 +190,7 @@ def shape_of(source: Path | None, config_name: str) -> ModelShape:
         if config_name not in SHAPES:
             raise UserError(f"--model: needed for --config-name {config_name}; known without it: {', '.join(SHAPES)}")
         return SHAPES[config_name]
-    if source.suffix == ".nemo":
+    if source.suffix == ".nemo" or (source / "model_config.yaml").is_file():
         from nemo_ampo.checkpoint.nemo_file import read_model_config
 
         return _of_nemo(read_model_config(source))
@@ -279,7 +279,6 @@ def make_plan(
     )
     seconds = _seconds(stage, cfg, shape, work, HARDWARE[gpu], ranks, tensor, data, assume)
     slow, fast = assume.disk_bytes_per_s
-    kept = cfg.checkpoint
     return Plan(
         stage=stage,
         shape=shape,
@@ -291,7 +290,7 @@ def make_plan(
         memory=memory,
         checkpoint_bytes=full,
         weights_only_bytes=weights_only,
-        disk_bytes=_disk(full, weights_only, int(kept.keep_last), int(kept.keep_best)),
+        disk_bytes=kept_bytes(cfg, shape),
         work=work,
         seconds=seconds | {"checkpoint": (full / slow, full / fast)},
         steps=_steps(stage, cfg),
@@ -328,10 +327,12 @@ def checkpoint_bytes(shape: ModelShape, half: bool) -> tuple[float, float]:
     return weights + (FP32 + ADAM_BYTES) * shape.parameters, weights
 
 
-def _disk(full: float, weights_only: float, keep_last: int, keep_best: int) -> float:
+def kept_bytes(cfg: DictConfig, shape: ModelShape) -> float:
     """Largest amount at one time: what is kept, one more while it is written, and the final ``.nemo`` twice (packing)."""
-    whole = min(keep_last, 2)
-    return full * (whole + 1) + weights_only * (keep_last - whole + keep_best + 2)
+    full, weights_only = checkpoint_bytes(shape, bool(cfg.model.megatron_amp_O2))
+    last, best = int(cfg.checkpoint.keep_last), int(cfg.checkpoint.keep_best)
+    whole = min(last, 2)
+    return full * (whole + 1) + weights_only * (last - whole + best + 2)
 
 
 # --- estimated ------------------------------------------------------------------------------------------------------

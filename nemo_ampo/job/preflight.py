@@ -33,6 +33,8 @@ from nemo_ampo.text import one_line
 
 NOT_FIT = 3
 """Exit status of a rank that found something wrong; torch and Slurm use others."""
+TMP_GB = 1.0
+"""For sockets, locks and compiled kernels: models, checkpoints and what is unpacked stand in the run folder."""
 
 
 @printable_output()
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", type=typed_path, required=True, help="run folder on the shared file system")
     parser.add_argument("--token", required=True, help="text of <shared>/slurm/token, written by the batch script")
     parser.add_argument("--gpus", type=int, required=True, help="accelerators expected per node; 0 for CPU nodes")
-    parser.add_argument("--min-free-gb", type=float, default=10.0, help="in the shared folder and in TMPDIR")
+    parser.add_argument("--run-gb", type=float, default=0.0, help="what the run folder must still hold")
     parser.add_argument("--judge-url", default="", help="base URL that every node must reach; empty asks nobody")
     parser.add_argument("--rollout-url", default="", help="URL of a rollout server, likewise")
     parser.add_argument("--timeout-s", type=float, default=90.0, help="of the collective")
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def problems(args: argparse.Namespace, node: str) -> Iterator[str]:
     """What is wrong with this node, in words."""
     yield from _shared_folder(args.shared, args.token, node)
-    for folder in {args.shared, Path(os.environ.get("TMPDIR", "/tmp"))}:
-        yield from _disk(folder, args.min_free_gb)
+    yield from _disk(args.shared, args.run_gb, "are what the run may still write there (AMPO_MIN_FREE_GB)")
+    yield from _disk(Path(os.environ.get("TMPDIR", "/tmp")), TMP_GB, "are needed; set TMPDIR to a folder with room")
     yield from _accelerators(args.gpus)
     if os.environ.get("RANK", "0") == "0":
         yield from _port(int(os.environ.get("MASTER_PORT", "0")))
@@ -95,14 +97,14 @@ def _shared_folder(shared: Path, token: str, node: str) -> Iterator[str]:
         yield f"cannot write to {shared} ({error.strerror})"
 
 
-def _disk(folder: Path, min_free_gb: float) -> Iterator[str]:
+def _disk(folder: Path, wanted_gb: float, why: str) -> Iterator[str]:
     try:
         free_gb = shutil.disk_usage(folder).free / 1e9
     except OSError as error:
         yield f"cannot look at {folder} ({error.strerror})"
         return
-    if free_gb < min_free_gb:
-        yield f"{free_gb:.1f} GB free in {folder}, {min_free_gb:g} are asked for (AMPO_MIN_FREE_GB)"
+    if free_gb < wanted_gb:
+        yield f"{free_gb:.1f} GB free in {folder}, {wanted_gb:g} {why}"
 
 
 def _accelerators(expected: int) -> Iterator[str]:

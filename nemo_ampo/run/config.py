@@ -18,7 +18,7 @@ class RunConfig:
         seed: decides prompts, sampling and shuffling.
         device: auto, cpu or gpu.
         verbose: show the frameworks' own log lines.
-        init_from: the ``.nemo`` the stage starts from.
+        init_from: the ``.nemo`` the stage starts from: the file, or the folder it was unpacked into (``tar -xf``).
         log_rollouts: samples written to ``rollouts.jsonl`` per step; -1 writes all of them.
         allow_changed: keys or sections in which a resumed run may differ from its checkpoint, such as
             ``[algorithm.kl_coef]``; see docs/checkpoints.md.

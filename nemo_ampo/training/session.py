@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.nemo_file import (
     WEIGHTS_FOLDER,
+    check_unpacked,
     load_overrides,
     read_model_config,
     temporary_files_in,
@@ -132,8 +133,11 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         cfg.model = OmegaConf.merge(stored, cfg.model, load_overrides(nemo_file, assets, device))
 
 
-def _unpack_once(nemo_file: Path, run_dir: Path) -> Path:
+def _unpack_once(nemo_file: Path, run_dir: Path) -> tuple[Path, Path]:
     """Weights of the starting policy where all ranks of this start see them. The first rank to come does it.
+
+    Returns:
+        The folder to load, which is ``nemo_file`` itself where that is one, and the folder to remove when all have loaded.
 
     Raises:
         UserError: the file is damaged, or would run code.
@@ -143,17 +147,22 @@ def _unpack_once(nemo_file: Path, run_dir: Path) -> Path:
     stat = nemo_file.stat()
     which = f"{start} {nemo_file} {stat.st_size} {stat.st_mtime_ns}"
     folder = run_dir / f"{_UNPACKED}{hashlib.sha256(which.encode()).hexdigest()[:16]}"
+    source = nemo_file if nemo_file.is_dir() else folder
     with Lock(folder.with_suffix(".lock"), f"{folder}: unpacking", UNPACK_PATIENCE_S, temporary=True):
         if not (folder / "ready").exists():
-            place_with_room([run_dir], stat.st_size, f"{nemo_file}: unpacking it")
             try:
-                unpack_weights(nemo_file, folder)
-                check_folder(folder / WEIGHTS_FOLDER, nemo_file)
+                if source == nemo_file:
+                    folder.mkdir(exist_ok=True)
+                    check_unpacked(source)
+                else:
+                    place_with_room([run_dir], stat.st_size, f"{nemo_file}: unpacking it")
+                    unpack_weights(nemo_file, folder)
+                check_folder(source / WEIGHTS_FOLDER, nemo_file)
                 (folder / "ready").touch()
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-    return folder
+    return source, folder
 
 
 def _remove_unpacked(folders: Iterable[Path]) -> None:
@@ -189,9 +198,9 @@ def open_session(
     exp_manager(trainer, cfg.exp_manager)
     # Unpacked once for all ranks, beside the run: NeMo would do it twice on each, in the system's temporary folder.
     run_dir = Path(cfg.exp_manager.explicit_log_dir).parent
-    unpacked = _unpack_once(Path(nemo_file), run_dir)
+    weights, unpacked = _unpack_once(Path(nemo_file), run_dir)
     with temporary_files_in(run_dir):
-        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=str(unpacked))
+        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=str(weights))
     _remove_unpacked([unpacked])
     mask_padded_vocab(model)
     if keep_reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ SMALL = [
 OF_THE_CALLS = ("judge/", "time/", "throughput/", "checkpoint/")
 
 
+def unpack(nemo_file: Path, folder: Path) -> Path:
+    with tarfile.open(nemo_file) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
 def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_path: Path) -> None:
     recorded, replayed, cache = tmp_path / "recorded", tmp_path / "replayed", tmp_path / "cache.sqlite"
     prompt = tmp_path / "prompt.txt"
@@ -30,8 +37,14 @@ def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_pat
     with demo_judge_process(DemoJudgeOptions(fail_rate=0.5)) as url:
         finished = quickstart.ampo(recorded, url, *small, f"judge.cache={cache}")
     assert finished.status == 0, finished.err
-    finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *small, f"judge.replay={cache}")
+    # The replay starts from the same policy, unpacked; where it lies nothing is written, and nothing of it is removed.
+    unpacked = unpack(quickstart.folder / "bc" / "policy.nemo", tmp_path / "policy")
+    before = {path: path.read_bytes() for path in unpacked.rglob("*") if path.is_file()}
+    given = (f"judge.replay={cache}", f"run.init_from={unpacked}")
+    finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *small, *given)
     assert finished.status == 0, finished.err
+    assert {path: path.read_bytes() for path in unpacked.rglob("*") if path.is_file()} == before
+    assert not [path.name for path in replayed.iterdir() if path.name.startswith(".init-")]
     packed = unpack_assets(recorded / "policy.nemo", tmp_path / "assets")
     assert (packed / "system_prompt.txt").read_bytes() == prompt.read_bytes(), "what it was trained on travels along"
     retries = [name for name in read_jsonl(recorded / "metrics.jsonl")[-1] if name.startswith("judge/retries/")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,16 @@ from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
 from recipes.quickstart import stages as quickstart_stages
-from recipes.slurm import RolloutLimits, check_stage_configs, main, own_rollout_server, read_recipe, stages
+from recipes.slurm import (
+    DataFiles,
+    RolloutLimits,
+    bytes_to_come,
+    check_stage_configs,
+    main,
+    own_rollout_server,
+    read_recipe,
+    stages,
+)
 
 TINY = CONFIGS / "pipeline" / "tiny.yaml"
 URL = "http://judge:1/v1"
@@ -186,3 +197,31 @@ def test_a_rule_between_keys_of_a_later_stage_stops_the_job_before_it_starts(giv
 def test_a_path_no_batch_script_can_pass_on_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"run_dir: .*line break"):
         read_recipe(TINY, ["run_dir=a\nb"])
+
+
+def test_what_a_pipeline_will_write_is_counted_and_what_it_has_written_taken_off(tmp_path: Path) -> None:
+    given = files(tmp_path)
+    (tmp_path / "hf").unlink()
+    (tmp_path / "hf").mkdir()
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 128000}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False}
+    names = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 4096}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(sizes | heads | names | {"hidden_act": "silu"}))
+    kept = [f"{stage}.checkpoint.{key}" for stage in ("bc", "ampo") for key in ("keep_last=1", "keep_best=0")]
+    recipe = read_recipe(written(tmp_path, given), kept)
+    # Two embeddings V h; per layer the attention's 4 h^2, the MLP's 3 h f and two norms; a last norm.
+    parameters = 2 * 128000 * 1024 + 2 * (4 * 1024**2 + 3 * 1024 * 4096 + 2 * 1024) + 1024
+    # fp32: a checkpoint of 16 N is kept, one more is being written, and the final .nemo of 4 N is there twice, in each
+    # of two stages; their starting policies unpacked, the converted one and two exports: 5 times 4 N.
+    expected = (2 * 40 + 5 * 4) * parameters
+    assert bytes_to_come(recipe) == expected
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "base.nemo").write_bytes(b"0" * 4096)
+    assert bytes_to_come(recipe) == expected - 4096
+    assert bytes_to_come(replace(recipe, checkpoint=None, data=DataFiles(world=True))) == 1e9
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_the_job_runs(tmp_path: Path) -> None:
+    recipe = read_recipe(written(tmp_path, files(tmp_path)), [])
+    with pytest.raises(ConfigError, match=r"^checkpoint: .*hf"):
+        bytes_to_come(recipe)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
 
 import pytest
-from slurm_lines import CASES, ROOT, Case, dry_run, golden, lines
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from slurm_lines import CASES, ROOT, SMALL, STUB, Case, dry_run, golden, lines
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -66,6 +72,12 @@ def refused(*arguments: str, **environment: str) -> str:
         (["judge.mode=external"], {}, "judge.base_url: a URL is required"),
         ([], {"AMPO_CONTAINER": "docker"}, "AMPO_CONTAINER: expected none, pyxis or apptainer"),
         ([], {"AMPO_CONTAINER": "pyxis"}, "AMPO_IMAGE: an image is required"),
+        ([], {"AMPO_JUDGE_IMAGE": "j", "AMPO_JUDGE_COMMAND": "serve"}, "AMPO_JUDGE_IMAGE: nothing starts it"),
+        (
+            [],
+            {"AMPO_JUDGE_IMAGE": "j", "AMPO_CONTAINER": "pyxis", "AMPO_IMAGE": "i"},
+            "AMPO_JUDGE_IMAGE: the demo judge runs in AMPO_IMAGE; set AMPO_JUDGE_COMMAND",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: list[str], environment: dict[str, str], words: str) -> None:
@@ -77,6 +89,78 @@ def test_a_job_without_the_groups_of_its_servers_is_refused() -> None:
     assert "this job has no group for each of: judge; submit with slurm/ampo.sh" in text
     text = refused("ampo.rollout.engine=trtllm_server", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="", SLURM_HET_SIZE="2")
     assert "this job has no group for each of: judge rollout" in text
+
+
+ONLY = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def others(packages: Sequence[str]) -> set[str]:
+    """Modules of every distribution but ``packages`` and what these need."""
+    wanted, left = set(), list(packages)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in wanted or not any(canonicalize_name(d.metadata["Name"]) == name for d in distributions(name=name)):
+            continue
+        wanted.add(name)
+        needs = map(Requirement, requires(name) or [])
+        left += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    homes = packages_distributions()
+    return {module for module, found in homes.items() if not wanted & {canonicalize_name(name) for name in found}}
+
+
+def test_the_small_python_of_the_documentation_is_enough(tmp_path: Path) -> None:
+    """Recipes, states and reports need no more than what docs/slurm.md installs where one types."""
+    [named] = re.findall(r"~/plan/bin/pip install (.+)", (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8"))
+    absent = others(named.split()) - {"nemo_ampo", "recipes", "converters"}
+    assert {"torch", "nemo", "openai", "pyreqwest"} <= absent and not {"hydra", "yaml"} & absent
+    (tmp_path / "sitecustomize.py").write_text(ONLY.format(names=sorted(absent)))
+    environment = os.environ | {"AMPO_PLAN_PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    shown = subprocess.run(
+        ["slurm/ampo.sh", "--dry-run", "configs/pipeline/tiny.yaml", f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    log = {"step": 1, "kind": "train", "reward/mean": 0.5, "time/step_s": 2.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{json.dumps(log)}\n")
+    command = [sys.executable, "-m", "nemo_ampo.commands.cli", "report", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+STUB_SRUN = """#!/bin/bash
+echo "$(ps -o comm= -p $PPID) $*" >>"$SRUN_LOG"
+[[ $* != *--job-name=preflight* ]] || exit 3
+"""
+
+
+def test_images_are_imported_before_the_clock_of_the_preflight_runs_and_go_with_the_job(tmp_path: Path) -> None:
+    """A whole attempt, up to a preflight that fails, with the commands of the cluster played by scripts."""
+    for name, text in (("srun", STUB_SRUN), ("scontrol", STUB)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = Case(2, "external", "pyxis").environment(tmp_path) | {"SRUN_LOG": str(tmp_path / "log")}
+    judge = ["judge.mode=external", "judge.base_url=http://judge:8000/v1"]
+    command = ["slurm/ampo.sh", f"run_dir={tmp_path / 'run'}", *SMALL, "ampo.model.micro_batch_size=1", *judge]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    started = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(parent, name) for parent, name, *_ in started] == [
+        ("bash", "--job-name=image"),
+        ("timeout", "--job-name=preflight"),
+        ("bash", "--job-name=remove"),
+    ]
+    assert all("--nodes=2" in words for words in started)
+    assert ["--container-name=ampo-77" in words for words in started] == [True, True, False]
+    assert started[-1][-4:] == ["enroot", "remove", "--force", "pyxis_ampo-77"]
 
 
 def test_only_a_run_that_draws_from_a_server_of_its_own_gets_one() -> None:

@@ -33,11 +33,13 @@ class Case:
     judge: str
     container: str
     rollout_server: bool = False
+    judge_image: bool = False
 
     @property
     def title(self) -> str:
         server = " with a rollout server" if self.rollout_server else ""
-        return f"## nodes={self.nodes} judge={self.judge} container={self.container}{server}"
+        image = " with an image of the judge's own" if self.judge_image else ""
+        return f"## nodes={self.nodes} judge={self.judge} container={self.container}{server}{image}"
 
     @property
     def servers(self) -> list[str]:
@@ -66,6 +68,8 @@ class Case:
             given |= {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": f"gpu{8 + i}" for i in range(1, len(self.servers) + 1)}
         if self.judge == "hetjob":
             given |= {"AMPO_JUDGE_GPUS": "4", "AMPO_JUDGE_COMMAND": 'vllm serve judge --port "$JUDGE_PORT"'}
+        if self.judge_image:
+            given |= {"AMPO_JUDGE_IMAGE": "/images/vllm.sqsh"}
         if self.rollout_server:
             given |= {"ROLLOUT_GPUS": "2"}
             given |= {"ROLLOUT_IMAGE": "/images/trtllm.sqsh"} if self.container != "none" else {}
@@ -79,6 +83,7 @@ CASES = [
     *(Case(nodes, judge, container) for container in CONTAINERS for judge in ("external", "hetjob") for nodes in NODES),
     *(Case(nodes, "hetjob", container, True) for container in CONTAINERS for nodes in NODES),
     Case(2, "external", "none", True),
+    *(Case(2, "hetjob", container, judge_image=True) for container in ("pyxis", "apptainer")),
 ]
 
 

@@ -12,6 +12,8 @@ import yaml
 
 from nemo_ampo.checkpoint.nemo_file import (
     add_assets,
+    check_unpacked,
+    content_hash,
     load_overrides,
     pack_nemo,
     read_model_config,
@@ -76,6 +78,53 @@ def test_assets_come_back_byte_for_byte(tmp_path: Path, assets: Path, atomic: bo
     weights = unpack_weights(nemo, tmp_path / "weights")
     assert content(weights)["model_weights/__0_0.distcp"] == b"weights"
     assert set(content(weights)) == {"model_weights/__0_0.distcp", "model_config.yaml"}
+
+
+def test_an_unpacked_file_is_read_like_the_file(tmp_path: Path, assets: Path) -> None:
+    nemo, folder = plain_nemo(tmp_path / "m.nemo"), tmp_path / "unpacked"
+    add_assets(nemo, assets)
+    with tarfile.open(nemo) as archive:
+        archive.extractall(folder, filter="data")
+    before = content(folder)
+    for source in (nemo, folder):
+        assert read_model_config(source) == {"mcore_gpt": True}
+        assert content(unpack_assets(source, tmp_path / f"assets-{source.name}")) == {
+            "config.json": ODD_BYTES,
+            "original/params.json": b"{}",
+        }
+        assert (
+            content(unpack_weights(source, tmp_path / f"weights-{source.name}"))["model_weights/__0_0.distcp"] == b"weights"
+        )
+    check_unpacked(folder)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("name", ["model_weights/__0_0.distcp", "hf_assets/config.json", "model_config.yaml"])
+def test_damage_of_an_unpacked_file_is_named(tmp_path: Path, assets: Path, name: str) -> None:
+    nemo, folder = plain_nemo(tmp_path / "m.nemo"), tmp_path / "unpacked"
+    add_assets(nemo, assets)
+    with tarfile.open(nemo) as archive:
+        archive.extractall(folder, filter="data")
+    whole = content_hash(folder)
+    (folder / name).write_text("mcore_gpt: false")
+    with pytest.raises(UserError, match=f"{re.escape(str(folder))}: {name} is damaged"):
+        read_model_config(folder)
+        unpack_assets(folder, tmp_path / "assets")
+        check_unpacked(folder)
+    assert content_hash(folder) == whole, "its list of hashes says what it should be"
+    (folder / "hashes.json").unlink()
+    check_unpacked(folder)  # of others, who wrote none
+    assert content_hash(folder) != whole
+    other = content_hash(folder)
+    (folder / name).write_text("mcore_gpt: true")
+    assert content_hash(folder) != other
+
+
+def test_a_folder_that_is_something_else_is_refused(tmp_path: Path, assets: Path) -> None:
+    with pytest.raises(UserError, match=r"hf: not a .nemo file \(no model_config.yaml in it\)"):
+        read_model_config(assets)
+    with pytest.raises(UserError, match="has no model_weights/ folder"):
+        check_unpacked(assets)
 
 
 @pytest.mark.parametrize("atomic", [True, False])

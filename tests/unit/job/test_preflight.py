@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hf_backend import HfBackend
 from serving import served
+from small_disk import small_disk
 
 from nemo_ampo.job.preflight import NOT_FIT, different, problems
 from nemo_ampo.world.judge_server import demo_judge_process
@@ -29,7 +30,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def arguments(shared: Path, **changes: object) -> Namespace:
-    fit = {"shared": shared, "token": "7-0", "gpus": 0, "min_free_gb": 0.0, "judge_url": "", "rollout_url": ""}
+    fit = {"shared": shared, "token": "7-0", "gpus": 0, "run_gb": 0.0, "judge_url": "", "rollout_url": ""}
     return Namespace(**(fit | changes))
 
 
@@ -49,7 +50,15 @@ def test_a_folder_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    assert "1e+12 are asked for (AMPO_MIN_FREE_GB)" in found(tmp_path, min_free_gb=1e12)[0]
+    [said] = found(tmp_path, run_gb=1e12)
+    assert said.endswith(f"GB free in {tmp_path}, 1e+12 are what the run may still write there (AMPO_MIN_FREE_GB)")
+
+
+def test_a_small_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "small", 256) as disk:
+        monkeypatch.setenv("TMPDIR", str(disk.path))
+        [said] = found(tmp_path)
+    assert said.endswith(f"GB free in {disk.path}, 1 are needed; set TMPDIR to a folder with room")
 
 
 def test_missing_accelerators(tmp_path: Path) -> None:
@@ -99,7 +108,7 @@ def test_ranks_meet_or_say_who_is_absent(tmp_path: Path, ranks: int) -> None:
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [*command, "--min-free-gb", "0", "--timeout-s", "5" if ranks == 1 else "60"],
+            [*command, "--timeout-s", "5" if ranks == 1 else "60"],
             cwd=ROOT,
             env=environment | {"RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
             stderr=subprocess.PIPE,
