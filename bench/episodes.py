@@ -37,7 +37,7 @@ from nemo_ampo.sotopia.plan import Plan, make_plan
 from nemo_ampo.sotopia.run import evaluate
 
 LONGEST_DIALOGUE = 20
-LIBRARIES = ("openai", "pyreqwest.client", "uvloop")
+LIBRARIES = ("nemo_ampo.chat.wire", "uvloop")
 
 
 def plan(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> Plan:

@@ -131,8 +131,8 @@ class ChatClient:
         recording: settings that decide what is asked; a replay with others is refused.
 
     Raises:
-        ConfigError: on construction, if a key's environment variable is missing, the cache cannot be used or the replay
-            was recorded with other settings.
+        ConfigError: on construction, if an environment variable is missing, ``ca_file`` or the cache cannot be used, or the
+            replay was recorded with other settings.
     """
 
     def __init__(
@@ -146,7 +146,8 @@ class ChatClient:
     ) -> None:
         self.config = config
         self._pool = Pool(config)
-        self._transport = Transport(config.timeout_s, tuple(endpoint.key for endpoint in self._pool.endpoints))
+        secrets = [text for endpoint in self._pool.endpoints for text in endpoint.secrets.values()]
+        self._transport = Transport(config.timeout_s, secrets, config.ca_file)
         self._limiter: Limiter = limiter or LocalLimiter(Limits.of(config))
         self._cache = cache or open_cache(config, recording or {})
         self._stats = stats or StatsRecorder()
@@ -180,39 +181,14 @@ class ChatClient:
         """Counts since construction; may be read from any thread."""
         return self._stats.snapshot()
 
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        *,
-        temperature: float,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        schema: Mapping[str, Any] | None = None,
-        stop: Sequence[str] | None = None,
-        attempt: int = 0,
-        extra_body: Mapping[str, Any] | None = None,
-    ) -> Completion:
+    async def complete(self, question: Question) -> Completion:
         """One reply, whatever it says.
-
-        Args:
-            messages: the conversation.
-            temperature: of the sampling.
-            seed: sent if given; endpoints differ in what they make of it.
-            max_tokens: limit of the reply; the config's if None.
-            schema: JSON schema of the reply, for endpoints that can hold a model to one.
-            stop: texts that end the reply.
-            attempt: number of this repetition of the same question; a cache keeps them apart.
-            extra_body: further fields of the request, over the config's.
 
         Raises:
             ChatError: no reply; ``kind`` is ``parse`` (not a chat completion), ``timeout``, ``connection`` or ``status``.
             BudgetError: the job has no call or no money left.
             UserError: a replay holds no outcome of this question.
         """
-        question = self.question(
-            messages, temperature=temperature, seed=seed, max_tokens=max_tokens, schema=schema, stop=stop, attempt=attempt,
-            extra_body=extra_body,
-        )  # fmt: skip
         with self._noting_refusals():
             return await self._complete(question)
 
@@ -241,7 +217,18 @@ class ChatClient:
         attempt: int = 0,
         extra_body: Mapping[str, Any] | None = None,
     ) -> Question:
-        """What :meth:`complete` asks, for :meth:`check`."""
+        """What :meth:`complete` and :meth:`check` ask.
+
+        Args:
+            messages: the conversation.
+            temperature: of the sampling.
+            seed: sent if given; endpoints differ in what they make of it.
+            max_tokens: limit of the reply; the config's if None.
+            schema: JSON schema of the reply, for endpoints that can hold a model to one.
+            stop: texts that end the reply.
+            attempt: number of this repetition of the same question; a cache keeps them apart.
+            extra_body: further fields of the request, over the config's.
+        """
         return Question(
             model=self.config.model,
             messages=tuple(messages),
@@ -274,7 +261,7 @@ class ChatClient:
             messages: the conversation.
             parse: reads the reply's text or raises one of ``parse_errors``.
             temperatures: of each try.
-            schema, max_tokens, stop, extra_body: see :meth:`complete`.
+            schema, max_tokens, stop, extra_body: see :meth:`question`.
             seed: of the first try; each further one adds 1.
             parse_errors: what ``parse`` raises when the reply is at fault.
             explain: let the second try see the first reply and what is wrong with it.
@@ -499,7 +486,7 @@ class ChatClient:
             self._stats.called()
             started = time.monotonic()
             payload = question.payload(endpoint.model, structured)
-            body = await self._transport.post(endpoint.url("chat/completions"), endpoint.key, payload)
+            body = await self._transport.post(endpoint.url("chat/completions"), endpoint.key, payload, endpoint.headers)
             used = reported = (0, 0)
             try:
                 completion = read_completion(body)
@@ -596,7 +583,7 @@ class ChatClient:
     async def _listed_models(self, endpoint: Endpoint) -> list[str]:
         """Ids under ``/models``; empty if the endpoint does not say."""
         try:
-            body = await self._transport.get(endpoint.url("models"), endpoint.key)
+            body = await self._transport.get(endpoint.url("models"), endpoint.key, endpoint.headers)
         except CallError as failure:
             if failure.status is None or failure.status in (401, 403):
                 raise
@@ -634,7 +621,8 @@ class ChatClient:
     def _explain(self, endpoint: Endpoint, failure: CallError, asked: Question | None) -> str:
         section = self.config.section
         if failure.status in (401, 403):
-            cure = f"check the key in {endpoint.key_env}" if endpoint.key_env else f"set {section}.api_key_env"
+            held = " and ".join(endpoint.secrets)
+            cure = f"check the key in {held}" if held else f"set {section}.api_key_env"
         elif failure.status in (402, 429) and failure.permanent:
             cure = "the account behind the key has nothing left: top it up, or give another key or address"
         elif failure.status in (400, 422) and asked is not None:

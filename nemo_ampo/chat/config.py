@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranges import check_numbers, number, seconds
@@ -15,6 +15,18 @@ STRUCTURED = ("auto", "on", "off")
 
 # Not frozen, unlike the section itself: OmegaConf makes entries of a list or dict read-only while it still fills them.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NAMED_VARIABLE = re.compile(rf"\$({_VARIABLE.pattern})")
+"""In a header's text: stands for what an environment variable holds."""
+
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HTTP_HEADERS = re.compile(
+    r"(?i)(accept|content|proxy|transfer)-.*|accept|connection|expect|host|te|trailer|upgrade|keep-alive"
+)
+"""What only the client knows."""
+
+_SECRET_HEADERS = re.compile(r"(?i)auth|cookie|credential|key|pass|secret|session|sign|token")
+_QUERY = re.compile(r"(api-version=[A-Za-z0-9.-]+)?")
+"""Azure's is the only one known that holds no secret."""
 
 
 @dataclass
@@ -25,11 +37,13 @@ class PoolMember:
         base_url: as in :class:`EndpointConfig`.
         model: the model's name there; null takes the section's ``model``.
         api_key_env: environment variable that holds this endpoint's key; null takes the section's.
+        headers: as in :class:`EndpointConfig`; null takes the section's.
     """
 
     base_url: str
     model: str | None = None
     api_key_env: str | None = None
+    headers: dict[str, str] | None = None
 
 
 @dataclass
@@ -53,9 +67,13 @@ class EndpointConfig:
     """An OpenAI-compatible chat API. Holds the name of a key's environment variable, never a key.
 
     Attributes:
-        base_url: address of the API, usually ending in ``/v1``.
+        base_url: address of the API, usually ending in ``/v1``; it may end in Azure's ``?api-version=...``.
         model: model name as the endpoint knows it.
         api_key_env: environment variable that holds the API key; empty if the endpoint needs none.
+        headers: further headers of each request. ``$NAME`` in a header's text stands for what the environment variable
+            holds; a header that may be a key must be given so.
+        ca_file: PEM file of authorities, or of certificates that servers signed themselves, to believe beside the
+            system's; null for none.
         endpoints: further addresses that serve the same model; calls are spread over all of them.
         max_tokens: longest reply asked for, tokens.
         timeout_s: seconds one HTTP call may take from first to last byte.
@@ -85,6 +103,8 @@ class EndpointConfig:
     base_url: str
     model: str
     api_key_env: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    ca_file: str | None = None
     endpoints: list[PoolMember] = field(default_factory=list)
     max_tokens: int = number(2048, least=1)
     timeout_s: float = seconds(60)
@@ -109,12 +129,14 @@ class EndpointConfig:
         object.__setattr__(self, "structured", switch)
         self._check("structured", switch in STRUCTURED, f"must be one of {', '.join(STRUCTURED)}, not {switch!r}")
         self._check("model", bool(self.model.strip()), "must not be empty")
-        for key, url in self._addresses():
-            self._check_url(key, url)
-        for key, variable in self._key_variables():
+        for at, member in zip(self._places(), self.members, strict=True):
+            self._check_url(f"{at}base_url", member.base_url)
+        for at, member in zip(self._places(), self.members, strict=True):
             # No message repeats the value: what is no name may be a key.
-            is_name = not variable or _VARIABLE.fullmatch(variable) is not None
-            self._check(key, is_name, "must be the name of an environment variable; the key belongs into that variable")
+            is_name = not member.api_key_env or _VARIABLE.fullmatch(member.api_key_env) is not None
+            rule = "must be the name of an environment variable; the key belongs into that variable"
+            self._check(f"{at}api_key_env", is_name, rule)
+            self._check_headers(at, member)
         check_numbers(self.section, self)
         self._check(
             "backoff_max_s",
@@ -135,6 +157,7 @@ class EndpointConfig:
                 m.base_url,
                 m.model if m.model is not None else self.model,
                 m.api_key_env if m.api_key_env is not None else self.api_key_env,
+                m.headers if m.headers is not None else self.headers,
             )
             for m in (first, *self.endpoints)
         ]
@@ -144,13 +167,9 @@ class EndpointConfig:
         """The models that may answer, by name; several when the pool's differ."""
         return sorted({str(member.model) for member in self.members})
 
-    def _key_variables(self) -> list[tuple[str, str]]:
-        pool = [(f"endpoints[{i}].api_key_env", member.api_key_env or "") for i, member in enumerate(self.endpoints)]
-        return [("api_key_env", self.api_key_env), *pool]
-
-    def _addresses(self) -> list[tuple[str, str]]:
-        pool = [(f"endpoints[{i}].base_url", member.base_url) for i, member in enumerate(self.endpoints)]
-        return [("base_url", self.base_url), *pool]
+    def _places(self) -> list[str]:
+        """Where the keys of each member stand, for messages."""
+        return ["", *[f"endpoints[{i}]." for i in range(len(self.endpoints))]]
 
     def _check_budget(self) -> None:
         priced = ", ".join(self.price) or "none"
@@ -168,10 +187,28 @@ class EndpointConfig:
         except ValueError:
             is_http, url = False, urlsplit("")
         self._check(key, is_http, "must be a URL like http://host:8000/v1")
-        no_secret = url.username is None and url.password is None and not url.query
-        rule = f"must not hold a user, password or query; name the key's variable in {self.section}.api_key_env"
-        self._check(key, no_secret, rule)
+        no_secret = url.username is None and url.password is None and not url.fragment and _QUERY.fullmatch(url.query)
+        rule = "must not hold a user, password or query, but for ?api-version=...; "
+        self._check(key, bool(no_secret), f"{rule}name the key's variable in {self.section}.api_key_env")
+
+    def _check_headers(self, at: str, member: PoolMember) -> None:
+        names = [name.lower() for name in member.headers or {}]
+        self._check(f"{at}headers", len(names) == len(set(names)), "holds a header twice")
+        twice = "authorization" in names and bool(member.api_key_env)
+        self._check(f"{at}headers", not twice, f"give Authorization or {self.section}.{at}api_key_env, not both")
+        for name, text in (member.headers or {}).items():
+            key, no_name = f"{at}headers.{name}", _HEADER.fullmatch(name) is None or _HTTP_HEADERS.fullmatch(name)
+            self._check(key, not no_name, "is no header that may be set")
+            self._check(key, text.isascii() and text.isprintable() and bool(text.strip()), "must be printable ASCII")
+            told = not _SECRET_HEADERS.search(name) or NAMED_VARIABLE.search(text)
+            self._check(key, bool(told), "may be a secret; write $NAME, with an environment variable that holds it")
 
     def _check(self, key: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ConfigError(f"{self.section}.{key}: {rule}")
+
+
+def api_url(base_url: str, path: str) -> str:
+    """Address of an API function; a query of the base stays at the end."""
+    url = urlsplit(base_url)
+    return urlunsplit(url._replace(path=f"{url.path.rstrip('/')}/{path}"))

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import os
+import ssl
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from nemo_ampo.chat.completion import CallError
-from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.config import NAMED_VARIABLE, EndpointConfig, PoolMember, api_url
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import is_file, missing
 
 FAILURES_TO_REST = 3
 """One failing question is not yet a failing address."""
@@ -31,8 +33,10 @@ class Endpoint:
     """One address and how it has been doing.
 
     Attributes:
-        base_url, model, key_env: see :class:`~nemo_ampo.chat.config.PoolMember`.
+        base_url, model: see :class:`~nemo_ampo.chat.config.PoolMember`.
         key: the API key; empty if none is needed.
+        headers: further ones of each request.
+        secrets: what environment variables held of key and headers, by the variable's name.
         structured: whether it takes a JSON schema; None until known.
         in_flight: calls being answered.
         failures: failed calls since the last good one.
@@ -41,8 +45,9 @@ class Endpoint:
 
     base_url: str
     model: str
-    key_env: str
     key: str
+    headers: Mapping[str, str]
+    secrets: Mapping[str, str]
     structured: bool | None = None
     in_flight: int = 0
     failures: int = 0
@@ -53,28 +58,26 @@ class Endpoint:
 
     def url(self, path: str) -> str:
         """Address of an API function."""
-        return f"{self.base_url.rstrip('/')}/{path}"
+        return api_url(self.base_url, path)
 
 
 class Pool:
     """The addresses of a config.
 
     Raises:
-        ConfigError: on construction, if a key's environment variable is missing.
+        ConfigError: on construction, if an environment variable is missing or ``ca_file`` holds no certificate.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
         self._config = config
+        # A replay asks nobody and needs no key.
+        silent = config.replay is not None
         self.endpoints = [
-            Endpoint(
-                base_url=m.base_url,
-                model=str(m.model),
-                key_env=str(m.api_key_env),
-                # A replay asks nobody and needs no key.
-                key="" if config.replay is not None else _read_key(str(m.api_key_env), config.section),
-            )
+            Endpoint(m.base_url, str(m.model), *(("", {}, {}) if silent else _credentials(m, config.section)))
             for m in config.members
         ]
+        if config.ca_file is not None and not silent:
+            _check_certificates(config.ca_file, f"{config.section}.ca_file")
         self._turn = 0
 
     def wait_s(self) -> float:
@@ -117,13 +120,31 @@ class Pool:
         return math.inf if on_probation else endpoint.rests_until
 
 
-def _read_key(variable: str, section: str) -> str:
-    if not variable:
-        return ""
-    where = f"{section}.api_key_env: environment variable {variable}"
+def _credentials(member: PoolMember, section: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """``key, headers, secrets`` of a member, see :class:`Endpoint`."""
+    texts = member.headers or {}
+    needed = {variable: f"headers.{name}" for name, text in texts.items() for variable in NAMED_VARIABLE.findall(text)}
+    if member.api_key_env:
+        needed[member.api_key_env] = "api_key_env"
+    secrets = {variable: _read_key(variable, f"{section}.{key}") for variable, key in needed.items()}
+    headers = {name: NAMED_VARIABLE.sub(lambda found: secrets[found[1]], text) for name, text in texts.items()}
+    return secrets.get(member.api_key_env or "", ""), headers, secrets
+
+
+def _read_key(variable: str, key_of: str) -> str:
+    where = f"{key_of}: environment variable {variable}"
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ConfigError(f"{where} is not set; export it or clear the key")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{where} does not hold an API key (odd characters)")
     return key
+
+
+def _check_certificates(path: str, key: str) -> None:
+    if not is_file(path):
+        raise ConfigError(f"{key}: {missing(path)}")
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} holds no certificates in PEM form ({error})") from None

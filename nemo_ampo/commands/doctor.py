@@ -113,8 +113,8 @@ PACKAGES: tuple[Package, ...] = (
         Package(name, module, True, _BELOW)
         for name, module in (
             ("openai", "openai"),
+            ("aiohttp", "aiohttp"),
             ("orjson", "orjson"),
-            ("pyreqwest", "pyreqwest"),
             ("fastapi", "fastapi"),
             ("hydra-core", "hydra"),
             ("jinja2", "jinja2"),

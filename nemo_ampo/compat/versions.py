@@ -54,6 +54,10 @@ class Difference:
     found: str | None
 
 
+TALKING = ("openai", "httpx2", "aiohttp", "httpx")
+"""What asks chat APIs (:mod:`nemo_ampo.chat.wire`) and rollout servers; their versions do not decide what is computed."""
+
+
 def installed(package: str) -> str | None:
     """Version of an installed package, or None."""
     try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.completion import Completion
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.dialogue.config import AgentConfig
@@ -46,27 +47,6 @@ def model_hash(config: AgentConfig) -> str:
     if not config.checkpoint:
         return hashlib.sha256(config.model.encode()).hexdigest()[:12]
     return policy_hash(Path(config.checkpoint))
-
-
-class Chat(Protocol):
-    """The part of :class:`nemo_ampo.chat.client.ChatClient` that an agent needs."""
-
-    async def complete(
-        self,
-        messages: Sequence[dict[str, str]],
-        *,
-        temperature: float,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-    ) -> Completion:
-        """One reply; raises ChatError when there is none after bounded retries."""
-        ...
-
-    @property
-    def refused(self) -> str | None:
-        """Why nothing could be had so far, where asking again would end the same; None otherwise."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +108,7 @@ class Agent:
         count_tokens: prompt tokens of messages.
     """
 
-    def __init__(self, config: AgentConfig, chat: Chat, count_tokens: Callable[[list[dict[str, str]]], int]) -> None:
+    def __init__(self, config: AgentConfig, chat: ChatClient, count_tokens: Callable[[list[dict[str, str]]], int]) -> None:
         self.config = config
         self._chat = chat
         self._count = count_tokens
@@ -153,13 +133,14 @@ class Agent:
         Raises:
             ChatError: the endpoint gave none, after its bounded retries.
         """
-        completion = await self._chat.complete(
+        question = self._chat.question(
             build_messages(self._system, prompt),
             temperature=self.config.temperature,
             seed=seed,
             max_tokens=self.config.max_tokens,
             extra_body=self._extra,
         )
+        completion = await self._chat.complete(question)
         return Said(hear(completion.text, self.config.modes), completion, seed)
 
 

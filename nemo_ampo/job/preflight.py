@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import sys
 import time
 import urllib.error
@@ -26,6 +27,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from nemo_ampo.chat.config import api_url
 from nemo_ampo.chat.proxies import opener_for, through
 from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
@@ -75,9 +77,9 @@ def problems(args: argparse.Namespace, node: str) -> Iterator[str]:
     if os.environ.get("RANK", "0") == "0":
         yield from _port(int(os.environ.get("MASTER_PORT", "0")))
     if args.judge_url:
-        yield from _answers("judge", args.judge_url, "/models")
+        yield from _answers("judge", args.judge_url, "models")
     if args.rollout_url:
-        yield from _answers("rollout server", args.rollout_url, "/state", inside=True)
+        yield from _answers("rollout server", args.rollout_url, "state", inside=True)
 
 
 def _shared_folder(shared: Path, token: str, node: str) -> Iterator[str]:
@@ -126,13 +128,15 @@ def _port(port: int) -> Iterator[str]:
 
 def _answers(name: str, base_url: str, path: str, *, inside: bool = False) -> Iterator[str]:
     """Whether a server is there; one of the job itself (``inside``) is never asked through a proxy."""
-    url = f"{base_url.rstrip('/')}{path}"
+    url = api_url(base_url, path)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if inside else opener_for(url)
     try:
         opener.open(url, timeout=20).close()
     except urllib.error.HTTPError:
         return  # It answers; whether it lets us in is checked with the key, by the stage itself.
     except (OSError, ValueError, HTTPException) as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            return  # It answers; whether it is believed is checked with the stage's ca_file.
         yield f"{name} {base_url} cannot be reached{'' if inside else through(url)} ({one_line(str(error))})"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from nemo_ampo.chat.config import EndpointConfig
@@ -15,7 +15,7 @@ class SecondJudgeConfig:
     """A judge for comparison; its scores are logged and never rewarded. All else is as for the first one.
 
     Attributes:
-        base_url, model, api_key_env: of its endpoint.
+        base_url, model, api_key_env, headers: of its endpoint.
         prompt: as in :class:`JudgeConfig`; null takes the first judge's.
         every: it scores replies of every so many steps.
         samples: so many of each such step.
@@ -24,6 +24,7 @@ class SecondJudgeConfig:
     base_url: str
     model: str
     api_key_env: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
     prompt: str | None = None
     every: int = number(10, least=1)
     samples: int = number(32, least=1)
@@ -60,7 +61,7 @@ class JudgeConfig(EndpointConfig):
     def second_judge(self) -> JudgeConfig:
         """The second judge's settings: this judge's, but for the keys of :class:`SecondJudgeConfig`."""
         assert self.second is not None
-        own = {name: getattr(self.second, name) for name in ("base_url", "model", "api_key_env")}
+        own = {name: getattr(self.second, name) for name in ("base_url", "model", "api_key_env", "headers")}
         own |= {"prompt": self.second.prompt or self.prompt, "endpoints": [], "second": None}
         return _SecondJudge(**{f.name: getattr(self, f.name) for f in fields(self)} | own)
 

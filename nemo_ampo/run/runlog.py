@@ -134,10 +134,10 @@ def _alarm(text: str) -> None:
 def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) -> None:
     """``config.yaml`` (resolved) and ``provenance.json`` (versions and data hashes)."""
     from nemo_ampo import __version__
-    from nemo_ampo.compat.versions import EXPECTED, installed
+    from nemo_ampo.compat.versions import EXPECTED, TALKING, installed
 
     write_once(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    packages = (*EXPECTED, "torch", "numpy", "openai", "tensorrt-llm")
+    packages = (*EXPECTED, *TALKING, "torch", "numpy", "tensorrt-llm")
     record = {
         "nemo-ampo": __version__,
         "packages": {name: installed(name) for name in packages},

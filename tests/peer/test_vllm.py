@@ -88,14 +88,21 @@ def test_it_answers_in_english_and_reports_usage(url: str) -> None:
     async def work() -> None:
         async with ChatClient(EndpointConfig(url, "smollm2")) as client:
             await client.check()
-            reply = await client.complete(talk("What is the capital of France?"), temperature=0.0, max_tokens=30)
+            reply = await client.complete(
+                client.question(talk("What is the capital of France?"), temperature=0.0, max_tokens=30)
+            )
             assert "Paris" in reply.text
             assert reply.prompt_tokens > 10 and 0 < reply.completion_tokens <= 30
-            cut = await client.complete(talk("Tell me a long story."), temperature=0.0, max_tokens=5)
+            cut = await client.complete(client.question(talk("Tell me a long story."), temperature=0.0, max_tokens=5))
             assert (cut.finish_reason, cut.completion_tokens) == ("length", 5)
-            same = [await client.complete(talk("A colour?"), temperature=1.0, seed=7, max_tokens=12) for _ in range(2)]
+            same = [
+                await client.complete(client.question(talk("A colour?"), temperature=1.0, seed=7, max_tokens=12))
+                for _ in range(2)
+            ]
             assert same[0].text == same[1].text, "a seed is obeyed"
-            stopped = await client.complete(talk("Count from 1 to 9."), temperature=0.0, max_tokens=40, stop=["4"])
+            stopped = await client.complete(
+                client.question(talk("Count from 1 to 9."), temperature=0.0, max_tokens=40, stop=["4"])
+            )
             assert "4" not in stopped.text and stopped.finish_reason == "stop"
 
     run(work())
@@ -151,7 +158,7 @@ def test_its_errors_are_told_apart(url: str) -> None:
                 await client.check()
         async with ChatClient(EndpointConfig(url, "smollm2", structured="off")) as client:
             with pytest.raises(ChatError, match="status 400") as caught:
-                await client.complete(talk("word " * 5000), temperature=0.0)
+                await client.complete(client.question(talk("word " * 5000), temperature=0.0))
             assert caught.value.kind == "status"
             assert client.stats.calls == 1, "a prompt that is too long stays too long"
 

@@ -119,7 +119,7 @@ def test_the_small_python_of_the_documentation_is_enough(tmp_path: Path) -> None
     """Recipes, states and reports need no more than what docs/slurm.md installs where one types."""
     [named] = re.findall(r"~/plan/bin/pip install (.+)", (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8"))
     absent = others(named.split()) - {"nemo_ampo", "recipes", "converters"}
-    assert {"torch", "nemo", "openai", "pyreqwest"} <= absent and not {"hydra", "yaml"} & absent
+    assert {"torch", "nemo", "openai", "aiohttp"} <= absent and not {"hydra", "yaml"} & absent
     (tmp_path / "sitecustomize.py").write_text(ONLY.format(names=sorted(absent)))
     environment = os.environ | {"AMPO_PLAN_PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
     shown = subprocess.run(

@@ -46,6 +46,8 @@ class Seen:
 
     payload: dict[str, Any]
     authorization: str | None
+    target: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
@@ -92,7 +94,8 @@ class ScriptedChat:
             listing = json.dumps({"data": [{"id": "referee"}]})
             await _answer(send, Act(listing))
             return
-        self.calls.append(Seen(json.loads(body), headers.get("authorization")))
+        target = f"{scope['path']}?{scope['query_string'].decode()}"
+        self.calls.append(Seen(json.loads(body), headers.get("authorization"), target, headers))
         number = len(self.calls) - 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)

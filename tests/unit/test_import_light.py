@@ -54,7 +54,7 @@ def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
     loaded = top_level_modules_after(
         "nemo_ampo.reply.grammar", "nemo_ampo.algo.rewards", "nemo_ampo.judge.job", "nemo_ampo.types"
     )
-    assert loaded & (HEAVY | {"pyreqwest", "openai"}) == set()
+    assert loaded & (HEAVY | {"aiohttp", "httpx2", "openai"}) == set()
 
 
 def test_configuration_and_batch_recipes_need_only_what_reads_yaml() -> None:

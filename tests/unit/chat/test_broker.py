@@ -362,7 +362,8 @@ config = EndpointConfig(sys.argv[1], "referee", max_concurrency=3, cache=sys.arg
 async def work(job):
     async with ChatClient(config, limiter=job.limiter, cache=job.cache) as client:
         talks = [[{"role": "user", "content": f"question {n}"}] for n in range(12)]
-        texts = [c.text for c in await asyncio.gather(*[client.complete(t, temperature=0.0) for t in talks])]
+        questions = [client.question(talk, temperature=0.0) for talk in talks]
+        texts = [c.text for c in await asyncio.gather(*map(client.complete, questions))]
         print(" ".join(texts), client.stats.calls, flush=True)
         if sys.stdin.readline():  # the main rank leaves last
             return
@@ -475,7 +476,7 @@ def test_one_process_needs_no_server_and_remembers_what_it_spent(server: Scripte
             with shared(settings, tmp_path, {}, {}) as job:
                 async with ChatClient(settings, limiter=job.limiter) as client:
                     talk = [{"role": "user", "content": "hello"}]
-                    calls = [client.complete(talk, temperature=0.0) for _ in range(times)]
+                    calls = [client.complete(client.question(talk, temperature=0.0)) for _ in range(times)]
                     return await asyncio.gather(*calls, return_exceptions=True)
 
         return asyncio.run(work())

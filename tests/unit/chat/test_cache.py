@@ -66,7 +66,7 @@ def test_whatever_the_reply_depends_on_is_part_of_the_key(server: ScriptedChat, 
             ]  # fmt: skip
             for _ in range(2):
                 for variant in variants:
-                    await client.complete(**(base | variant))
+                    await client.complete(client.question(**(base | variant)))
             assert len(server.calls) == len(variants)
 
     asyncio.run(work())
@@ -244,7 +244,7 @@ def test_a_damaged_reply_is_named_and_asked_for_again(
 
     async def work(**where: str) -> Completion:
         async with ChatClient(config(server.url, **(others | where))) as client:
-            return await client.complete([{"role": "user", "content": "hello"}], temperature=0.0)
+            return await client.complete(client.question([{"role": "user", "content": "hello"}], temperature=0.0))
 
     asyncio.run(work(cache=str(file)))
     with contextlib.closing(sqlite3.connect(file)) as database, database:

@@ -31,7 +31,7 @@ def with_client(settings: Any, work: Callable[[ChatClient], Awaitable[Any]]) -> 
 
 def complete(settings: Any, times: int = 1, **how: Any) -> tuple[list[Any], ChatStats]:
     async def work(client: ChatClient) -> list[Any]:
-        calls = [client.complete(HELLO, temperature=0.0, **how) for _ in range(times)]
+        calls = [client.complete(client.question(HELLO, temperature=0.0, **how)) for _ in range(times)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     return with_client(settings, work)
@@ -98,7 +98,7 @@ def test_an_endpoint_without_schemas_is_found_out_once(server: ScriptedChat, con
 
     async def work(client: ChatClient) -> None:
         for _ in range(3):
-            await client.complete(HELLO, temperature=0.0, schema=SCHEMA)
+            await client.complete(client.question(HELLO, temperature=0.0, schema=SCHEMA))
 
     _, stats = with_client(config(server.url), work)
     assert ["response_format" in call.payload for call in server.calls] == [True, False, False, False]
@@ -110,9 +110,9 @@ def test_a_bad_question_does_not_teach_that_schemas_are_unknown(server: Scripted
 
     async def work(client: ChatClient) -> None:
         with pytest.raises(ChatError):
-            await client.complete(HELLO, temperature=0.0, schema=SCHEMA)
+            await client.complete(client.question(HELLO, temperature=0.0, schema=SCHEMA))
         for _ in range(2):
-            await client.complete(HELLO, temperature=0.0, schema=SCHEMA)
+            await client.complete(client.question(HELLO, temperature=0.0, schema=SCHEMA))
 
     with_client(config(server.url), work)
     assert ["response_format" in call.payload for call in server.calls] == [True, False, True, True]
@@ -177,9 +177,9 @@ def test_a_broken_address_is_left_for_the_other(server: ScriptedChat, other: Scr
     assert stats.retries["server_error"] == len(server.calls) < 40
 
     async def later(client: ChatClient) -> None:
-        await asyncio.gather(*[client.complete(HELLO, temperature=0.0) for _ in range(10)])
+        await asyncio.gather(*[client.complete(client.question(HELLO, temperature=0.0)) for _ in range(10)])
         known = len(server.calls)
-        await asyncio.gather(*[client.complete(HELLO, temperature=0.0) for _ in range(20)])
+        await asyncio.gather(*[client.complete(client.question(HELLO, temperature=0.0)) for _ in range(20)])
         assert len(server.calls) == known, "a resting address is not asked"
 
     with_client(settings, later)
@@ -196,11 +196,11 @@ def test_calls_are_spread_and_a_recovered_address_is_used_again(
 
     async def work(client: ChatClient) -> None:
         server.play(Act("{}", status=500))
-        await asyncio.gather(*[client.complete(HELLO, temperature=0.0) for _ in range(10)])
+        await asyncio.gather(*[client.complete(client.question(HELLO, temperature=0.0)) for _ in range(10)])
         server.play(Act(says("a")))
         await asyncio.sleep(0.02)
         for _ in range(10):
-            await client.complete(HELLO, temperature=0.0)
+            await client.complete(client.question(HELLO, temperature=0.0))
         assert server.calls
 
     with_client(settings, work)
@@ -231,6 +231,28 @@ def test_each_address_has_its_own_key(
     assert {call.authorization for call in other.calls} == {"Bearer bbb"}
 
 
+def test_an_azure_address_and_headers_from_the_environment(
+    server: ScriptedChat, other: ScriptedChat, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_KEY", "4711-azure-key")
+    server.play(lambda n, call: Act(says(f"you came with {call.headers['api-key']}")))
+    other.play(Act(says("hi")))
+    azure = f"{server.url}/deployments/judge?api-version=2024-06-01"
+    headers = {"api-key": "$AZURE_KEY", "X-Team": "social"}
+    settings = config(azure, headers=headers, endpoints=[PoolMember(other.url, headers={})])
+    outcomes, _ = complete(settings, times=6)
+    assert {call.target for call in server.calls} == {"/v1/deployments/judge/chat/completions?api-version=2024-06-01"}
+    assert {(call.headers["api-key"], call.headers["x-team"]) for call in server.calls} == {("4711-azure-key", "social")}
+    assert other.calls and not {"api-key", "x-team"} & set(other.calls[0].headers)
+    assert {outcome.text for outcome in outcomes} == {"you came with [API key]", "hi"}
+    server.play(Act("{}", status=401))
+    with pytest.raises(ConfigError, match=r"check the key in AZURE_KEY$"):
+        with_client(config(azure, headers=headers), lambda client: client.check([client.question(HELLO, temperature=0.0)]))
+    monkeypatch.delenv("AZURE_KEY")
+    with pytest.raises(ConfigError, match=r"^endpoint\.headers\.api-key: environment variable AZURE_KEY is not set"):
+        ChatClient(settings)
+
+
 def test_a_spent_quota_is_not_waited_for(server: ScriptedChat, config: Any) -> None:
     server.play(Act(json.dumps({"error": {"code": "insufficient_quota"}}), status=429))
     (error,), _ = complete(config(server.url))
@@ -247,11 +269,11 @@ def test_a_pause_the_endpoint_asks_for_holds_for_all_calls_also_above_the_backof
     server.play(script)
 
     async def work(client: ChatClient) -> None:
-        first = asyncio.create_task(client.complete(HELLO, temperature=0.0))
+        first = asyncio.create_task(client.complete(client.question(HELLO, temperature=0.0)))
         while not server.calls:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.1)
-        await asyncio.gather(first, *[client.complete(HELLO, temperature=0.0) for _ in range(3)])
+        await asyncio.gather(first, *[client.complete(client.question(HELLO, temperature=0.0)) for _ in range(3)])
 
     with_client(config(server.url), work)
     assert len(times) == 5 and min(times[1:]) - times[0] >= 1.0
@@ -307,13 +329,13 @@ def test_cancelled_calls_give_their_slots_back(server: ScriptedChat, config: Any
     server.play(lambda number, call: Act(hang=True) if number < 2 else Act(says("hi")))
 
     async def work(client: ChatClient) -> Any:
-        stuck = [asyncio.create_task(client.complete(HELLO, temperature=0.0)) for _ in range(5)]
+        stuck = [asyncio.create_task(client.complete(client.question(HELLO, temperature=0.0))) for _ in range(5)]
         while len(server.calls) < 2:
             await asyncio.sleep(0.005)
         for task in stuck:
             task.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
-        return await client.complete(HELLO, temperature=0.0)
+        return await client.complete(client.question(HELLO, temperature=0.0))
 
     completion, _ = with_client(config(server.url, max_concurrency=2), work)
     assert completion.text == "hi"

@@ -51,7 +51,7 @@ def test_a_cache_on_a_disk_that_fills_up_is_an_alarm_and_every_reply_counts(
         async with ChatClient(settings, limiter=job.limiter, cache=job.cache) as client:
 
             async def ask(n: int) -> Completion:
-                return await asyncio.wait_for(client.complete(talk(n), temperature=0.0), WAIT_S)
+                return await asyncio.wait_for(client.complete(client.question(talk(n), temperature=0.0)), WAIT_S)
 
             await ask(0)
             disk.fill()
@@ -80,7 +80,7 @@ def test_a_record_of_spending_on_a_full_disk_is_an_alarm_and_the_budget_still_ho
     async def work(job: Any) -> list[Any]:
         disk.fill()
         async with ChatClient(settings, limiter=job.limiter, cache=job.cache) as client:
-            asks = [asyncio.wait_for(client.complete(talk(n), temperature=0.0), WAIT_S) for n in range(5)]
+            asks = [asyncio.wait_for(client.complete(client.question(talk(n), temperature=0.0)), WAIT_S) for n in range(5)]
             return await asyncio.gather(*asks, return_exceptions=True)
 
     with shared(settings, disk.path / "run", {}, {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": "0"}) as job:
@@ -177,7 +177,7 @@ def test_caches_and_tokens_are_for_their_owner_only(server: ScriptedChat, config
 
     async def work(job: Any) -> None:
         async with ChatClient(settings, limiter=job.limiter, cache=job.cache) as client:
-            await client.complete(talk(0), temperature=0.0)
+            await client.complete(client.question(talk(0), temperature=0.0))
             seen.update({file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()})
 
     before = os.umask(0)

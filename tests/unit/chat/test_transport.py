@@ -1,10 +1,11 @@
-"""Encrypted addresses, proxies, odd addresses, and the end of a process that has talked."""
+"""What is sent, packed bodies, encrypted addresses, proxies, odd addresses, and the end of a process that has talked."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import datetime
+import gzip
 import http.server
 import ipaddress
 import socket
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -22,8 +24,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from nemo_ampo.chat.client import ChatClient
 from nemo_ampo.chat.completion import CallError
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.transport import Transport
+from nemo_ampo.errors import ConfigError
+from nemo_ampo.job.preflight import _answers
 
 
 def certificate(name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None) -> tuple:
@@ -47,11 +53,15 @@ def certificate(name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePriva
 
 
 class Hello(http.server.BaseHTTPRequestHandler):
+    body, packed = b"hello", "identity"
+
     def do_GET(self) -> None:
+        vars(self.server).setdefault("seen", []).append(dict(self.headers.items()))
         self.send_response(200)
-        self.send_header("Content-Length", "5")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.send_header("Content-Encoding", self.packed)
         self.end_headers()
-        self.wfile.write(b"hello")
+        self.wfile.write(self.body)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -75,11 +85,23 @@ def authority(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         server.shutdown()
 
 
-def get(url: str, timeout_s: float = 10.0) -> str:
+@contextlib.contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler] = Hello, host: str = "127.0.0.1") -> Iterator[Any]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    kind = type("Server", (http.server.ThreadingHTTPServer,), {"address_family": family})
+    with kind((host, 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def get(
+    url: str, timeout_s: float = 10.0, key: str = "", headers: Mapping[str, str] | None = None, ca_file: str | None = None
+) -> str:
     async def run() -> str:
-        transport = Transport(timeout_s=timeout_s, secrets=())
+        transport = Transport(timeout_s=timeout_s, secrets=(), ca_file=ca_file)
         try:
-            return await transport.get(url, "")
+            return await transport.get(url, key, headers or {})
         finally:
             await transport.aclose()
 
@@ -93,19 +115,111 @@ def test_a_server_of_an_authority_in_ssl_cert_file_is_believed(
     with pytest.raises(CallError, match="certificate") as error:
         get(url)
     assert error.value.kind == "connection"
+    assert get(url, ca_file=str(file)) == "hello", "the configuration names it"
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    assert get(url) == "hello"
+    assert get(url) == "hello", "the environment names it"
+    monkeypatch.setenv("SSL_CERT_FILE", f"{file}.gone")
+    with pytest.raises(CallError, match="SSL_CERT_FILE"):
+        get(url)
+
+
+def test_an_encrypted_address_is_asked_through_a_tunnel_of_the_proxy(
+    authority: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Tunnel(Hello):
+        def do_CONNECT(self) -> None:
+            asked.append((self.path, self.headers["Proxy-Authorization"]))
+            with socket.create_connection(("127.0.0.1", int(authority[0].split(":")[2].split("/")[0]))) as inner:
+                self.send_response(200)
+                self.end_headers()
+                back = threading.Thread(target=pump, args=(inner, self.connection))
+                back.start()
+                pump(self.connection, inner)
+                back.join()
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(65536):
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+
+    with serving(Tunnel) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://user:p%40ss@127.0.0.1:{proxy.server_port}")
+        monkeypatch.setattr("nemo_ampo.chat.proxies.is_loopback", lambda host: False)
+        assert get(authority[0], ca_file=str(authority[1])) == "hello"
+    assert asked == [(authority[0].split("/")[2], "Basic dXNlcjpwQHNz")]
+
+
+def test_a_health_check_leaves_the_certificate_to_the_client(authority: tuple[str, Path]) -> None:
+    assert list(_answers("judge", authority[0], "models")) == []
+
+
+def test_a_certificate_that_a_server_signed_itself_is_believed_where_ca_file_names_it(tmp_path: Path) -> None:
+    shown, key = certificate("server")
+    pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (tmp_path / "own.pem").write_bytes(shown.public_bytes(pem))
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, private, serialization.NoEncryption()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem", tmp_path / "key.pem")
+    with serving() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = f"https://localhost:{server.server_port}/v1"
+        with pytest.raises(CallError, match="certificate"):
+            get(url)
+        assert get(url, ca_file=str(tmp_path / "own.pem")) == "hello"
+
+
+def test_a_ca_file_without_certificates_is_named_before_anything_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for file, problem in ((tmp_path / "ca.pem", "holds no certificates in PEM form"), (tmp_path / "none", "no such file")):
+        with pytest.raises(ConfigError, match=rf"^endpoint\.ca_file: .*{problem}"):
+            ChatClient(EndpointConfig("https://host/v1", "m", ca_file=str(file)))
+
+
+def test_what_is_configured_is_sent_and_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-environment")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Env: 1\nAuthorization: Bearer sk-of-the-environment\nUser-Agent: me")
+    with serving(host="::1") as server:
+        get(f"http://[::1]:{server.server_port}/v1", key="k", headers={"X-Team": "social"})
+        get(f"http://[::1]:{server.server_port}/v1")
+        keyed, keyless = [{name.lower(): text for name, text in headers.items()} for headers in vars(server)["seen"]]
+    assert set(keyless) == {"host", "accept", "accept-encoding", "content-type", "user-agent"}
+    assert keyed == keyless | {"authorization": "Bearer k", "x-team": "social"}
+    assert keyless["accept-encoding"] == "identity" and keyless["user-agent"].startswith("AsyncOpenAI/")
+
+
+@pytest.mark.parametrize(
+    ("packed", "body", "said"),
+    [
+        ("gzip", gzip.compress(b"hello"), None),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"hello")), None),
+        ("gzip", gzip.compress(b"x" * 2**28), "longer than 8 MiB"),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"x" * 2**28)), "longer than 8 MiB"),
+        ("gzip", b"hello", "damaged"),
+        ("br", b"\x0b\x02\x80hello\x03", r"packed, which was not asked for \(br\)"),
+    ],
+    ids=["packed", "twice", "huge unpacked", "huge unpacked twice", "not packed", "unknown"],
+)
+def test_a_packed_body_is_unpacked_up_to_the_limit(packed: str, body: bytes, said: str | None) -> None:
+    with serving(type("Packs", (Hello,), {"body": body, "packed": packed})) as server:
+        if said is None:
+            assert get(f"http://127.0.0.1:{server.server_port}/v1") == "hello"
+            return
+        with pytest.raises(CallError, match=f"^the answer is {said}") as error:
+            get(f"http://127.0.0.1:{server.server_port}/v1")
+    assert error.value.kind == "parse"
 
 
 def test_a_process_that_ends_right_after_a_call_ends_well() -> None:
-    """Without compat/pyreqwest.py about one of five aborts."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); from test_transport import get; get(sys.argv[2])"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving() as server:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         command = [sys.executable, "-c", code, str(Path(__file__).parent), url]
-        ended = [subprocess.run(command, capture_output=True, text=True) for _ in range(12)]
-        server.shutdown()
+        ended = [subprocess.run(command, capture_output=True, text=True) for _ in range(4)]
     assert [(process.returncode, process.stderr) for process in ended] == [(0, "")] * len(ended)
 
 
@@ -128,13 +242,11 @@ def test_what_a_proxy_refuses_is_told_with_its_name(monkeypatch: pytest.MonkeyPa
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Denies) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    with serving(Denies) as proxy:
         address = f"127.0.0.1:{proxy.server_address[1]}"
         monkeypatch.setenv("http_proxy", f"http://user:p%40ss@{address}")
         with pytest.raises(CallError) as error:
             get("http://judge.invalid/v1")
-        proxy.shutdown()
     assert str(error.value).startswith(f"status 403 through the proxy http://{address}: denied by policy")
     assert "p@ss" not in str(error.value) and "dXNlcjpwQHNz" not in str(error.value)
 
@@ -161,7 +273,16 @@ def test_a_head_without_end_is_a_failed_call_of_bounded_size_and_time() -> None:
         assert error.value.kind in ("timeout", "connection")
 
 
-def test_an_address_that_is_none_is_no_connection() -> None:
-    with pytest.raises(CallError, match="invalid international domain name") as error:
-        get("http://a b/v1")
+@pytest.mark.parametrize("url", ["http://a b/v1", "http://\u00fc..x/v1", "http://127.0.0.1:99999/v1", "http://256.1.1.1/v1"])
+def test_an_address_that_is_none_is_no_connection(url: str) -> None:
+    with pytest.raises(CallError, match=r"^no connection: .") as error:
+        get(url)
     assert error.value.kind == "connection"
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:p%40ss@127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_proxy_of_another_kind_is_no_connection(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(CallError, match="only proxies of the kinds http://") as error:
+        get("http://judge.invalid/v1")
+    assert error.value.kind == "connection" and "p%40ss" not in str(error.value)

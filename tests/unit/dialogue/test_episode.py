@@ -22,8 +22,11 @@ class Script:
         self.lines = list(lines)
         self.asked = []
 
-    async def complete(self, messages, **how):
-        self.asked.append((messages, how))
+    def question(self, messages, **how):
+        return messages, how
+
+    async def complete(self, question):
+        self.asked.append(question)
         line = self.lines.pop(0) if self.lines else '"And so on."'
         if isinstance(line, Exception):
             raise line

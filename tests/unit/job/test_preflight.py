@@ -82,7 +82,7 @@ def judge() -> Iterator[str]:
 
 
 def test_the_judge(tmp_path: Path, judge: str) -> None:
-    assert found(tmp_path, judge_url=judge) == []
+    assert found(tmp_path, judge_url=judge) == [] == found(tmp_path, judge_url=f"{judge}?api-version=1")
     assert "cannot be reached" in found(tmp_path, judge_url="http://127.0.0.1:9/v1")[0]
 
 

@@ -581,7 +581,7 @@ def test_check_refuses_a_web_page(tools: Any) -> None:
 
 
 def test_importing_the_judge_is_light(tools: Any) -> None:
-    heavy = "{'pyreqwest', 'openai', 'torch', 'fastapi', 'omegaconf'}"
+    heavy = "{'aiohttp', 'openai', 'torch', 'fastapi', 'omegaconf'}"
     code = f"import sys, nemo_ampo.judge; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code],

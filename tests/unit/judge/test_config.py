@@ -63,6 +63,28 @@ def test_yaml_makes_a_truth_value_of_on(given: object, read: str) -> None:
     assert config(structured=given).structured == read
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"api-key": "pasted-secret"}, {"X-Access-Token": "pasted-secret"}, {"Host": "other"}, {"content-length": "1"},
+        {"Accept-Encoding": "br"}, {"two words": "x"}, {"X-Team": ""}, {"X-Team": "a\nb"}, {"X-A": "1", "x-a": "2"},
+    ],
+)  # fmt: skip
+def test_a_header_that_may_hold_a_secret_or_breaks_http_is_refused_and_not_repeated(headers: dict[str, str]) -> None:
+    for at, keys in (
+        ("", {"headers": headers}),
+        (r"endpoints\[0\]\.", {"endpoints": [PoolMember("http://a/v1", headers=headers)]}),
+    ):
+        with pytest.raises(ConfigError, match=rf"^judge\.{at}headers") as caught:
+            config(**keys)
+        assert "pasted-secret" not in str(caught.value)
+
+
+def test_a_key_is_given_once() -> None:
+    with pytest.raises(ConfigError, match=r"^judge\.headers: give Authorization or judge\.api_key_env, not both"):
+        config(api_key_env="KEY", headers={"authorization": "Basic $OTHER"})
+
+
 def test_members_of_the_pool_inherit_model_and_key() -> None:
     pool = [PoolMember("http://a/v1"), PoolMember("http://b/v1", model="n", api_key_env="")]
     members = config(api_key_env="KEY", endpoints=pool).members
@@ -80,6 +102,8 @@ def test_every_kind_of_value_is_read_from_yaml() -> None:
       endpoints: [{base_url: http://b/v1}, {base_url: http://c/v1, model: other}]
       price: {gpt-4.1: {input_per_million: 2, output_per_million: 8}, other: {input_per_million: 1, output_per_million: 1}}
       max_usd: 10
+      headers: {api-key: $AZURE_KEY, X-Team: social}
+      ca_file: /etc/ca.pem
       extra_body: {chat_template_kwargs: {enable_thinking: false}, max_tokens: null}
       second: {base_url: http://d/v1, model: other, every: 5}
     data: {turns: t}
@@ -90,11 +114,14 @@ def test_every_kind_of_value_is_read_from_yaml() -> None:
     assert [member.model for member in judge.members] == ["gpt-4.1", "gpt-4.1", "other"]
     assert judge.extra_body == {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": None}
     assert judge.second is not None and (judge.second.every, judge.second_judge().model) == (5, "other")
+    assert judge.headers == {"api-key": "$AZURE_KEY", "X-Team": "social"} and judge.ca_file == "/etc/ca.pem"
+    assert (judge.second_judge().headers, judge.second_judge().ca_file) == ({}, "/etc/ca.pem")
     assert judge.second_judge().endpoints == [] and judge.second_judge().max_usd == 10.0
 
 
 @pytest.mark.parametrize(
     "base_url", ["http://sk-secret@host/v1", "http://me:sk-secret@host/v1", "http://host/v1?key=sk-secret",
+                 "http://host/v1?api-version=1&key=sk-secret", "http://host/v1#sk-secret",
                  "http://host:sk-secret/v1"],
 )  # fmt: skip
 def test_a_key_in_the_address_is_refused_and_not_repeated(base_url: str) -> None:

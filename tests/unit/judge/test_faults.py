@@ -88,7 +88,7 @@ def is_true(number: int, outcome: Any) -> bool:
 def test_a_failed_call_is_missing_and_any_other_verdict_is_true(server: ScriptedChat, fault: str, percent: int) -> None:
     make, kind = FAULTS[fault]
     doomed = set(range(DIALOGUES * percent // 100))
-    patience_s = 0.4 if fault == "hang" else 20.0
+    patience_s = 1.0 if fault == "hang" else 20.0
 
     def script(number: int, call: Seen) -> Act:
         n = number_of(call)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import math
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_ampo.chat import wire
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import read_jsonl, sha256_of
 from nemo_ampo.run.runlog import RunLog, log_hashes, log_positions, write_provenance
@@ -56,6 +59,10 @@ def test_provenance_names_versions_and_hashes(tmp_path: Path) -> None:
     write_provenance(tmp_path, {"run": {"seed": 1}}, {str(data): sha256_of(data)})
     record = json.loads((tmp_path / "provenance.json").read_text())
     assert record["packages"]["nemo-aligner"] == "0.7.0"
+    talks = ast.parse(inspect.getsource(wire))
+    imported = {alias.name for node in talks.body if isinstance(node, ast.Import) for alias in node.names}
+    others = imported - set(sys.stdlib_module_names)
+    assert "openai" in others and all(record["packages"][name] for name in others), "those that talk"
     assert record["data"] == {str(data): "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"}
 
 

@@ -51,7 +51,7 @@ def ask(server, *questions, **config):
         async with ChatClient(EndpointConfig(server.base_url, server.model, **config)) as client:
             await client.check()
             return await asyncio.gather(
-                *(client.complete(HELLO, **{"temperature": 0, "max_tokens": 8, **q}) for q in questions),
+                *(client.complete(client.question(HELLO, **{"temperature": 0, "max_tokens": 8, **q})) for q in questions),
                 return_exceptions=True,
             )
 
@@ -259,7 +259,9 @@ def test_a_caller_that_leaves_frees_its_row(server) -> None:
     async def impatient():
         config = EndpointConfig(server.base_url, server.model, timeout_s=0.3, connection_retries=0)
         async with ChatClient(config) as client:
-            questions = [client.complete(HELLO, temperature=1.9, max_tokens=2000, seed=s) for s in range(64)]
+            questions = [
+                client.complete(client.question(HELLO, temperature=1.9, max_tokens=2000, seed=s)) for s in range(64)
+            ]
             return await asyncio.gather(*questions, return_exceptions=True)
 
     left = asyncio.run(impatient())
