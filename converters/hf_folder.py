@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from converters.families import FAMILIES
-from converters.mapping import Binding, Family, ModelShape, bind, check_names
-from converters.model_config import model_shape
+from converters.mapping import Binding, Family, bind, check_names
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import ModelFacts, read_facts
 from nemo_ampo.model_folder.loading import load_tokenizer
@@ -29,19 +28,17 @@ class HfFolder:
         path: the folder.
         facts: what its config.json says.
         family: mapping table and what goes with it.
-        shape: sizes from the config.
         weights: the tensors.
     """
 
     path: Path
     facts: ModelFacts
     family: Family
-    shape: ModelShape
     weights: SafetensorsFolder
 
     def bindings(self) -> list[Binding]:
         """The family's table, spelled out for this model."""
-        return bind(self.family.rows, self.shape)
+        return bind(self.family.rows, self.facts)
 
 
 def open_hf_folder(folder: Path) -> HfFolder:
@@ -51,10 +48,9 @@ def open_hf_folder(folder: Path) -> HfFolder:
         UserError: naming the file, key or tensor.
     """
     facts = read_facts(folder)
-    shape = model_shape(facts)
-    opened = HfFolder(folder, facts, FAMILIES[facts.family], shape, SafetensorsFolder(folder))
+    opened = HfFolder(folder, facts, FAMILIES[facts.family], SafetensorsFolder(folder))
     found = opened.weights.names()
-    if shape.tied and _HEAD in found:
+    if facts.tied and _HEAD in found:
         # Some tools write the tied head a second time. Dropping it is safe only if it is the embedding.
         if not torch.equal(opened.weights.load(_HEAD), opened.weights.load(_EMBEDDING)):
             raise UserError(f"{_HEAD}: differs from the embedding although config.json has tie_word_embeddings=true")
@@ -76,7 +72,7 @@ def asset_files(folder: Path) -> Iterator[Path]:
             yield relative
 
 
-def check_tokenizer(folder: Path, shape: ModelShape, allow_base_tokenizer: bool) -> None:
+def check_tokenizer(folder: Path, facts: ModelFacts, allow_base_tokenizer: bool) -> None:
     """The tokenizer loads, fits the embedding, and is one to hold a dialogue with.
 
     Raises:
@@ -85,9 +81,9 @@ def check_tokenizer(folder: Path, shape: ModelShape, allow_base_tokenizer: bool)
     """
     tokenizer = load_tokenizer(folder)
     num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > shape.vocab:
+    if num_ids > facts.vocab:
         raise UserError(
-            f"{folder}: the tokenizer has {num_ids} ids but the model's embedding only {shape.vocab} rows "
+            f"{folder}: the tokenizer has {num_ids} ids but the model's embedding only {facts.vocab} rows "
             "(vocab_size in config.json)"
         )
     lacking = [

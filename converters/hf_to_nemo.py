@@ -56,7 +56,7 @@ def write_nemo(
     """
     hf = open_hf_folder(hf_dir)
     config = nemo_config(hf.facts, hf_dir)
-    check_tokenizer(hf_dir, hf.shape, allow_base_tokenizer)
+    check_tokenizer(hf_dir, hf.facts, allow_base_tokenizer)
     stored_type = dtype or hf.weights.dtype()
     if stored_type not in DTYPES.values():
         raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")
@@ -82,7 +82,7 @@ def _build_and_save(hf: HfFolder, config: dict[str, Any], dtype: torch.dtype, ne
     from nemo_ampo.checkpoint.nemo_file import save_nemo
 
     model = build(config, dtype)
-    fill(model, hf.weights, hf.bindings(), hf.shape)
+    fill(model, hf.weights, hf.bindings(), hf.facts)
     set_saved_config(model, config)
     save_nemo(model, nemo_path, assets)
 

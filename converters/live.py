@@ -15,7 +15,6 @@ from megatron.core import dist_checkpointing
 
 from converters.families import FAMILIES
 from converters.mapping import bind
-from converters.model_config import model_shape
 from converters.nemo_to_hf import save_shards
 from converters.nemo_weights import NemoWeights
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
@@ -44,11 +43,10 @@ def publish_weights(model: Any, assets: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
         make_portable(folder)
         facts = read_facts(folder)
-        shape = model_shape(facts)
-        bindings = bind(FAMILIES[facts.family].rows, shape)
+        bindings = bind(FAMILIES[facts.family].rows, facts)
         stored = NemoWeights(folder)
-        stored.check(bindings, shape)
+        stored.check(bindings, facts)
         kind = stored.dtype()
-        save_shards({name: t.to(kind, copy=True).contiguous() for name, t in stored.hf_tensors(bindings, shape)}, folder)
+        save_shards({name: t.to(kind, copy=True).contiguous() for name, t in stored.hf_tensors(bindings, facts)}, folder)
         shutil.rmtree(shards)
     torch.distributed.barrier()

@@ -16,50 +16,9 @@ from torch import Tensor
 
 from converters import qkv
 from nemo_ampo.errors import UserError
+from nemo_ampo.model_folder.facts import ModelFacts
 
 Dims = tuple[int, ...]
-VOCAB_MULTIPLE = 128
-"""Embedding rows in NeMo are a multiple of this: one file serves every tensor-parallel size dividing it."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes that decide every weight's shape.
-
-    Attributes:
-        num_layers: transformer layers.
-        hidden: model width.
-        ffn: width of the MLP.
-        num_heads: query heads.
-        num_groups: key/value heads.
-        head_dim: width of a head; not always ``hidden / num_heads``.
-        vocab: embedding rows of the Hugging Face model.
-        tied: the output head is the embedding.
-    """
-
-    num_layers: int
-    hidden: int
-    ffn: int
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    vocab: int
-    tied: bool
-
-    @property
-    def padded_vocab(self) -> int:
-        """Embedding rows in NeMo: ``vocab`` rounded up to :data:`VOCAB_MULTIPLE`."""
-        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def q_width(self) -> int:
-        """Rows of the query projection."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        """Rows of the key projection, and of the value projection."""
-        return self.num_groups * self.head_dim
 
 
 class Row(Protocol):
@@ -73,25 +32,25 @@ class Row(Protocol):
     def nemo(self) -> str:
         """NeMo name, ``{i}`` for the layer."""
 
-    def applies(self, shape: ModelShape) -> bool:
+    def applies(self, shape: ModelFacts) -> bool:
         """False for rows that a model of this shape does not have (an untied head)."""
 
-    def hf_dims(self, shape: ModelShape) -> tuple[Dims, ...]:
+    def hf_dims(self, shape: ModelFacts) -> tuple[Dims, ...]:
         """Expected shape of each Hugging Face tensor."""
 
-    def nemo_dims(self, shape: ModelShape) -> Dims:
+    def nemo_dims(self, shape: ModelFacts) -> Dims:
         """Expected shape of the NeMo tensor."""
 
-    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelFacts) -> Tensor:
         """Hugging Face tensors, in the order of ``hf_names``, to the NeMo tensor."""
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> tuple[Tensor, ...]:
         """The NeMo tensor to Hugging Face tensors, in the order of ``hf_names``."""
 
 
 @dataclass(frozen=True)
 class Rename:
-    """Same tensor, other name. ``dims`` are attribute names of :class:`ModelShape`."""
+    """Same tensor, other name. ``dims`` are attribute names of :class:`~nemo_ampo.model_folder.facts.ModelFacts`."""
 
     hf: str
     nemo: str
@@ -102,23 +61,23 @@ class Rename:
         """The one Hugging Face name."""
         return (self.hf,)
 
-    def applies(self, shape: ModelShape) -> bool:
+    def applies(self, shape: ModelFacts) -> bool:
         """Always."""
         return True
 
-    def hf_dims(self, shape: ModelShape) -> tuple[Dims, ...]:
+    def hf_dims(self, shape: ModelFacts) -> tuple[Dims, ...]:
         """``dims`` looked up in ``shape``."""
         return (self.nemo_dims(shape),)
 
-    def nemo_dims(self, shape: ModelShape) -> Dims:
+    def nemo_dims(self, shape: ModelFacts) -> Dims:
         """``dims`` looked up in ``shape``."""
         return tuple(getattr(shape, name) for name in self.dims)
 
-    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelFacts) -> Tensor:
         """Unchanged."""
         return tensors[0]
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> tuple[Tensor, ...]:
         """Unchanged."""
         return (tensor,)
 
@@ -136,23 +95,23 @@ class PadVocab:
         """The one Hugging Face name."""
         return (self.hf,)
 
-    def applies(self, shape: ModelShape) -> bool:
+    def applies(self, shape: ModelFacts) -> bool:
         """The output head exists only in untied models."""
         return not (self.only_untied and shape.tied)
 
-    def hf_dims(self, shape: ModelShape) -> tuple[Dims, ...]:
+    def hf_dims(self, shape: ModelFacts) -> tuple[Dims, ...]:
         """``[vocab, hidden]``."""
         return ((shape.vocab, shape.hidden),)
 
-    def nemo_dims(self, shape: ModelShape) -> Dims:
+    def nemo_dims(self, shape: ModelFacts) -> Dims:
         """``[padded_vocab, hidden]``."""
         return (shape.padded_vocab, shape.hidden)
 
-    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelFacts) -> Tensor:
         """Append zero rows."""
         return qkv.pad_rows(tensors[0], shape.padded_vocab)
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> tuple[Tensor, ...]:
         """Cut the padding."""
         return (tensor[: shape.vocab],)
 
@@ -172,28 +131,28 @@ class InterleaveQkv:
         """q, k, v."""
         return (self.q, self.k, self.v)
 
-    def applies(self, shape: ModelShape) -> bool:
+    def applies(self, shape: ModelFacts) -> bool:
         """Always."""
         return True
 
-    def _rest(self, shape: ModelShape) -> Dims:
+    def _rest(self, shape: ModelFacts) -> Dims:
         return () if self.bias else (shape.hidden,)
 
-    def hf_dims(self, shape: ModelShape) -> tuple[Dims, ...]:
+    def hf_dims(self, shape: ModelFacts) -> tuple[Dims, ...]:
         """``[q_width, *rest]``, then ``[kv_width, *rest]`` twice."""
         rest = self._rest(shape)
         return ((shape.q_width, *rest), (shape.kv_width, *rest), (shape.kv_width, *rest))
 
-    def nemo_dims(self, shape: ModelShape) -> Dims:
+    def nemo_dims(self, shape: ModelFacts) -> Dims:
         """``[q_width + 2 * kv_width, *rest]``."""
         return (shape.q_width + 2 * shape.kv_width, *self._rest(shape))
 
-    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelFacts) -> Tensor:
         """See :func:`converters.qkv.interleave_qkv`."""
         q, k, v = tensors
         return qkv.interleave_qkv(q, k, v, shape.num_groups)
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> tuple[Tensor, ...]:
         """See :func:`converters.qkv.split_qkv`."""
         return qkv.split_qkv(tensor, shape.num_heads, shape.num_groups, shape.head_dim)
 
@@ -211,24 +170,24 @@ class JoinGateUp:
         """gate, up."""
         return (self.gate, self.up)
 
-    def applies(self, shape: ModelShape) -> bool:
+    def applies(self, shape: ModelFacts) -> bool:
         """Always."""
         return True
 
-    def hf_dims(self, shape: ModelShape) -> tuple[Dims, ...]:
+    def hf_dims(self, shape: ModelFacts) -> tuple[Dims, ...]:
         """``[ffn, hidden]`` twice."""
         return ((shape.ffn, shape.hidden), (shape.ffn, shape.hidden))
 
-    def nemo_dims(self, shape: ModelShape) -> Dims:
+    def nemo_dims(self, shape: ModelFacts) -> Dims:
         """``[2 * ffn, hidden]``."""
         return (2 * shape.ffn, shape.hidden)
 
-    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, tensors: Sequence[Tensor], shape: ModelFacts) -> Tensor:
         """Gate rows first."""
         gate, up = tensors
         return qkv.join_gate_up(gate, up)
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> tuple[Tensor, ...]:
         """Split in the middle."""
         return qkv.split_gate_up(tensor)
 
@@ -263,7 +222,7 @@ class Binding:
         """Key in a NeMo checkpoint, where all layers are stacked along a leading axis."""
         return checkpoint_key(self.row.nemo)
 
-    def to_nemo(self, load: Callable[[str], Tensor], shape: ModelShape) -> Tensor:
+    def to_nemo(self, load: Callable[[str], Tensor], shape: ModelFacts) -> Tensor:
         """Load and check the Hugging Face tensors and join them.
 
         Raises:
@@ -276,7 +235,7 @@ class Binding:
             tensors.append(tensor)
         return self.row.to_nemo(tensors, shape)
 
-    def to_hf(self, tensor: Tensor, shape: ModelShape) -> dict[str, Tensor]:
+    def to_hf(self, tensor: Tensor, shape: ModelFacts) -> dict[str, Tensor]:
         """Name to tensor, the reverse of :meth:`to_nemo`."""
         return dict(zip(self.hf_names, self.row.to_hf(tensor, shape), strict=True))
 
@@ -286,7 +245,7 @@ def checkpoint_key(nemo_name: str) -> str:
     return nemo_name.replace("{i}.", "")
 
 
-def bind(rows: Iterable[Row], shape: ModelShape) -> list[Binding]:
+def bind(rows: Iterable[Row], shape: ModelFacts) -> list[Binding]:
     """Spell a table out for a model: rows with ``{i}`` once per layer."""
     bindings = []
     for row in rows:
@@ -296,7 +255,7 @@ def bind(rows: Iterable[Row], shape: ModelShape) -> list[Binding]:
     return bindings
 
 
-def stacked_dims(row: Row, shape: ModelShape) -> Dims:
+def stacked_dims(row: Row, shape: ModelFacts) -> Dims:
     """Shape of a row's tensor in a NeMo checkpoint: ``[num_layers, ...]`` for rows that exist per layer."""
     dims = row.nemo_dims(shape)
     return (shape.num_layers, *dims) if "{i}" in row.nemo else dims

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.mapping import VOCAB_MULTIPLE, ModelShape
 from nemo_ampo.checkpoint.nemo_file import ASSETS_FOLDER, read_model_config, tokenizer_config
 from nemo_ampo.errors import UserError
-from nemo_ampo.model_folder.facts import CONFIG_NAME, ModelFacts, facts_of, read_object
+from nemo_ampo.model_folder.facts import CONFIG_NAME, VOCAB_MULTIPLE, ModelFacts, facts_of, read_object
 
 ARCHITECTURE_KEYS: tuple[str, ...] = (
     "mcore_gpt",
@@ -40,20 +39,6 @@ ARCHITECTURE_KEYS: tuple[str, ...] = (
 """Keys that change what the weights compute: training must not touch them, and verification compares them."""
 
 
-def model_shape(facts: ModelFacts) -> ModelShape:
-    """Sizes of a model."""
-    return ModelShape(
-        num_layers=facts.num_layers,
-        hidden=facts.hidden,
-        ffn=facts.ffn,
-        num_heads=facts.num_heads,
-        num_groups=facts.num_groups,
-        head_dim=facts.head_dim,
-        vocab=facts.vocab,
-        tied=facts.tied,
-    )
-
-
 def rope_config(facts: ModelFacts) -> dict[str, Any]:
     """Rotary embedding keys. NeMo 2.2.1 scales by the Llama 3 formula with the four numbers given here."""
     base, scaling = facts.rope_base, facts.rope_scaling
@@ -77,20 +62,19 @@ def rope_config(facts: ModelFacts) -> dict[str, Any]:
 
 def architecture(facts: ModelFacts) -> dict[str, Any]:
     """The values of :data:`ARCHITECTURE_KEYS`; those of a scaling only where there is one."""
-    shape = model_shape(facts)
     return {
         "mcore_gpt": True,
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_groups,
-        "kv_channels": shape.head_dim,
+        "num_layers": facts.num_layers,
+        "hidden_size": facts.hidden,
+        "ffn_hidden_size": facts.ffn,
+        "num_attention_heads": facts.num_heads,
+        "num_query_groups": facts.num_groups,
+        "kv_channels": facts.head_dim,
         # Rows of the embedding, fixed here and not derived from the tokenizer: Qwen's model has more rows
         # than its tokenizer has tokens, and a padding that depends on the tensor-parallel size would tie the
         # file to that size.
-        "override_vocab_size": shape.padded_vocab,
-        "share_embeddings_and_output_weights": shape.tied,
+        "override_vocab_size": facts.padded_vocab,
+        "share_embeddings_and_output_weights": facts.tied,
         "normalization": "rmsnorm",
         "layernorm_epsilon": facts.norm_eps,
         "activation": "fast-swiglu",

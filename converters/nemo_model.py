@@ -17,9 +17,10 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import Meg
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
 from omegaconf import OmegaConf, open_dict
 
-from converters.mapping import Binding, ModelShape, check_dims, check_names
+from converters.mapping import Binding, check_dims, check_names
 from converters.nemo_weights import EXTRA_STATE, PREFIX
 from nemo_ampo.checkpoint.nemo_file import temporary_files_in
+from nemo_ampo.model_folder.facts import ModelFacts
 from nemo_ampo.model_folder.weights import SafetensorsFolder
 
 PRECISION: dict[torch.dtype, int | str] = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
@@ -64,7 +65,7 @@ def build(config: dict[str, Any], dtype: torch.dtype) -> MegatronGPTModel:
     return MegatronGPTModel(_cpu_config(config, dtype), _trainer(32))
 
 
-def fill(model: MegatronGPTModel, weights: SafetensorsFolder, bindings: Iterable[Binding], shape: ModelShape) -> None:
+def fill(model: MegatronGPTModel, weights: SafetensorsFolder, bindings: Iterable[Binding], shape: ModelFacts) -> None:
     """Copy the mapped Hugging Face weights into the model's parameters, one at a time.
 
     Raises:

@@ -19,7 +19,7 @@ from converters import cli
 from converters.families import FAMILIES
 from converters.hf_to_nemo import DTYPES
 from converters.mapping import bind
-from converters.model_config import check_architecture, model_shape
+from converters.model_config import check_architecture
 from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
@@ -48,14 +48,13 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
     """
     check_architecture(nemo_path, unpack_assets(nemo_path, folder))
     facts = read_facts(folder)
-    shape = model_shape(facts)
-    bindings = bind(FAMILIES[facts.family].rows, shape)
+    bindings = bind(FAMILIES[facts.family].rows, facts)
     with scratch_folder(folder.absolute().parent, folder.name) as scratch:
         stored = NemoWeights(unpack_weights(nemo_path, scratch), nemo_path)
-        stored.check(bindings, shape)
+        stored.check(bindings, facts)
         written_type = dtype or getattr(torch, facts.dtype or "", stored.dtype())
         state = {
-            name: tensor.to(written_type, copy=True).contiguous() for name, tensor in stored.hf_tensors(bindings, shape)
+            name: tensor.to(written_type, copy=True).contiguous() for name, tensor in stored.hf_tensors(bindings, facts)
         }
     # A type asked for on the command line must be the one that ``torch_dtype='auto'`` loads.
     word = str(dtype).removeprefix("torch.")

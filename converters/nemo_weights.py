@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.mapping import Binding, ModelShape, check_dims, check_names, stacked_dims
+from converters.mapping import Binding, check_dims, check_names, stacked_dims
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
 from nemo_ampo.checkpoint.pickles import check_folder
+from nemo_ampo.model_folder.facts import ModelFacts
 
 PREFIX = "model."
 EXTRA_STATE = "_extra_state"
@@ -47,7 +48,7 @@ class NemoWeights:
         }
         self._objects = {key for key in stored if key.removeprefix(PREFIX) not in self._tensors}
 
-    def check(self, bindings: Iterable[Binding], shape: ModelShape) -> None:
+    def check(self, bindings: Iterable[Binding], shape: ModelFacts) -> None:
         """Every stored weight is mapped, every mapped weight is stored, and in the right shape.
 
         Raises:
@@ -78,7 +79,7 @@ class NemoWeights:
             load({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder))
         return tensor
 
-    def hf_tensors(self, bindings: Iterable[Binding], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    def hf_tensors(self, bindings: Iterable[Binding], shape: ModelFacts) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of every Hugging Face weight; holds one stacked tensor in memory at a time."""
         by_key: dict[str, list[Binding]] = {}
         for binding in bindings:

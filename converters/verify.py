@@ -63,12 +63,12 @@ def check_weights(hf: HfFolder, stored: NemoWeights) -> Check:
     Where one side is kept on purpose in a narrower type, the other is rounded to it, and the result says so.
     """
     bindings = hf.bindings()
-    stored.check(bindings, hf.shape)
+    stored.check(bindings, hf.facts)
     stored_type, hf_type = stored.dtype(), hf.weights.dtype()
     shared = shared_type(stored_type, hf_type)
     differences: dict[str, float] = {}
     count = 0
-    for name, exported in stored.hf_tensors(bindings, hf.shape):
+    for name, exported in stored.hf_tensors(bindings, hf.facts):
         count += 1
         expected, found = hf.weights.load(name).to(shared), exported.to(shared)
         if not torch.equal(expected.view(_bits(expected)), found.contiguous().view(_bits(found))):
@@ -148,13 +148,13 @@ def check_logits(
 ) -> list[Check]:
     """Logits of NeMo and of transformers in fp32; a failure names the first layer whose output differs."""
     longest = hf.facts.max_positions
-    prompts = [_prompt(min(length, longest), hf.shape.vocab) for length in prompt_lengths]
+    prompts = [_prompt(min(length, longest), hf.facts.vocab) for length in prompt_lengths]
     shared = shared_type(NemoWeights(unpacked).dtype(), hf.weights.dtype())
     expected = _hf_traces(hf, prompts, shared)
     gc.collect()
     config = nemo_config(hf.facts, assets)
     config |= {key: stored[key] for key in ARCHITECTURE_KEYS if key in stored}
-    found = _nemo_traces(unpacked, config, hf.shape.vocab, prompts, shared)
+    found = _nemo_traces(unpacked, config, hf.facts.vocab, prompts, shared)
     return [
         _compare(f"logits, {len(tokens)} tokens", e, f, tolerance)
         for tokens, e, f in zip(prompts, expected, found, strict=True)

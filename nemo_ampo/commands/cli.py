@@ -203,11 +203,38 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
 ) -> None:
     """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
-    from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, shape_of
+    from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, model_of
 
     cfg = compose_for_plan(stage, config_name, overrides or [])
-    for line in lines(make_plan(stage, cfg, shape_of(model, config_name), nodes * gpus, gpu)):
+    for line in lines(make_plan(stage, cfg, model_of(model, config_name), nodes * gpus, gpu)):
         typer.echo(line)
+
+
+def rehearse(
+    stage: Annotated[str, typer.Argument(help="bc or ampo")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
+    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder or .nemo file, for another model.")] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
+    rank: Annotated[str | None, typer.Option(help="all, or one rank. [default: those that differ]")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Instead, list the layouts that fit, by arithmetic.")] = False,
+) -> None:
+    """Carry a stage out rank by rank on tensors without values: shapes, collectives, memory. Needs no GPU and no weights.
+
+    Exit status 1 when it does not fit or the ranks' collectives differ, 2 when the stage would stop with an error.
+    """
+    # A program over all packages, as the recipes are; nothing else of this one knows them.
+    from recipes import rehearse as program
+
+    job = program.read_job(stage, config_name, overrides or [], model, nodes, gpus, gpu)
+    if search:
+        from nemo_ampo.rehearse.search import candidates, table
+
+        show(table(candidates(stage, job.cfg, job.facts, nodes, gpus, job.hardware), job.hardware))
+    elif not program.run(job, rank, typer.echo):
+        raise typer.Exit(EXIT_NOT_OK)
 
 
 def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*.sh job.")]) -> None:
@@ -322,6 +349,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "report": report,
     "plan": plan,
+    "rehearse": rehearse,
     "pack": pack,
     "status": status,
     "demo-judge": demo_judge,

@@ -47,11 +47,15 @@ class FusedAdamLayout(torch.optim.Optimizer):
                 self._update(group, params)
         return loss
 
+    def allocate(self, p: torch.Tensor) -> None:
+        """The moments of a parameter that has none yet."""
+        if "exp_avg" not in self.state[p]:
+            self.state[p]["exp_avg"] = torch.zeros_like(p)
+            self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         for p in params:
-            if "exp_avg" not in self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            self.allocate(p)
         grads = [p.grad.to(p.dtype) for p in params]  # type: ignore[union-attr]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]

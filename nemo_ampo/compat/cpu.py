@@ -24,7 +24,8 @@ import torch
 from nemo_ampo.compat.common import stub_module
 from nemo_ampo.compat.registry import Table
 
-CPU = torch.device("cpu")
+device = torch.device("cpu")
+"""Where the frameworks' tensors go instead of to a GPU: here, unless a rehearsal puts one without memory in its place."""
 
 TORCH = Table()
 STUBS = Table()
@@ -83,7 +84,7 @@ class _InertStream:
 
 @TORCH.add("torch.cuda.current_device", "torch 2.13", "used as `device=` everywhere; raises without a driver")
 def _current_device() -> None:
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
 
@@ -124,7 +125,7 @@ def _cuda_streams() -> None:
     "a copy, never the tensor itself: NeMo's generation writes into the result and would overwrite the prompts",
 )
 def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self.clone()  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self.to(device, copy=device.type == "cpu")  # type: ignore[method-assign, assignment]
 
 
 @TORCH.add(
@@ -311,7 +312,7 @@ def _cuda_type_names() -> Iterator[None]:
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = upstream(self, *args, **kwargs)
         if isinstance(answer, str) and not answer.startswith("torch.cuda."):
-            return answer.replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + answer.rsplit(".", 1)[-1]
         return answer
 
     torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
@@ -429,10 +430,10 @@ def _in_process_writer() -> None:
 # --- torch factories ----------------------------------------------------------------------------------------------
 
 
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
+def _is_cuda(named: object) -> bool:
+    if isinstance(named, torch.device):
+        return named.type == "cuda"
+    return isinstance(named, str) and named.startswith("cuda")
 
 
 @FACTORIES.add(
@@ -445,7 +446,7 @@ def _factories() -> None:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = CPU
+                kwargs["device"] = device
             kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 

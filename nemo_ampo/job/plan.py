@@ -1,105 +1,37 @@
 """What a stage will need before it is started: memory per GPU, disk, tokens, judge calls, time. Loads no model.
 
 Sizes of weights, gradients, optimizer states and checkpoints are counted, tensor by tensor, and hold within a few percent
-(``tests`` compare them with real runs). Activations, the engine and every second are estimates from the assumptions that
-:class:`Assumptions` and :class:`Hardware` state; docs/checkpoints.md has the formulas. Legend: N parameters, t tensor-,
-p pipeline-, d data-parallel size, h hidden size, f MLP width, a query heads and g key/value heads of c channels, V rows of
-the vocabulary, L layers, b sequences of a micro-batch, s tokens of the longest sequence.
+(``tests`` compare them with real runs). Memory is that of :mod:`nemo_ampo.rehearse.sizes`; every second is an estimate from
+the assumptions that :class:`Assumptions` and :class:`Hardware` state. Legend: N parameters, t tensor-, p pipeline-,
+d data-parallel size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.megatron import STRETCH_ELEMENTS
-from nemo_ampo.model_folder.facts import facts_of, read_object
-
-GB = 1e9
-FP32, BF16 = 4, 2
-ADAM_BYTES = 8
-"""Two fp32 moments per parameter."""
-VOCAB_MULTIPLE = 128
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes that decide everything here.
-
-    Attributes:
-        layers, hidden, ffn: depth, width, MLP width.
-        heads, groups, channels: query heads, key/value heads, size of a head.
-        vocab: rows of the embedding, padding included.
-        tied: the output layer is the embedding.
-        qkv_bias: the attention's first matrix has a bias.
-    """
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    channels: int
-    vocab: int
-    tied: bool
-    qkv_bias: bool
-
-    @property
-    def parameters(self) -> int:
-        """N, whole model."""
-        return self.parameters_on(stage=0, tensor=1, pipeline=1)
-
-    def parameters_on(self, stage: int, tensor: int, pipeline: int) -> int:
-        """Parameters held by one rank.
-
-        Per layer: c(a + 2g)h [+ c(a + 2g) bias] + cah + 3hf, divided by t, plus two norms of h. The first stage adds the
-        embedding Vh/t, the last the output layer Vh/t (of a tied one, a copy if p > 1) and the final norm.
-
-        Args:
-            stage: pipeline stage, 0-based.
-            tensor, pipeline: parallel sizes.
-        """
-        rows = self.channels * (self.heads + 2 * self.groups)
-        split = rows * self.hidden + self.channels * self.heads * self.hidden + 3 * self.hidden * self.ffn
-        split += rows if self.qkv_bias else 0
-        count = self.layers // pipeline * (split // tensor + 2 * self.hidden)
-        table = self.vocab * self.hidden // tensor
-        first, last = stage == 0, stage == pipeline - 1
-        count += table if first else 0
-        count += self.hidden if last else 0
-        needs_output = last and not (self.tied and first)
-        return count + (table if needs_output else 0)
-
-
-SHAPES: dict[str, ModelShape] = {
-    "tiny": ModelShape(2, 96, 288, 4, 2, 24, 768, True, True),
-    "smollm2_135m": ModelShape(30, 576, 1536, 9, 3, 64, 49152, True, False),
-    "qwen2.5_7b": ModelShape(28, 3584, 18944, 28, 4, 128, 152064, False, True),
-    "llama3.1_8b": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, False, False),
-}
-"""Models of the shipped configs, by config name."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One device: memory in bytes, dense bf16 FLOP/s, memory bytes/s (vendor's data sheets)."""
-
-    memory: float
-    flops: float
-    bandwidth: float
-
-
-HARDWARE: dict[str, Hardware] = {
-    "h100": Hardware(80e9, 989e12, 3.35e12),
-    "h200": Hardware(141e9, 989e12, 4.8e12),
-    "a100": Hardware(80e9, 312e12, 2.0e12),
-}
+from nemo_ampo.model_folder.facts import ModelFacts, facts_of, read_facts, read_object
+from nemo_ampo.rehearse.sizes import (
+    ADAM_BYTES,
+    BF16,
+    FP32,
+    GB,
+    HARDWARE,
+    MODELS,
+    Hardware,
+    Memory,
+    check_layout,
+    layout_of,
+    longest_row,
+    memory_of,
+    parameters_of,
+)
 
 
 @dataclass(frozen=True)
@@ -122,24 +54,6 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest GPU; ``engine_stays`` says that the engine keeps its memory while the trainer works."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    engine: float
-    engine_stays: bool = False
-
-    @property
-    def total(self) -> float:
-        """Largest at one time; fragmentation comes on top."""
-        both = self.activations + self.engine if self.engine_stays else max(self.activations, self.engine)
-        return self.weights + self.gradients + self.optimizer + both
-
-
-@dataclass(frozen=True)
 class Work:
     """One training step of the whole job. Calls are upper bounds: a malformed reply is not judged."""
 
@@ -154,7 +68,7 @@ class Plan:
     """Everything :func:`make_plan` works out; seconds are (slow, fast)."""
 
     stage: str
-    shape: ModelShape
+    facts: ModelFacts
     gpu: str
     ranks: int
     tensor: int
@@ -176,60 +90,36 @@ class Plan:
         return slow + sum(self.seconds[n][0] for n in rest), fast + sum(self.seconds[n][1] for n in rest)
 
 
-def shape_of(source: Path | None, config_name: str) -> ModelShape:
-    """Shape of a model from its files, or of the model a shipped config is for.
+def model_of(source: Path | None, config_name: str) -> ModelFacts:
+    """Facts of a model from its files, or of the model a shipped config is for.
 
     Args:
         source: a Hugging Face folder, its ``config.json``, or a ``.nemo`` file, unpacked or not.
         config_name: used without a source.
 
     Raises:
-        UserError: nothing there to read, or no shipped shape of that name.
+        UserError: nothing there to read, or no known model of that name.
     """
     if source is None:
-        if config_name not in SHAPES:
-            raise UserError(f"--model: needed for --config-name {config_name}; known without it: {', '.join(SHAPES)}")
-        return SHAPES[config_name]
+        if config_name not in MODELS:
+            raise UserError(f"--model: needed for --config-name {config_name}; known without it: {', '.join(MODELS)}")
+        return MODELS[config_name]
     if source.suffix == ".nemo" or (source / "model_config.yaml").is_file():
-        from nemo_ampo.checkpoint.nemo_file import read_model_config
+        from nemo_ampo.checkpoint.nemo_file import unpack_assets
 
-        return _of_nemo(read_model_config(source))
+        with TemporaryDirectory() as folder:
+            return read_facts(unpack_assets(source, folder))
     path = source / "config.json" if source.is_dir() else source
     try:
-        facts = facts_of(read_object(path), str(path))
+        return facts_of(read_object(path), str(path))
     except UserError as error:
         raise UserError(f"--model {error}") from None
-    return ModelShape(
-        layers=facts.num_layers,
-        hidden=facts.hidden,
-        ffn=facts.ffn,
-        heads=facts.num_heads,
-        groups=facts.num_groups,
-        channels=facts.head_dim,
-        vocab=-(-facts.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        tied=facts.tied,
-        qkv_bias=facts.qkv_bias,
-    )
-
-
-def _of_nemo(config: Mapping[str, Any]) -> ModelShape:
-    return ModelShape(
-        layers=config["num_layers"],
-        hidden=config["hidden_size"],
-        ffn=config["ffn_hidden_size"],
-        heads=config["num_attention_heads"],
-        groups=config["num_query_groups"],
-        channels=config["kv_channels"],
-        vocab=config["override_vocab_size"],
-        tied=config["share_embeddings_and_output_weights"],
-        qkv_bias=config["qkv_bias"],
-    )
 
 
 def make_plan(
     stage: str,
     cfg: DictConfig,
-    shape: ModelShape,
+    facts: ModelFacts,
     ranks: int,
     gpu: str = "h100",
     assume: Assumptions = Assumptions(),
@@ -239,7 +129,7 @@ def make_plan(
     Args:
         stage: ``bc`` or ``ampo``.
         cfg: composed config; keys about places may be missing.
-        shape: of the model.
+        facts: of the model.
         ranks: GPUs of the job.
         gpu: a name of :data:`HARDWARE`.
         assume: for the estimates.
@@ -249,39 +139,19 @@ def make_plan(
     """
     if gpu not in HARDWARE:
         raise ConfigError(f"--gpu: expected one of {', '.join(HARDWARE)}, got {gpu!r}")
-    from nemo_ampo.config.stages import check_parallel_layout
-
     model = cfg.model
     tensor, pipeline = int(model.tensor_model_parallel_size), int(model.pipeline_model_parallel_size)
-    check_parallel_layout(
-        {
-            "num_attention_heads": shape.heads,
-            "num_query_groups": shape.groups,
-            "ffn_hidden_size": shape.ffn,
-            "num_layers": shape.layers,
-        },
-        tensor,
-        pipeline,
-    )
-    if ranks % (tensor * pipeline):
-        raise ConfigError(
-            f"model.tensor_model_parallel_size x model.pipeline_model_parallel_size = {tensor * pipeline} does not divide "
-            f"the {ranks} ranks"
-        )
+    check_layout(facts, tensor, pipeline, ranks)
     data = ranks // (tensor * pipeline)
     work = work_of_step(stage, cfg, assume)
-    parameters = max(shape.parameters_on(stage_, tensor, pipeline) for stage_ in range(pipeline))
-    weights, gradients, optimizer = state_bytes(parameters, bool(model.megatron_amp_O2), data)
-    full, weights_only = checkpoint_bytes(shape, bool(model.megatron_amp_O2))
-    memory = Memory(
-        *(weights, gradients, optimizer, activation_bytes(cfg, shape, stage, tensor), engine_bytes(stage, cfg, shape)),
-        engine_stays=stage == "ampo" and cfg.rollout.engine == "trtllm" and not cfg.rollout.trtllm.unload_during_training,
-    )
-    seconds = _seconds(stage, cfg, shape, work, HARDWARE[gpu], ranks, tensor, data, assume)
+    layout = layout_of(stage, cfg, ranks)
+    full, weights_only = checkpoint_bytes(facts, layout.half)
+    memory = memory_of(stage, cfg, facts, layout)
+    seconds = _seconds(stage, cfg, facts, work, HARDWARE[gpu], ranks, tensor, data, assume)
     slow, fast = assume.disk_bytes_per_s
     return Plan(
         stage=stage,
-        shape=shape,
+        facts=facts,
         gpu=gpu,
         ranks=ranks,
         tensor=tensor,
@@ -300,31 +170,15 @@ def make_plan(
 # --- counted --------------------------------------------------------------------------------------------------------
 
 
-def state_bytes(parameters: int, half: bool, data: int) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer states of one rank, bytes.
-
-    bf16 (``megatron_amp_O2``): 2N, 4N (gradients are summed in fp32), (4 + 8)N/d: a master copy and two moments, shared
-    out over the replicas. fp32: 4N, 4N, 8N/d; the weights are their own master copy.
-
-    Args:
-        parameters: N of the rank.
-        half: bf16 weights.
-        data: d.
-    """
-    element = BF16 if half else FP32
-    master = FP32 if half else 0
-    return float(element * parameters), float(FP32 * parameters), (master + ADAM_BYTES) * parameters / data
-
-
-def checkpoint_bytes(shape: ModelShape, half: bool) -> tuple[float, float]:
+def checkpoint_bytes(facts: ModelFacts, half: bool) -> tuple[float, float]:
     """A whole checkpoint, and one without its optimizer: (element + 12)N and (element)N.
 
     The optimizer part holds fp32 weights and both moments whatever the training precision. The layout of the job does not
     matter: each parameter is written once.
     """
     element = BF16 if half else FP32
-    weights = float(element * shape.parameters)
-    return weights + (FP32 + ADAM_BYTES) * shape.parameters, weights
+    weights = float(element * parameters_of(facts))
+    return weights + (FP32 + ADAM_BYTES) * parameters_of(facts), weights
 
 
 def kept_bytes(cfg: DictConfig, shape: ModelShape) -> float:
@@ -336,53 +190,6 @@ def kept_bytes(cfg: DictConfig, shape: ModelShape) -> float:
 
 
 # --- estimated ------------------------------------------------------------------------------------------------------
-
-
-def sequence_tokens(stage: str, cfg: DictConfig) -> int:
-    """Longest sequence, tokens."""
-    if stage == "bc":
-        return int(cfg.data.max_tokens)
-    return int(cfg.rollout.max_prompt_tokens) + int(cfg.rollout.max_new_tokens)
-
-
-def activation_bytes(cfg: DictConfig, shape: ModelShape, stage: str, tensor: int) -> float:
-    """What the backward pass needs of one micro-batch of the longest sequences, or of a full token budget, bytes.
-
-    Per token and layer, in elements: 4h of inputs and norms (divided by t with sequence parallelism), and
-    [c(a + 2g) + ca + 3f]/t of attention and MLP; attention scores are never stored. With full recomputation 2h per
-    layer instead, plus one layer's worth. Logits and their gradient: 2V/t per token, and four fp32 copies of the stretch
-    that the loss works on. Pipeline stages hold p micro-batches of L/p layers.
-    """
-    model = cfg.model
-    element = BF16 if model.megatron_amp_O2 else FP32
-    tokens = int(model.tokens_per_micro_batch or model.micro_batch_size * sequence_tokens(stage, cfg))
-    shared = 4 * shape.hidden / (tensor if model.sequence_parallel else 1)
-    split = (shape.channels * (2 * shape.heads + 2 * shape.groups) + 3 * shape.ffn) / tensor
-    layer = (shared + split) * element
-    layers = shape.layers * layer
-    if model.activations_checkpoint_granularity == "full":
-        layers = shape.layers * 2 * shape.hidden * element + layer
-    logits = tokens * shape.vocab / tensor
-    return tokens * layers + 2 * element * logits + 4 * FP32 * min(logits, STRETCH_ELEMENTS)
-
-
-def engine_bytes(stage: str, cfg: DictConfig, shape: ModelShape) -> float:
-    """Key/value cache of one decoding batch: 2Lgc elements per token, divided by t and p.
-
-    TensorRT-LLM in the training processes adds its own weights; a server in a container of its own needs GPUs of its own
-    and counts 0 here.
-    """
-    if stage == "bc":
-        batch, tokens = int(cfg.model.data.validation_ds.global_batch_size), sequence_tokens(stage, cfg)
-        engine = "megatron"
-    else:
-        batch, tokens, engine = int(cfg.rollout.batch_size), sequence_tokens(stage, cfg), str(cfg.rollout.engine)
-    if engine == "trtllm_server":
-        return 0.0
-    element = BF16 if cfg.model.megatron_amp_O2 else FP32
-    parts = int(cfg.model.tensor_model_parallel_size) * int(cfg.model.pipeline_model_parallel_size)
-    cache = 2 * shape.layers * shape.groups * shape.channels * element * tokens * batch / parts
-    return cache + (BF16 * shape.parameters / parts if engine == "trtllm" else 0)
 
 
 def work_of_step(stage: str, cfg: DictConfig, assume: Assumptions) -> Work:
@@ -399,7 +206,7 @@ def work_of_step(stage: str, cfg: DictConfig, assume: Assumptions) -> Work:
 def _seconds(
     stage: str,
     cfg: DictConfig,
-    shape: ModelShape,
+    facts: ModelFacts,
     work: Work,
     hardware: Hardware,
     ranks: int,
@@ -419,7 +226,7 @@ def _seconds(
 
     def compute(per_token: int, count: float) -> tuple[float, float]:
         slow, fast = assume.matmul_efficiency
-        total = per_token * shape.parameters * count
+        total = per_token * parameters_of(facts) * count
         return total / (flops * slow), total / (flops * fast)
 
     phases = {"update": compute(8 if recompute else 6, tokens)}
@@ -427,8 +234,8 @@ def _seconds(
         return {"rollout": (0.0, 0.0), "judge": (0.0, 0.0)} | phases
     batches = math.ceil(work.samples / data / int(cfg.rollout.batch_size))
     element = BF16 if cfg.model.megatron_amp_O2 else FP32
-    cache = 2 * shape.layers * shape.groups * shape.channels * element * sequence_tokens(stage, cfg)
-    read = (element * shape.parameters + cache * int(cfg.rollout.batch_size) / 2) / tensor
+    cache = 2 * facts.num_layers * facts.kv_width * element * longest_row(stage, cfg)
+    read = (element * parameters_of(facts) + cache * int(cfg.rollout.batch_size) / 2) / tensor
     decode = batches * int(cfg.rollout.max_new_tokens) * read / hardware.bandwidth
     prefill = compute(2, work.prompt_tokens)
     passes = 2 if cfg.algorithm.kl_coef and str(cfg.algorithm.kl) != "off" else 1
@@ -461,7 +268,9 @@ def compose_for_plan(stage: str, config_name: str, overrides: list[str]) -> Dict
         raise ConfigError(f"STAGE: a plan is for bc or ampo, got {stage!r}")
     cfg = compose(stage, config_name, overrides)
     for key in OmegaConf.missing_keys(cfg):
-        OmegaConf.update(cfg, key, "-")
+        OmegaConf.update(cfg, key, "http://judge.invalid/v1" if key == "judge.base_url" else "-")
+    if stage == "ampo" and cfg.data.train is None and cfg.data.sotopia_dir is None:
+        cfg.data.train = "-"
     return cfg
 
 
@@ -470,12 +279,12 @@ def lines(plan: Plan) -> list[str]:
     m, w = plan.memory, plan.work
     slow, fast = plan.step_seconds
     limit = HARDWARE[plan.gpu].memory
-    verdict = "fits" if m.total < 0.9 * limit else "is tight" if m.total < limit else "DOES NOT FIT"
+    verdict = "fits" if m.total < HARDWARE[plan.gpu].room else "is tight" if m.total < limit else "DOES NOT FIT"
     out = [
-        f"{plan.stage}: {plan.shape.parameters / 1e9:.3g} G parameters on {plan.ranks} x {plan.gpu} "
+        f"{plan.stage}: {parameters_of(plan.facts) / 1e9:.3g} G parameters on {plan.ranks} x {plan.gpu} "
         f"(tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data})",
         "memory per GPU",
-        *(f"  {name:<12} {value / GB:9.3g} GB  {kind}" for name, value, kind in _rows(m)),
+        *(f"  {name:<12} {value / GB:9.3g} GB" for name, value in m.rows()),
         f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {limit / GB:.0f} GB",
         "one step of the job",
         f"  samples      {w.samples}",
@@ -491,13 +300,3 @@ def lines(plan: Plan) -> list[str]:
     if plan.steps > 0:
         out.append(f"whole stage    {plan.steps} steps, {plan.steps * fast / 3600:.3g} to {plan.steps * slow / 3600:.3g} h")
     return out
-
-
-def _rows(m: Memory) -> list[tuple[str, float, str]]:
-    return [
-        ("weights", m.weights, "counted"),
-        ("gradients", m.gradients, "counted"),
-        ("optimizer", m.optimizer, "counted"),
-        ("activations", m.activations, "estimate"),
-        ("engine", m.engine, "estimate"),
-    ]

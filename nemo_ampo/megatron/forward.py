@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from nemo_aligner.utils.distributed import broadcast_2d_tensor_within_pp
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algo.loss import Totals
@@ -123,4 +122,14 @@ def _logprobs_of(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
         micro_batch_size=tokens_BT.size(0),
         collect_non_loss_data=True,
     )
-    return broadcast_2d_tensor_within_pp(outputs[0] if outputs else None)
+    return _from_last_stage(outputs[0] if outputs else None, (tokens_BT.size(0), tokens_BT.size(1) - 1))
+
+
+def _from_last_stage(logprobs_BT: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+    """What only the last pipeline stage has, float32, on all stages; they know its shape."""
+    if logprobs_BT is None:
+        logprobs_BT = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(logprobs_BT, last, parallel_state.get_pipeline_model_parallel_group())
+    return logprobs_BT

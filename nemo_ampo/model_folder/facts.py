@@ -72,6 +72,10 @@ _HARMLESS = frozenset(
 """Known keys without influence on what the weights compute: special tokens, drawing, labels, training, bookkeeping."""
 
 
+VOCAB_MULTIPLE = 128
+"""Embedding rows in NeMo are a multiple of this: one file serves every tensor-parallel size dividing it."""
+
+
 @dataclass(frozen=True)
 class Llama3Scaling:
     """Scaling of the rotary frequencies by the Llama 3 formula: the four numbers of config.json."""
@@ -125,6 +129,21 @@ class ModelFacts:
     qkv_bias: bool
     dtype: str | None
     init_std: float
+
+    @property
+    def padded_vocab(self) -> int:
+        """Embedding rows in NeMo: ``vocab`` rounded up to :data:`VOCAB_MULTIPLE`."""
+        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def q_width(self) -> int:
+        """Rows of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_groups * self.head_dim
 
     def inverse_frequencies(self) -> list[float]:
         """Turn of each pair of a head's dimensions per position, in radians, after scaling."""

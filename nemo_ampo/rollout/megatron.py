@@ -93,7 +93,7 @@ class MegatronEngine:
         check_equal_on_replica(requests, sampling)
         check_requests(requests, sampling, self.caps)
         finished: dict[int, Response] = {}
-        with inference_mode(self._model), _last_column_only(self._model), _attention_with_mask(self._model):
+        with decoding_mode(self._model):
             for batch in batches_by_length(requests, self.caps.max_batch):
                 for response in self._answer(batch, sampling):
                     finished[response.request_id] = response
@@ -105,7 +105,7 @@ class MegatronEngine:
         """Yield each response of one batch as soon as it is complete."""
         device = torch.cuda.current_device()
         limit = sampling.max_new_tokens
-        cache, logits_BV, padding_B = self._prefill(requests, limit)
+        cache, logits_BV, padding_B = self.prefill(requests, limit)
         draws_BT = uniform_draws([r.seed for r in requests], limit).to(device)
         tokens_BT = torch.zeros((len(requests), limit), dtype=torch.long, device=device)
         logprobs_BT = torch.zeros((len(requests), limit), dtype=torch.float32, device=device)
@@ -131,7 +131,7 @@ class MegatronEngine:
             if survivors.float().mean() < _COMPACT_BELOW:
                 _select_rows(cache, survivors.nonzero().squeeze(1))
                 alive, drawn, padding_B = alive[survivors], drawn[survivors], padding_B[survivors]
-            logits_BV = self._forward(drawn.unsqueeze(1), columns + count, cache, padding_B)
+            logits_BV = self.forward(drawn.unsqueeze(1), columns + count, cache, padding_B)
 
     def _text_stops(self, tokens_BT: torch.Tensor, sampling: SamplingSpec) -> torch.Tensor:
         """Which rows' last tokens complete a stop string, bool [B]."""
@@ -141,7 +141,7 @@ class MegatronEngine:
         texts = [self._decode(ids) for ids in tokens_BT[:, -window:].tolist()]
         return torch.tensor([any(s in text for s in sampling.stop_strings) for text in texts], device=tokens_BT.device)
 
-    def _prefill(
+    def prefill(
         self, requests: Sequence[Request], max_new_tokens: int
     ) -> tuple[InferenceParams, torch.Tensor | None, torch.Tensor]:
         """Fill the cache with all prompts, each distinct one computed once.
@@ -165,18 +165,20 @@ class MegatronEngine:
         begin = 0
         while begin < len(distinct):
             longest = len(distinct[begin])
-            prompts = distinct[begin : begin + max(1, _PREFILL_TOKENS[row_of.device.type] // longest)]
+            prompts = distinct[
+                begin : begin + max(1, _PREFILL_TOKENS["cpu" if row_of.device.type == "cpu" else "cuda"] // longest)
+            ]
             end = begin + len(prompts)
             tokens_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
             chunk = InferenceParams(len(prompts), width)
-            parts.append(self._forward(tokens_BT, width - longest, chunk, padding_U[begin:end]))
+            parts.append(self.forward(tokens_BT, width - longest, chunk, padding_U[begin:end]))
             wanted = ((row_of >= begin) & (row_of < end)).nonzero().squeeze(1)
             _copy_rows(chunk, row_of[wanted] - begin, cache, wanted)
             begin = end
         logits_BV = None if parts[0] is None else torch.cat(parts)[row_of]
         return cache, logits_BV, padding_U[row_of]
 
-    def _forward(
+    def forward(
         self, tokens_BT: torch.Tensor, offset: int, cache: InferenceParams, padding_B: torch.Tensor
     ) -> torch.Tensor | None:
         """Feed columns ``offset ..`` and return the last one's full-vocabulary logits [B, V].
@@ -186,7 +188,7 @@ class MegatronEngine:
         rows, width = tokens_BT.shape
         columns = torch.arange(offset, offset + width, device=tokens_BT.device)
         positions = (columns - padding_B.unsqueeze(1)).clamp(min=0)
-        mask = attention_mask(columns, padding_B) if bool(padding_B.any()) else None
+        mask = attention_mask(offset, width, padding_B) if bool(padding_B.any()) else None
         cache.sequence_len_offset = offset
 
         def forward_step(iterator: Any, model: Any) -> Any:
@@ -225,15 +227,23 @@ class MegatronEngine:
         return tokens, logprobs
 
 
-def attention_mask(columns: torch.Tensor, padding_B: torch.Tensor) -> torch.Tensor:
-    """True where a column may not look, bool [B, 1, T, last column + 1].
+def attention_mask(offset: int, width: int, padding_B: torch.Tensor) -> torch.Tensor:
+    """True where a column, one of T from ``offset`` on, may not look, bool [B, 1, T, offset + T].
 
     A column sees itself and what stands left of it down to its row's padding. A padding column sees only itself: its
     result is never read, but a softmax over nothing would be NaN and spread.
     """
-    seen = torch.arange(int(columns[-1]) + 1, device=columns.device)
+    seen = torch.arange(offset + width, device=padding_B.device)
+    columns = seen[offset:]
     hidden = (seen > columns.unsqueeze(1)) | (seen < padding_B[:, None, None])
     return (hidden & (seen != columns.unsqueeze(1))).unsqueeze(1)
+
+
+@contextmanager
+def decoding_mode(model: Any) -> Iterator[None]:
+    """What a model needs around :meth:`MegatronEngine.prefill` and :meth:`MegatronEngine.forward`."""
+    with inference_mode(model), _last_column_only(model), _attention_with_mask(model):
+        yield
 
 
 @contextmanager

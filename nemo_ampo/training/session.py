@@ -123,6 +123,11 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
     stored = OmegaConf.create(read_model_config(nemo_file))
     for name in ("target", "nemo_version"):
         stored.pop(name, None)
+    fill_config(cfg, run_dir, stored, load_overrides(nemo_file, assets, device), device)
+
+
+def fill_config(cfg: DictConfig, run_dir: Path, stored: DictConfig, overrides: Mapping[str, Any], device: str) -> None:
+    """:func:`prepare_config` with the checkpoint's config, and what this machine wants other of it, at hand."""
     with open_dict(cfg):
         cfg.trainer.accelerator = device
         cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -130,7 +135,7 @@ def prepare_config(cfg: DictConfig, run_dir: Path, nemo_file: str, assets: Path,
         # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
         cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
         remove_overwritten_fields(stored, cfg.model.pop("overwrite_base_config", {}))
-        cfg.model = OmegaConf.merge(stored, cfg.model, load_overrides(nemo_file, assets, device))
+        cfg.model = OmegaConf.merge(stored, cfg.model, overrides)
 
 
 def _unpack_once(nemo_file: Path, run_dir: Path) -> tuple[Path, Path]:
@@ -176,7 +181,7 @@ def open_session(
     cfg: DictConfig,
     algorithm: str,
     model_class: type[Any],
-    nemo_file: str,
+    nemo_file: str | None,
     num_rows: int,
     keep_reference: bool,
     keep: Keep | None = None,
@@ -187,7 +192,7 @@ def open_session(
         cfg: prepared by :func:`prepare_config`.
         algorithm: ``sft`` or ``reinforce``.
         model_class: an Aligner model class.
-        nemo_file: checkpoint the stage starts from.
+        nemo_file: checkpoint the stage starts from; None for new weights.
         num_rows: of the training data.
         keep_reference: keep a copy of the starting weights as the reference policy.
         keep: None neither restores nor saves.
@@ -196,12 +201,15 @@ def open_session(
     # Of the default group and of Megatron's: NeMo passes it on. Lightning takes it in a constructor that NeMo calls without.
     trainer.strategy._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     exp_manager(trainer, cfg.exp_manager)
-    # Unpacked once for all ranks, beside the run: NeMo would do it twice on each, in the system's temporary folder.
-    run_dir = Path(cfg.exp_manager.explicit_log_dir).parent
-    weights, unpacked = _unpack_once(Path(nemo_file), run_dir)
-    with temporary_files_in(run_dir):
-        model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=str(weights))
-    _remove_unpacked([unpacked])
+    if nemo_file is None:
+        model = model_class(cfg.model, trainer)
+    else:
+        # Unpacked once for all ranks, beside the run: NeMo would do it twice on each, in the system's temporary folder.
+        run_dir = Path(cfg.exp_manager.explicit_log_dir).parent
+        weights, unpacked = _unpack_once(Path(nemo_file), run_dir)
+        with temporary_files_in(run_dir):
+            model = load_from_nemo(model_class, cfg.model, trainer, strict=True, restore_path=str(weights))
+        _remove_unpacked([unpacked])
     mask_padded_vocab(model)
     if keep_reference:
         # Taken before the resume: the reference is the checkpoint the stage started from, not the state it stopped in.

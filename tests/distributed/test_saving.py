@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from nemo_process import run_nemo
 
-from nemo_ampo.job.plan import ModelShape, state_bytes
+from nemo_ampo.model_folder.facts import facts_of
+from nemo_ampo.rehearse.sizes import parameters_on, state_bytes
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -58,8 +59,19 @@ def test_there_and_back_through_another_layout_changes_no_bit(results: dict[str,
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_plan_knows_the_states_of_the_fullest_rank(results: dict[str, Any], layout: str) -> None:
     ranks, tensor, pipeline, half = LAYOUTS[layout]
-    shape = ModelShape(layers=2, hidden=64, ffn=96, heads=4, groups=2, channels=16, vocab=640, tied=False, qkv_bias=True)
-    largest = max(shape.parameters_on(stage, tensor, pipeline) for stage in range(pipeline))
+    facts = facts_of(
+        {
+            "model_type": "qwen2",
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 640,
+            "max_position_embeddings": 1024,
+        }
+    )
+    largest = max(parameters_on(facts, stage, tensor, pipeline) for stage in range(pipeline))
     planned = state_bytes(largest, half, ranks // tensor // pipeline)
     measured = results[layout]["memory"]
     for name, value in zip(("weights", "gradients", "optimizer"), planned, strict=True):

@@ -18,7 +18,7 @@ ROOMS = (
     *("text", "speech", "errors", "types", "ranges", "overrides", "files", "ranks"),
     *("output", "reply", "prompts", "model_folder", "data", "compat"),
     *("chat", "serve", "world", "algo", "run", "megatron", "rollout", "judge", "step", "checkpoint", "training"),
-    *("dialogue", "sotopia", "evaluate", "config", "job", "report", "generate", "commands"),
+    *("dialogue", "sotopia", "evaluate", "config", "rehearse", "job", "report", "generate", "commands"),
 )
 """The folders of ``nemo_ampo`` and the files beside them; each may import those before it."""
 

@@ -1,17 +1,32 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_hf import make_config
 
 from converters import llama, qwen2
 from converters.families import FAMILIES
-from converters.mapping import ModelShape, bind, check_names, stacked_dims
-from converters.model_config import model_shape
+from converters.mapping import bind, check_names, stacked_dims
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import facts_of
 
-SHAPE = ModelShape(num_layers=2, hidden=8, ffn=12, num_heads=4, num_groups=2, head_dim=3, vocab=130, tied=False)
+SHAPE = replace(
+    facts_of(
+        {
+            "model_type": "llama",
+            "num_hidden_layers": 2,
+            "hidden_size": 8,
+            "intermediate_size": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 130,
+            "max_position_embeddings": 64,
+        }
+    ),
+    head_dim=3,  # an odd one has no rotation, but a place in every table
+)
 
 
 def random_weights(rows, shape):
@@ -29,7 +44,7 @@ def test_tables_name_exactly_the_weights_of_the_transformers_model(family: str, 
 
     config = make_config(family, tied)
     model = AutoModelForCausalLM.from_config(config)
-    shape = model_shape(facts_of(config.to_dict()))
+    shape = facts_of(config.to_dict())
     mapped = {
         name: dims
         for b in bind(FAMILIES[family].rows, shape)
@@ -60,7 +75,7 @@ def test_vocabulary_is_padded_to_128_whatever_the_parallel_size() -> None:
 
 
 def test_a_tied_model_has_no_output_layer() -> None:
-    tied = ModelShape(**{**SHAPE.__dict__, "tied": True})
+    tied = replace(SHAPE, tied=True)
     keys = {b.key for b in bind(llama.ROWS, SHAPE)} - {b.key for b in bind(llama.ROWS, tied)}
     assert keys == {"output_layer.weight"}
 

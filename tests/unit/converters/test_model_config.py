@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny_hf import LLAMA3_ROPE, make_config
 
-from converters.model_config import ARCHITECTURE_KEYS, check_architecture, model_shape, nemo_config, rope_config
+from converters.model_config import ARCHITECTURE_KEYS, check_architecture, nemo_config, rope_config
 from nemo_ampo.checkpoint.nemo_file import add_assets
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import ModelFacts, facts_of
@@ -55,7 +55,7 @@ def test_qwen_keys() -> None:
 
 def test_head_dim_of_the_config_wins_over_the_quotient() -> None:
     assert convert("llama", head_dim=24)["kv_channels"] == 24
-    assert model_shape(facts("llama", head_dim=24)).q_width == 96
+    assert facts("llama", head_dim=24).q_width == 96
 
 
 def test_real_vocabularies_need_no_padding_beyond_128() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,8 @@ from typer.testing import CliRunner
 
 from nemo_ampo.commands.cli import make_app
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.job.plan import (
-    SHAPES,
-    Assumptions,
-    ModelShape,
-    checkpoint_bytes,
-    compose_for_plan,
-    lines,
-    make_plan,
-    shape_of,
-    state_bytes,
-)
+from nemo_ampo.job.plan import Assumptions, checkpoint_bytes, compose_for_plan, lines, make_plan, model_of
+from nemo_ampo.rehearse.sizes import MODELS, parameters_of
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -34,59 +24,38 @@ SMOLLM2 = {
 }
 
 
-def test_published_parameter_counts() -> None:
-    assert SHAPES["smollm2_135m"].parameters == 134_515_008
-    # Qwen2.5-7B has 7,615,616,512 with its 152,064 rows; Llama-3.1-8B 8,030,261,248.
-    assert SHAPES["qwen2.5_7b"].parameters == 7_615_616_512
-    assert SHAPES["llama3.1_8b"].parameters == 8_030_261_248
-
-
-def test_a_small_model_counted_by_hand() -> None:
-    shape = ModelShape(layers=2, hidden=4, ffn=6, heads=2, groups=1, channels=2, vocab=8, tied=False, qkv_bias=True)
-    layer = (8 * 4 + 8) + 4 * 4 + 3 * 4 * 6 + 2 * 4  # qkv with bias, projection, MLP, two norms
-    assert shape.parameters == 2 * layer + 2 * 8 * 4 + 4
-    assert replace(shape, tied=True).parameters == 2 * layer + 8 * 4 + 4
-    # Two stages: the first has the embedding, the last the output layer (of a tied model, its copy) and the norm.
-    assert shape.parameters_on(0, 1, 2) == layer + 8 * 4
-    assert shape.parameters_on(1, 1, 2) == replace(shape, tied=True).parameters_on(1, 1, 2) == layer + 8 * 4 + 4
-    # Tensor parallelism splits matrices and biases, not norms.
-    assert shape.parameters_on(0, 2, 1) == 2 * ((layer - 8) // 2 + 8) + 2 * 16 + 4
-
-
-def test_bytes_per_parameter() -> None:
-    assert state_bytes(1000, half=True, data=4) == (2000, 4000, 12 * 1000 / 4)
-    assert state_bytes(1000, half=False, data=1) == (4000, 4000, 8000)
-    n = SHAPES["tiny"].parameters
-    assert checkpoint_bytes(SHAPES["tiny"], half=True) == (14 * n, 2 * n)
-    assert checkpoint_bytes(SHAPES["tiny"], half=False) == (16 * n, 4 * n)
+def test_bytes_of_a_checkpoint() -> None:
+    n = parameters_of(MODELS["tiny"])
+    assert checkpoint_bytes(MODELS["tiny"], half=True) == (14 * n, 2 * n)
+    assert checkpoint_bytes(MODELS["tiny"], half=False) == (16 * n, 4 * n)
 
 
 def test_shapes_from_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     for source in (tmp_path, tmp_path / "config.json"):
-        assert shape_of(source, "anything") == SHAPES["smollm2_135m"]
+        assert parameters_of(model_of(source, "anything")) == parameters_of(MODELS["smollm2_135m"])
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {"model_type": "qwen2", "vocab_size": 151_665}))
-    shape = shape_of(tmp_path, "")
-    assert shape.qkv_bias and shape.vocab == 151_680
+    shape = model_of(tmp_path, "")
+    assert shape.qkv_bias and shape.padded_vocab == 151_680
     with pytest.raises(UserError, match="--model: needed for --config-name mine"):
-        shape_of(None, "mine")
+        model_of(None, "mine")
     with pytest.raises(UserError, match=r"--model .*absent: no such file"):
-        shape_of(tmp_path / "absent", "")
+        model_of(tmp_path / "absent", "")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"--model .*model_type None is not supported"):
-        shape_of(tmp_path, "")
+        model_of(tmp_path, "")
 
 
 def test_every_shipped_training_config_has_a_plan() -> None:
     for stage in ("bc", "ampo"):
-        for name in SHAPES:
-            plan = make_plan(stage, compose_for_plan(stage, name, []), SHAPES[name], 8 if "b" in name[-2:] else 1)
+        for name in ("tiny", "smollm2_135m", "qwen2.5_7b", "llama3.1_8b"):
+            plan = make_plan(stage, compose_for_plan(stage, name, []), MODELS[name], 8 if "b" in name[-2:] else 1)
             assert plan.memory.total > 0 and 0 < plan.step_seconds[1] <= plan.step_seconds[0]
             assert (plan.work.judge_calls > 0) == (stage == "ampo")
 
 
 def test_what_grows_with_what() -> None:
-    shape, name = SHAPES["qwen2.5_7b"], "qwen2.5_7b"
+    shape, name = MODELS["qwen2.5_7b"], "qwen2.5_7b"
 
     def plan(*overrides: str, ranks: int = 8):  # type: ignore[no-untyped-def]
         return make_plan("ampo", compose_for_plan("ampo", name, list(overrides)), shape, ranks)
@@ -97,15 +66,16 @@ def test_what_grows_with_what() -> None:
     assert plan(ranks=16).memory.optimizer == base.memory.optimizer / 2
     assert plan(ranks=16).memory.weights == base.memory.weights
     assert plan(ranks=16).checkpoint_bytes == base.checkpoint_bytes
+    halved = plan("model.tokens_per_micro_batch=16384").memory
+    assert 2 * halved.activations == base.memory.activations
     # All but the stretch of logits that the loss works on, at most 0.3 GB.
-    halved = plan("model.micro_batch_size=2").memory.activations
-    assert 0 < 2 * halved - base.memory.activations < 0.3e9
+    assert 0 < 2 * halved.loss - base.memory.loss < 0.3e9
     assert plan("model.activations_checkpoint_granularity=full").memory.activations < base.memory.activations
     native, server = plan("rollout.engine=megatron").memory, plan("rollout.engine=trtllm_server").memory
     inside = plan("rollout.engine=trtllm", "rollout.trtllm.unload_during_training=false").memory
     assert inside.engine > native.engine > server.engine == 0
     assert inside.total == pytest.approx(
-        inside.weights + inside.gradients + inside.optimizer + inside.activations + inside.engine
+        inside.weights + inside.gradients + inside.optimizer + inside.activations + inside.loss + inside.engine
     )
     assert native.total < inside.total
     assert plan("checkpoint.keep_best=3").disk_bytes == base.disk_bytes + 2 * base.weights_only_bytes
@@ -118,24 +88,24 @@ def test_what_grows_with_what() -> None:
 
 def test_a_layout_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide"):
-        make_plan("ampo", compose_for_plan("ampo", "qwen2.5_7b", []), SHAPES["qwen2.5_7b"], 6)
+        make_plan("ampo", compose_for_plan("ampo", "qwen2.5_7b", []), MODELS["qwen2.5_7b"], 6)
     with pytest.raises(ConfigError, match=r"model\.tensor_model_parallel_size: 4 does not divide num_attention_heads=9"):
         make_plan(
             "ampo",
             compose_for_plan("ampo", "smollm2_135m", ["model.tensor_model_parallel_size=4"]),
-            SHAPES["smollm2_135m"],
+            MODELS["smollm2_135m"],
             4,
         )
     with pytest.raises(ConfigError, match="STAGE: a plan is for bc or ampo"):
         compose_for_plan("evaluate", "tiny", [])
     with pytest.raises(ConfigError, match="--gpu: expected one of h100, h200, a100"):
-        make_plan("bc", compose_for_plan("bc", "tiny", []), SHAPES["tiny"], 1, gpu="tpu")
+        make_plan("bc", compose_for_plan("bc", "tiny", []), MODELS["tiny"], 1, gpu="tpu")
 
 
 def test_the_command_prints_the_plan() -> None:
     result = CliRunner().invoke(make_app(), ["plan", "ampo", "--config-name", "qwen2.5_7b", "--gpus", "8"])
     assert result.exit_code == 0, result.output
-    expected = lines(make_plan("ampo", compose_for_plan("ampo", "qwen2.5_7b", []), SHAPES["qwen2.5_7b"], 8))
+    expected = lines(make_plan("ampo", compose_for_plan("ampo", "qwen2.5_7b", []), MODELS["qwen2.5_7b"], 8))
     assert result.output.splitlines() == expected
     assert "7.62 G parameters on 8 x h100 (tensor 4, pipeline 1, data 2)" in expected[0]
-    assert any(line.split() == ["optimizer", "11.4", "GB", "counted"] for line in expected)
+    assert any(line.split() == ["optimizer", "11.4", "GB"] for line in expected)
