@@ -83,7 +83,8 @@ def rehearse_rank(plan: Rehearsal, rank: int) -> RankReport:
 def _carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: float) -> RankReport:
     from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel
 
-    from nemo_ampo.config.stages import STAGES, read_config
+    from nemo_ampo.config.reading import read_config
+    from nemo_ampo.config.stages import STAGES
     from nemo_ampo.rehearse import stage
     from nemo_ampo.rehearse.ledger import Ledger
     from nemo_ampo.training.actor import AmpoActor

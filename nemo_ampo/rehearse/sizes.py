@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.model_folder.facts import ModelFacts, facts_of
 from nemo_ampo.megatron import STRETCH_ELEMENTS
+from nemo_ampo.model_folder.facts import ModelFacts, facts_of
 
 GB = 1e9
 FP32, BF16 = 4, 2
