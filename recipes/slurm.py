@@ -269,12 +269,12 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
         ConfigError: a stage's configuration or the starting checkpoint is wrong.
     """
     from nemo_ampo.config.compose import compose
-    from nemo_ampo.job.plan import checkpoint_bytes, kept_bytes, shape_of
+    from nemo_ampo.job.plan import checkpoint_bytes, kept_bytes, model_of
 
     if recipe.data.world:
         return 1e9  # the job itself makes the tiny checkpoint; there is nothing to count yet
     try:
-        shape = shape_of(start_of(recipe), "")
+        facts = model_of(start_of(recipe), "")
     except UserError as error:
         raise ConfigError(f"checkpoint: {str(error).removeprefix('--model ')}") from None
     total = 0.0
@@ -284,8 +284,8 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
             cfg = compose(name, stage.config, stage.overrides)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        _, weights = checkpoint_bytes(shape, bool(cfg.model.megatron_amp_O2))
-        total += kept_bytes(cfg, shape) + weights * (1 + (name == "bc") + (name in recipe.evaluate.policies))
+        _, weights = checkpoint_bytes(facts, bool(cfg.model.megatron_amp_O2))
+        total += kept_bytes(cfg, facts) + weights * (1 + (name == "bc") + (name in recipe.evaluate.policies))
     written = sum(path.stat().st_size for path in Path(recipe.run_dir).rglob("*") if path.is_file())
     return max(0.0, total - written)
 

@@ -160,7 +160,7 @@ def make_plan(
         memory=memory,
         checkpoint_bytes=full,
         weights_only_bytes=weights_only,
-        disk_bytes=kept_bytes(cfg, shape),
+        disk_bytes=kept_bytes(cfg, facts),
         work=work,
         seconds=seconds | {"checkpoint": (full / slow, full / fast)},
         steps=_steps(stage, cfg),
@@ -181,9 +181,9 @@ def checkpoint_bytes(facts: ModelFacts, half: bool) -> tuple[float, float]:
     return weights + (FP32 + ADAM_BYTES) * parameters_of(facts), weights
 
 
-def kept_bytes(cfg: DictConfig, shape: ModelShape) -> float:
+def kept_bytes(cfg: DictConfig, facts: ModelFacts) -> float:
     """Largest amount at one time: what is kept, one more while it is written, and the final ``.nemo`` twice (packing)."""
-    full, weights_only = checkpoint_bytes(shape, bool(cfg.model.megatron_amp_O2))
+    full, weights_only = checkpoint_bytes(facts, bool(cfg.model.megatron_amp_O2))
     last, best = int(cfg.checkpoint.keep_last), int(cfg.checkpoint.keep_best)
     whole = min(last, 2)
     return full * (whole + 1) + weights_only * (last - whole + best + 2)

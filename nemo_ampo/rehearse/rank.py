@@ -73,7 +73,7 @@ def prepare(on_gpu: bool) -> None:
 
 def rehearse_rank(plan: Rehearsal, rank: int) -> RankReport:
     """Carry out the stage as this rank; once per process."""
-    began = time.monotonic()
+    began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="rehearse-") as folder, without_values():
         set_rank(rank, plan.nodes * plan.gpus, plan.gpus)
         recorder.device = device = "gpu" if plan.on_gpu else "cpu"
@@ -129,4 +129,4 @@ def _carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: f
             decoding = stage.decoding(model, limits.batch_size, limits.max_prompt_tokens, limits.max_new_tokens, watch)
     parameters = sum(p.numel() for module in model.get_model_module_list() for p in module.parameters())
     own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return RankReport(rank, parameters, passes, decoding, time.monotonic() - began, own_bytes)
+    return RankReport(rank, parameters, passes, decoding, time.process_time() - began, own_bytes)

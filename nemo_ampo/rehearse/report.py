@@ -34,7 +34,7 @@ class RankReport:
         parameters: it holds.
         passes: by the share that the rows' length was of the longest.
         decoding: of the engine in the training processes; None for another.
-        seconds: it took.
+        seconds: of a core that it took.
         own_bytes: of the host that the process took itself.
     """
 
