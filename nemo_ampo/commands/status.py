@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, checkpoint_step, read_plan, resolved_config
-from nemo_ampo.report.training.inputs import read_metrics
+from nemo_ampo.report.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nemo_ampo.report.training.inputs import Series
+from nemo_ampo.report.training.metrics_log import Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

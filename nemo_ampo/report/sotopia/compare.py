@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
+from nemo_ampo.report.sotopia.figures import RANGES, Bar, mode_colour
 from nemo_ampo.report.sotopia.overview import check_same_view, unlike
-from nemo_ampo.report.sotopia.page import (
-    COLUMN_TITLES,
-    RANGES,
-    Bar,
-    Written,
-    judge_title,
-    mode_colour,
-    mode_title,
-    render_template,
-    write_files,
-)
+from nemo_ampo.report.sotopia.page import Written, judge_title, render_template, write_files
+from nemo_ampo.report.sotopia.titles import COLUMN_TITLES, mode_title
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan
 from nemo_ampo.sotopia.tally import MODE_IDS, shares

@@ -14,19 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
 from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
-from nemo_ampo.report.sotopia.page import (
-    ABSENT,
-    Figure,
-    Written,
-    judge_title,
-    mode_colour,
-    mode_title,
-    render_template,
-    with_interval,
-    with_suffix,
-    write_files,
-)
-from nemo_ampo.report.training.inputs import Series
+from nemo_ampo.report.sotopia.figures import Figure, mode_colour
+from nemo_ampo.report.sotopia.page import Written, judge_title, render_template, with_suffix, write_files
+from nemo_ampo.report.sotopia.titles import ABSENT, mode_title, with_interval
+from nemo_ampo.report.training.metrics_log import Series
 from nemo_ampo.sotopia.dimensions import OVERALL
 from nemo_ampo.sotopia.statistics import Estimate
 from nemo_ampo.sotopia.summary import SUBSETS, RunSummary, without_nan

@@ -13,7 +13,6 @@ import csv
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -26,14 +25,23 @@ from nemo_ampo.errors import FormatError, UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.output.lock import hold_output
 from nemo_ampo.reply.grammar import parse_reply
-from nemo_ampo.reply.modes import MODES, NO_MODE
-from nemo_ampo.report.plots import Layer, Line, area_chart, line_chart
-from nemo_ampo.report.training.charts import BROKEN
-from nemo_ampo.report.training.inputs import Series
+from nemo_ampo.reply.modes import MODES
+from nemo_ampo.report.sotopia.figures import (
+    RANGES,
+    Bar,
+    _bar,
+    _shown_counts,
+    figures,
+    forest,
+    mode_bars,
+    mode_colour,
+    switch_rows,
+)
+from nemo_ampo.report.sotopia.titles import ABSENT, COLUMN_TITLES, PAIRING_TITLES, VIEW_NOTES, mode_title, with_interval
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
-from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, Tally, policy_seats, shares, switches_from
+from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, policy_seats, shares
 from nemo_ampo.text import printable
 
 if TYPE_CHECKING:
@@ -45,24 +53,6 @@ CSV_COLUMNS = (
     *("view", "judge", "subset", "role", "dimension", "mean", "low", "high", "std"),
     *("episodes", "scenarios", "partial"),
 )
-COLUMN_TITLES = {
-    OVERALL: "overall",
-    **{name: name.replace("_", " ") for name in DIMENSIONS},
-    "financial_and_material_benefits": "financial benefits",
-}
-RANGES = {OVERALL: (-25 / 7, 40 / 7), **DIMENSIONS}
-"""Smallest and largest value of each column; overall is the mean of the seven."""
-PAIRING_TITLES = {
-    "self_play": "self-play",
-    "partner": "against a partner model, both seats",
-    "vs_base": "against its own base model, both seats",
-    "api": "one API model against another",
-}
-VIEW_NOTES = {
-    "sotopia": "each character knew what its relationship to the other lets it know",
-    "reference": "each character was shown the other's secrets and hints, as in the authors' code",
-}
-ABSENT = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -170,53 +160,7 @@ def status_lines(summary: RunSummary) -> list[str]:
     return lines
 
 
-def with_interval(e: Estimate) -> str:
-    """``3.52 [3.31, 3.70]``; a dash for the mean of nothing."""
-    if e.mean != e.mean:
-        return ABSENT
-    return f"{e.mean:.2f}" if e.low != e.low else f"{e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]"
-
-
-def mode_title(mode: int) -> str:
-    """For legends and badges."""
-    return f"mode {mode}" if mode else BROKEN
-
-
 # --- page -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One row of a forest plot, in percent of the plot's width.
-
-    Attributes:
-        label, text: left and right of the bar.
-        at, low, high: position of the mean and of the interval's ends.
-        colour: CSS variable without its dashes.
-    """
-
-    label: str
-    text: str
-    at: float
-    low: float
-    high: float
-    colour: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn chart.
-
-    Attributes:
-        title, unit: above it.
-        svg: trusted markup, made of numbers only.
-        legend: label and CSS variable.
-    """
-
-    title: str
-    unit: str
-    svg: str
-    legend: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -385,23 +329,6 @@ def headlines(summary: RunSummary) -> list[Headline]:
     return cards
 
 
-def forest(summary: RunSummary, subset: str) -> list[Bar]:
-    """Every column's mean and interval inside its range."""
-    estimates: dict[str, Estimate] = getattr(summary.subsets[subset], summary.role)
-    return [_bar(column, estimates[column], "text" if column == OVERALL else "series-1") for column in COLUMNS]
-
-
-def _bar(column: str, e: Estimate, colour: str) -> Bar:
-    low, high = RANGES[column]
-
-    def place(value: float) -> float:
-        return 100 * (value - low) / (high - low)
-
-    known = e.low == e.low
-    ends = (place(e.low), place(e.high)) if known else (place(e.mean), place(e.mean))
-    return Bar(COLUMN_TITLES[column], with_interval(e), place(e.mean), *ends, colour)
-
-
 def seed_rows(summary: RunSummary) -> list[tuple[int, str, str, str, str]]:
     """Seed, then goal and overall of all and hard in the headline's role; empty with a single seed."""
     by_seed = {name: summary.subsets[name].by_seed for name in SUBSETS}
@@ -414,95 +341,6 @@ def seed_rows(summary: RunSummary) -> list[tuple[int, str, str, str, str]]:
         cells = [means[name].get(column) for column in ("goal", OVERALL) for name in SUBSETS]
         rows.append((seed, *(ABSENT if value is None else f"{value:.2f}" for value in cells)))
     return rows  # type: ignore[return-value]
-
-
-def mode_colour(mode: int) -> str:
-    """CSS variable of a mode."""
-    return f"mode-{mode}" if mode != NO_MODE else "bad"
-
-
-def mode_bars(counts: Tally) -> list[tuple[str, int, dict[int, float]]]:
-    """Label, number of turns and mode shares: all, hard, then each relationship."""
-    groups = [("all that were played", counts.mode_by_subset["all"]), ("hard episodes", counts.mode_by_subset["hard"])]
-    groups += [(RELATIONSHIPS[r], counts.mode_by_relationship[r]) for r in sorted(counts.mode_by_relationship)]
-    return [(label, sum(count.values()), shares(count)) for label, count in groups if count]
-
-
-def figures(counts: Tally) -> list[Figure]:
-    """Charts over turns that have something to show."""
-    found = []
-    turns = sorted(counts.mode_by_turn)
-    if turns:
-        by_turn = [shares(counts.mode_by_turn[turn]) for turn in turns]
-        layers = [
-            Layer(mode_title(k), mode_colour(k), tuple(mix[k] for mix in by_turn))
-            for k in MODE_IDS
-            if any(mix[k] for mix in by_turn)
-        ]
-        legend = tuple((layer.label, layer.colour) for layer in layers)
-        found.append(Figure("Modes by turn", "share of the policy's turns", area_chart(turns, layers, percent=True), legend))
-    if counts.tokens:
-        steps = tuple(sorted(counts.tokens_by_turn))
-        means = tuple(counts.tokens_by_turn[turn][0] / counts.tokens_by_turn[turn][1] for turn in steps)
-        line = Line("policy", "series-1", Series(steps, means), markers=True)
-        found.append(
-            Figure("Tokens by turn", "mean per reply of the policy", line_chart([line], bottom=0), (("policy", "series-1"),))
-        )
-    depths = depth_changes(counts)
-    if depths:
-        found.append(_depth_figure(depths))
-    if counts.tokens_by_turn:
-        steps = tuple(sorted(counts.tokens_by_turn))
-        alive = tuple(float(counts.tokens_by_turn[turn][1]) for turn in steps)
-        line = Line("turns", "series-2", Series(steps, alive), markers=True)
-        found.append(
-            Figure(
-                "How long they talk",
-                "policy's utterances at each turn",
-                line_chart([line], bottom=0),
-                (("utterances", "series-2"),),
-            )
-        )
-    return found
-
-
-DEPTH_CHANGES = {1: ("deeper", "series-1"), 0: ("as deep", "series-2"), -1: ("less deep", "series-3")}
-
-
-def depth_changes(counts: Tally) -> dict[int, dict[int, float]]:
-    """Turn index to the shares of deeper (1), equal (0) and shallower (-1) modes at the same speaker's next turn.
-
-    Broken replies have no depth and are left out.
-    """
-    found = {}
-    for turn, switches in sorted(counts.switches_by_turn.items()):
-        changes: Counter[int] = Counter()
-        for (mode, following), number in switches.items():
-            if NO_MODE not in (mode, following):
-                changes[(following > mode) - (following < mode)] += number
-        if changes:
-            found[turn] = {change: changes[change] / changes.total() for change in DEPTH_CHANGES}
-    return found
-
-
-def _depth_figure(depths: Mapping[int, Mapping[int, float]]) -> Figure:
-    turns = tuple(depths)
-    lines = [
-        Line(name, colour, Series(turns, tuple(depths[turn][change] for turn in turns)), markers=True)
-        for change, (name, colour) in DEPTH_CHANGES.items()
-    ]
-    chart = line_chart(lines, percent=True, bottom=0)
-    return Figure("How the mode moves on", "from each turn to the same speaker's next", chart, tuple(DEPTH_CHANGES.values()))
-
-
-def switch_rows(counts: Tally) -> list[tuple[int, int, dict[int, float]]]:
-    """Mode, number of turns that were followed by another, shares of the next mode."""
-    rows = [(k, switches_from(counts.switches, k)) for k in MODE_IDS]
-    return [(k, sum(following.values()), shares(following)) for k, following in rows if following]
-
-
-def _shown_counts(counts: Mapping[str, int], total: int) -> list[tuple[str, int, float]]:
-    return [(name.replace("_", " "), number, number / total) for name, number in sorted(counts.items(), key=lambda e: -e[1])]
 
 
 def dialogue_view(shown: Shown) -> DialogueView:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nemo_ampo.reply.modes import MODES
-from nemo_ampo.report.training.inputs import MetricsLog, Series
+from nemo_ampo.report.training.metrics_log import MetricsLog, Series
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemo_ampo.reply.modes import MODES
 from nemo_ampo.report.plots import SERIES_COLOURS, Layer, Line, area_chart, bar_chart, line_chart
-from nemo_ampo.report.training.inputs import MetricsLog, Series
+from nemo_ampo.report.training.metrics_log import MetricsLog, Series
 
 BROKEN = "broken format"
 _MODE_TERM_LABELS = {

@@ -9,283 +9,40 @@ memory.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import DataError
-from nemo_ampo.files import disk_errors, is_torn, read_record, stream_jsonl
+from nemo_ampo.files import disk_errors, read_record
 from nemo_ampo.job.attempts import resolved_config
 from nemo_ampo.output.outcome import PARTIAL_FOLDER
-from nemo_ampo.reply.modes import MODES, NO_MODE
+from nemo_ampo.reply.modes import MODES
+from nemo_ampo.report.training.metrics_log import DAMAGED, METRICS_FILE, MetricsLog, read_metrics
+from nemo_ampo.report.training.numbers import is_number, is_whole
+from nemo_ampo.report.training.samples import (
+    ALL_TAGS,
+    ROLLOUTS_FILE,
+    RolloutSamples,
+    ShownSample,
+    read_rollouts,
+    shown_sample,
+)
 from nemo_ampo.run.runlog import log_hashes
 from nemo_ampo.text import one_line
 
-METRICS_FILE = "metrics.jsonl"
-ROLLOUTS_FILE = "rollouts.jsonl"
 PROVENANCE_FILE = "provenance.json"
 EVALUATIONS_FOLDER = "evaluate"
 CHECKPOINT_ORDER = ("base", "bc", "ampo")
 """Evaluations of these names come first and in this order, further ones by name."""
 
-ALL_TAGS = "all"
-KINDS = ("train", "val")
-DAMAGED = "; the file was damaged or edited"
-NO_TAG = ""
-"""Stands for the label of samples that have none."""
-
 
 # --- metrics --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Series:
-    """One metric over the steps at which it was logged.
-
-    Attributes:
-        steps: ascending.
-        values: finite numbers, one per step.
-    """
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __bool__(self) -> bool:
-        """True when there is at least one point."""
-        return bool(self.steps)
-
-    def ends(self) -> tuple[float, float]:
-        """Mean over the first and over the last tenth of the points, at least one point each."""
-        count = max(1, len(self.values) // 10)
-        return math.fsum(self.values[:count]) / count, math.fsum(self.values[-count:]) / count
-
-
-@dataclass(frozen=True)
-class MetricsLog:
-    """Lines of a ``metrics.jsonl`` by kind (``train``, ``val``), ascending in step.
-
-    Attributes:
-        lines: step and numbers of each.
-        problems: what of the file is not as it was written, in words.
-    """
-
-    lines: Mapping[str, tuple[tuple[int, Mapping[str, float]], ...]]
-    problems: tuple[str, ...] = ()
-
-    def series(self, name: str, kind: str = "train") -> Series:
-        """The points of one metric; empty when it was never logged."""
-        points = [
-            (step, values[name]) for step, values in self.lines.get(kind, ()) if math.isfinite(values.get(name, math.nan))
-        ]
-        return Series(tuple(step for step, _ in points), tuple(value for _, value in points))
-
-    def counts(self, name: str, kind: str = "train") -> Series:
-        """A metric that is left out where it is zero, at every logged step."""
-        lines = self.lines.get(kind, ())
-        return Series(tuple(step for step, _ in lines), tuple(values.get(name, 0.0) for _, values in lines))
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Names that begin with ``prefix``, in order of first appearance."""
-        seen = (name for lines in self.lines.values() for _, values in lines for name in values)
-        return [name for name in dict.fromkeys(seen) if name.startswith(prefix)]
-
-    @property
-    def num_steps(self) -> int:
-        """Number of training lines."""
-        return len(self.lines.get("train", ()))
-
-
-def read_metrics(path: Path) -> MetricsLog:
-    """A ``metrics.jsonl``.
-
-    Raises:
-        DataError: a line that no run writes: without a ``step`` or a known ``kind``, with a metric that is no number, or
-            with a step that another line has or that comes too early.
-    """
-    lines: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
-    for where, row in stream_jsonl(path):
-        step, kind = row.get("step"), row.get("kind")
-        if not is_whole(step) or kind not in KINDS:
-            raise DataError(
-                f"{where}: needs an integer 'step' and a 'kind' ({' or '.join(KINDS)}), got {step!r} and {kind!r}{DAMAGED}"
-            )
-        values = {name: value for name, value in row.items() if name not in ("step", "kind")}
-        for name, value in values.items():
-            if not is_number(value):
-                raise DataError(f"{where}, metric {name!r}: not a number: {value!r}{DAMAGED}")
-        before = lines.setdefault(kind, [])
-        if before and step <= before[-1][0]:
-            raise DataError(f"{where}: {kind} step {step} after step {before[-1][0]}{DAMAGED}")
-        before.append((step, values))
-    return MetricsLog(
-        {kind: tuple(rows) for kind, rows in lines.items()}, (*_torn(path), *_gaps(path, lines.get("train", [])))
-    )
-
-
-def _torn(path: Path) -> list[str]:
-    return [f"{path.name}: the last line was not written whole and is left out."] if is_torn(path) else []
-
-
-def _gaps(path: Path, lines: Sequence[tuple[int, Any]]) -> list[str]:
-    """Steps that a run has trained, because later ones are there, and the log does not know."""
-    expected, missing = 0, []
-    for step, _ in lines:
-        if step > expected:
-            missing.append(f"{expected}" if step == expected + 1 else f"{expected} to {step - 1}")
-        expected = step + 1
-    return [f"{path.name}: the lines of steps {', '.join(missing[:5])} are missing."] if missing else []
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """A finite number; JSON's true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """A count or a step."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
 # --- samples --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShownSample:
-    """One reply as the page shows it; None where the log says nothing.
-
-    Attributes:
-        row_id: of the dialogue turn.
-        tag: label of the turn, :data:`NO_TAG` without one.
-        mode: 1..4, 0 when the reply breaks the grammar.
-        text: the whole decoded reply.
-        dialogue: what the reply answers.
-        step: of training; None for an evaluation.
-        reward, goal, length: the reward and its two factors.
-        advantage: what the update saw.
-        agent1_score, agent2_score: the judge's verdict, 0..10.
-        num_tokens, answer_tokens: of the whole reply, of the spoken answer.
-        format_rule: first rule a broken reply violates.
-        judge_error: how the judge failed.
-    """
-
-    row_id: str
-    tag: str
-    mode: int
-    text: str
-    dialogue: str | None = None
-    step: int | None = None
-    reward: float | None = None
-    goal: float | None = None
-    length: float | None = None
-    advantage: float | None = None
-    agent1_score: float | None = None
-    agent2_score: float | None = None
-    num_tokens: int | None = None
-    answer_tokens: int | None = None
-    format_rule: str | None = None
-    judge_error: str | None = None
-
-
-_NUMBERS = ("reward", "goal", "length", "advantage", "agent1_score", "agent2_score")
-_COUNTS = ("step", "num_tokens", "answer_tokens")
-_TEXTS = ("dialogue", "format_rule", "judge_error")
-
-
-def shown_sample(row: Mapping[str, Any], where: str) -> ShownSample:
-    """A line of ``rollouts.jsonl`` or a sample of an evaluation.
-
-    Raises:
-        DataError: not an object, or a field is absent or not what a run writes there.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object{DAMAGED}")
-
-    def check(name: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise DataError(
-                f"{where}, field {name!r}: expected {expected}, got {one_line(repr(row.get(name)), 60)}{DAMAGED}"
-            )
-
-    for name in ("row_id", "text"):
-        check(name, isinstance(row.get(name), str), "str")
-    check("mode", is_whole(row.get("mode")) and row["mode"] in (NO_MODE, *MODES), f"int from 0 to {max(MODES)}")
-    check("tag", row.get("tag") is None or isinstance(row["tag"], str), "str or null")
-    for names, fits, expected in (
-        (_NUMBERS, is_number, "a finite number or null"),
-        (_COUNTS, is_whole, "a count or null"),
-        (_TEXTS, lambda value: isinstance(value, str), "str or null"),
-    ):
-        for name in names:
-            check(name, row.get(name) is None or fits(row[name]), expected)
-    return ShownSample(
-        row_id=row["row_id"],
-        tag=row.get("tag") or NO_TAG,
-        mode=row["mode"],
-        text=row["text"],
-        **{name: row.get(name) for name in (*_NUMBERS, *_COUNTS, *_TEXTS)},
-    )
-
-
-@dataclass(frozen=True)
-class EarlyAndLate:
-    """The first sample of a mode from the first quarter of a run and the last one from its last quarter."""
-
-    mode: int
-    early: ShownSample | None
-    late: ShownSample | None
-
-
-@dataclass(frozen=True)
-class RolloutSamples:
-    """Samples picked from a ``rollouts.jsonl``.
-
-    Attributes:
-        by_tag: for each label, most frequent first: one entry per mode that occurs, broken replies (0) last.
-        left_out_tags: number of further labels.
-        problems: what of the file is not as it was written, in words.
-    """
-
-    by_tag: Mapping[str, tuple[EarlyAndLate, ...]]
-    left_out_tags: int
-    problems: tuple[str, ...] = ()
-
-
-def read_rollouts(path: Path, max_tags: int = 4) -> RolloutSamples:
-    """Pick samples from a ``rollouts.jsonl`` in one pass.
-
-    Raises:
-        DataError: a line lacks a field that the page needs.
-    """
-    first: dict[tuple[str, int], ShownSample] = {}
-    last: dict[tuple[str, int], ShownSample] = {}
-    counts: Counter[str] = Counter()
-    begin, end = math.inf, -math.inf
-    for where, row in stream_jsonl(path):
-        sample = shown_sample(row, where)
-        if sample.step is None:
-            raise DataError(f"{where}, field 'step': missing{DAMAGED}")
-        if sample.step < end:
-            raise DataError(f"{where}: step {sample.step} after step {end}{DAMAGED}")
-        key = (sample.tag, sample.mode)
-        first.setdefault(key, sample)
-        last[key] = sample
-        counts[sample.tag] += 1
-        begin, end = min(begin, sample.step), max(end, sample.step)
-    quarter = (end - begin) / 4
-
-    def pair(key: tuple[str, int]) -> EarlyAndLate:
-        early, late = first[key], last[key]
-        assert early.step is not None and late.step is not None
-        is_early, is_late = early.step <= begin + quarter, late.step >= end - quarter
-        shown_twice = is_early and late is early
-        return EarlyAndLate(key[1], early if is_early else None, late if is_late and not shown_twice else None)
-
-    tags = [tag for tag, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    by_tag = {tag: tuple(pair((tag, mode)) for mode in (*MODES, 0) if (tag, mode) in first) for tag in tags[:max_tags]}
-    return RolloutSamples(by_tag, max(0, len(tags) - max_tags), tuple(_torn(path)))
 
 
 # --- evaluations ----------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from nemo_ampo.files import write_once
 from nemo_ampo.reply.grammar import parse_reply
 from nemo_ampo.reply.modes import MODES, NO_MODE
 from nemo_ampo.report.plots import SMOOTH_FROM
-from nemo_ampo.report.training import alarms as judge
-from nemo_ampo.report.training import charts, tables
-from nemo_ampo.report.training.inputs import ALL_TAGS, NO_TAG, Evaluation, Run, ShownSample, StageRun, read_run
+from nemo_ampo.report.training import alarms, charts, tables
+from nemo_ampo.report.training.inputs import Evaluation, Run, StageRun, read_run
+from nemo_ampo.report.training.samples import ALL_TAGS, NO_TAG, ShownSample
 from nemo_ampo.text import printable
 
 REPORT_FILE = "report.html"
@@ -137,8 +137,8 @@ def context(run: Run) -> dict[str, Any]:
         "comparisons": comparisons(run.evaluations),
         "ampo_steps": ampo.log.num_steps if ampo else 0,
         "mode_charts": [*charts.mode_shares(ampo.log), *charts.draw(charts.MODE_PANELS, ampo.log)] if ampo else [],
-        "alarms": [*file_problems(run), *(judge.alarms(ampo.log) if ampo else [])],
-        "judge_figures": judge.judge_figures(ampo.log) if ampo else [],
+        "alarms": [*file_problems(run), *(alarms.alarms(ampo.log) if ampo else [])],
+        "judge_figures": alarms.judge_figures(ampo.log) if ampo else [],
         "ampo_sections": _sections(ampo),
         "training_rows": tables.training_rows(ampo.log) if ampo else [],
         "bc_charts": charts.draw(charts.BC_PANELS, bc.log) if bc else [],

@@ -24,17 +24,10 @@ from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.output.lock import hold_output
 from nemo_ampo.report.sotopia import page as report
 from nemo_ampo.report.sotopia.compare import compare_runs, comparison_csv, comparison_table
+from nemo_ampo.report.sotopia.figures import RANGES, depth_changes
 from nemo_ampo.report.sotopia.overview import overview_csv, overview_table
-from nemo_ampo.report.sotopia.page import (
-    RANGES,
-    depth_changes,
-    render,
-    score_table,
-    seed_rows,
-    table_csv,
-    with_interval,
-    write_report,
-)
+from nemo_ampo.report.sotopia.page import render, score_table, seed_rows, table_csv, write_report
+from nemo_ampo.report.sotopia.titles import with_interval
 from nemo_ampo.sotopia.records import EpisodeResult, EpisodeStore
 from nemo_ampo.sotopia.statistics import Estimate
 from nemo_ampo.sotopia.summary import RunSummary, read_summary

@@ -3,7 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_ampo.report.training.alarms import alarms, judge_figures
-from nemo_ampo.report.training.inputs import MetricsLog, read_metrics, read_run
+from nemo_ampo.report.training.inputs import read_run
+from nemo_ampo.report.training.metrics_log import MetricsLog, read_metrics
 from nemo_ampo.report.training.page import render
 
 

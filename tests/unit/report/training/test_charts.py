@@ -9,7 +9,7 @@ import pytest
 from nemo_ampo.algo.advantage import ModeTerm
 from nemo_ampo.report.plots import Layer, Line, area_chart, bar_chart, line_chart, rolling_mean
 from nemo_ampo.report.training import charts
-from nemo_ampo.report.training.inputs import MetricsLog, Series, read_metrics
+from nemo_ampo.report.training.metrics_log import MetricsLog, Series, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,9 @@ import pytest
 from sample_run import evaluation, write_ampo, write_bc
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.report.training.inputs import (
-    MetricsLog,
-    Series,
-    in_checkpoint_order,
-    parse_evaluation,
-    read_metrics,
-    read_rollouts,
-    read_run,
-)
+from nemo_ampo.report.training.inputs import in_checkpoint_order, parse_evaluation, read_run
+from nemo_ampo.report.training.metrics_log import MetricsLog, Series, read_metrics
+from nemo_ampo.report.training.samples import read_rollouts
 
 
 def write_lines(path: Path, *rows: dict[str, Any], tail: str = "") -> Path:

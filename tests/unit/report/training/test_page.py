@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from sample_run import evaluation, write_ampo, write_bc
 
-from nemo_ampo.report.training.inputs import ShownSample, read_run
+from nemo_ampo.report.training.inputs import read_run
 from nemo_ampo.report.training.page import card, headlines, render, write_report
+from nemo_ampo.report.training.samples import ShownSample
 
 ROOT = Path(__file__).resolve().parents[4]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from sample_run import evaluation
 
-from nemo_ampo.report.training.inputs import MetricsLog, parse_evaluation, read_run
+from nemo_ampo.report.training.inputs import parse_evaluation, read_run
+from nemo_ampo.report.training.metrics_log import MetricsLog
 from nemo_ampo.report.training.page import write_report
 from nemo_ampo.report.training.tables import (
     ABSENT,
