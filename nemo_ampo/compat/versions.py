@@ -15,11 +15,11 @@ EXPECTED: dict[str, str] = {
     "nemo-toolkit": "==2.2.1",
     "megatron-core": "==0.11.0",
     "nemo-aligner": "==0.7.0",
-    "transformers": ">=4.47.1,<4.49",
+    "transformers": ">=4.48,<4.49",
 }
 """NeMo 2.2.1 with Megatron-core 0.11.0 is the oldest pair under which Aligner 0.7.0 both generates with the distributed
 optimizer and restores checkpoints on current torch; from NeMo 2.4 on the model cannot be built before its process groups.
-Of transformers, 4.47.1 (what TensorRT-LLM 0.17 asks for) and 4.48.3 (what NeMo asks for) are tested."""
+Of transformers, 4.48.3 is tested; 4.47.1, for which TensorRT-LLM 0.17 declares itself, has other attention classes and fails."""
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's folder, where the locks stand; in an installed wheel they do not."""
@@ -67,7 +67,7 @@ def installed(package: str) -> str | None:
 
 
 def fits(version: str | None, wanted: str) -> bool:
-    """Whether an installed version is in a range such as ``>=4.47.1,<4.49``; 2.13.0+cpu is a build of 2.13.0."""
+    """Whether an installed version is in a range such as ``>=4.48,<4.49``; 2.13.0+cpu is a build of 2.13.0."""
     from packaging.specifiers import SpecifierSet
 
     return version is not None and SpecifierSet(wanted).contains(version, prereleases=True)
