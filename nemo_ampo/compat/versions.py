@@ -19,7 +19,7 @@ EXPECTED: dict[str, str] = {
 }
 """NeMo 2.2.1 with Megatron-core 0.11.0 is the oldest pair under which Aligner 0.7.0 both generates with the distributed
 optimizer and restores checkpoints on current torch; from NeMo 2.4 on the model cannot be built before its process groups.
-Of transformers, 4.48.3 is tested; 4.47.1, for which TensorRT-LLM 0.17 declares itself, has other attention classes and fails."""
+Of transformers, 4.48.3 is tested; 4.47.1, for which TensorRT-LLM 0.17 declares itself, was tried and fails."""
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's folder, where the locks stand; in an installed wheel they do not."""
