@@ -93,6 +93,10 @@ class Ranks(Protocol):
         """True on every rank of the job if it is true on one."""
         ...
 
+    def highest(self, values: list[int]) -> list[int]:
+        """Of each value the largest among all ranks of the job, on every rank."""
+        ...
+
 
 def slice_for(rows: Sequence[T], data_rank: int, data_size: int) -> list[T]:
     """The contiguous share of one replica.
@@ -130,6 +134,10 @@ class OneProcess:
     def any(self, flag: bool) -> bool:
         """See :class:`Ranks`."""
         return flag
+
+    def highest(self, values: list[int]) -> list[int]:
+        """See :class:`Ranks`."""
+        return values
 
 
 class MegatronRanks:
@@ -171,3 +179,9 @@ class MegatronRanks:
         flags: list[bool] = [False] * self._dist.get_world_size()
         self._dist.all_gather_object(flags, flag)
         return any(flags)
+
+    def highest(self, values: list[int]) -> list[int]:
+        """See :class:`Ranks`."""
+        everyone: list[list[int]] = [[] for _ in range(self._dist.get_world_size())]
+        self._dist.all_gather_object(everyone, values)
+        return [max(column) for column in zip(*everyone, strict=True)]

@@ -6,9 +6,7 @@ laptop, on a cluster and in tests. Legend: B samples of this replica, T tokens, 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -36,6 +34,7 @@ from nemo_ampo.rollout.engine import (
     request_seed,
 )
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
+from nemo_ampo.run.clock import Clock, Gpus
 from nemo_ampo.run.metrics import guard_metrics, step_metrics
 from nemo_ampo.types import DialogueTurn, JudgeRequest, Policy, Prompt, Sample, Tokenizer, TrainBatch
 
@@ -58,6 +57,7 @@ class Parts:
     seed: int
     guard: GuardConfig = field(default_factory=GuardConfig)
     probe: Probe | None = None
+    gpus: Gpus | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def ampo_step(
         JudgeOutageError: on every rank, when too many verdicts could not be had; nothing was trained on.
         UnavailableError: on every rank, when the engine of a replica was not there; nothing was trained on.
     """
-    clock = Clock()
+    clock = Clock(parts.gpus)
     requests, turns = expand(step, prompts, parts)
 
     def draw() -> tuple[list[Response], list[PendingVerdict]]:
@@ -135,7 +135,8 @@ def ampo_step(
         | {"engine/duplicate_fraction": duplicate_fraction(requests, responses)}
         | credit.metrics()
         | policy_metrics
-        | clock.metrics(everyone)
+        | clock.time_metrics(sum(s.num_tokens for s in everyone))
+        | clock.gpu_metrics([n for n, trained in zip(packed.lengths, mine.trained_B, strict=True) if trained], parts.ranks)
     )
     return StepResult(metrics, everyone, credit.advantages.tolist())
 
@@ -255,28 +256,3 @@ def _logprob_gap(packed: PackedRollouts, logprobs_BT: torch.Tensor) -> float:
     """Mean absolute difference between the engine's and the trainer's log-probability of the drawn tokens."""
     gap = (packed.sampling_logprobs_BT - logprobs_BT.float().cpu()).abs()[packed.mask_BT]
     return float(gap.mean())
-
-
-class Clock:
-    """Wall-clock seconds per phase of a step: ``with clock("rollout"): ...``."""
-
-    def __init__(self) -> None:
-        self._begin = time.monotonic()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time the body of the ``with`` block under this name."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = time.monotonic() - start
-
-    def metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """``time/<phase>_s``, ``time/step_s`` and generated tokens per second of the whole job."""
-        tokens = sum(s.num_tokens for s in samples)
-        return {f"time/{name}_s": value for name, value in self._seconds.items()} | {
-            "time/step_s": time.monotonic() - self._begin,
-            "throughput/rollout_tokens_per_s": tokens / max(self._seconds["rollout"], 1e-9),
-        }

@@ -81,7 +81,9 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
     from nemo_ampo.data.chat import check_tokenizer
+    from nemo_ampo.job.plan import gpus_of_job
     from nemo_ampo.judge.job import open_judge
+    from nemo_ampo.model_folder.facts import read_facts
     from nemo_ampo.model_folder.loading import load_tokenizer
     from nemo_ampo.model_folder.policy_files import (
         check_vocabulary,
@@ -90,12 +92,17 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         stop_token_ids,
         system_prompt,
     )
+    from nemo_ampo.rehearse.sizes import parameters_of
+    from nemo_ampo.rollout import require_engine_room
 
     run_dir = Path(config.run.dir)
     model_config = read_model_config(config.run.init_from)
     check_model(config, cfg, model_config)
     assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
     check_architecture(config.run.init_from, assets, cfg.model)
+    facts = read_facts(assets)
+    if config.rollout.engine == "trtllm":
+        require_engine_room(config.rollout.trtllm, parameters_of(facts), cfg.model.tensor_model_parallel_size)
     tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
     check_vocabulary(tokenizer, model_config)
@@ -118,6 +125,8 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         device = compat.setup(config.run.device, config.run.verbose)
         watch_ranks(config.run.rank_timeout_s)
 
+        import torch
+
         from converters.live import publish_weights
         from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
         from nemo_ampo.judge.second import SecondJudge
@@ -136,6 +145,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         )
         session.model.algorithm = config.algorithm
         ranks = MegatronRanks()
+        gpus = gpus_of_job(torch.cuda.get_device_name(), world_size(), facts) if device == "gpu" else None
         first_step = session.resumed.counters["step"] if session.resumed else 0
         resolved: Any = OmegaConf.to_container(cfg, resolve=True)
 
@@ -174,6 +184,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
                 stop_token_ids=stops,
                 pad_id=pad_id,
                 seed=config.run.seed,
+                gpus=gpus,
                 probe=Probe(fixed, config.rollout.probe.new_tokens, config.rollout.probe.max_gap, stops, pad_id),
             ),
             run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),

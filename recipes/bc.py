@@ -37,6 +37,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.errors import ConfigError
     from nemo_ampo.files import sha256_of
     from nemo_ampo.generate.overlap import check_no_overlap
+    from nemo_ampo.model_folder.facts import read_facts
     from nemo_ampo.model_folder.loading import load_tokenizer
     from nemo_ampo.model_folder.policy_files import (
         check_vocabulary,
@@ -83,7 +84,10 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     device = compat.setup(config.run.device, config.run.verbose)
     watch_ranks(config.run.rank_timeout_s)
 
+    import torch
+
     from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
+    from nemo_ampo.job.plan import gpus_of_job
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.training.bc_model import BcModel
@@ -96,6 +100,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
         Keep(run_dir, config.checkpoint, settings),
     )
     ranks = MegatronRanks()
+    gpus = gpus_of_job(torch.cuda.get_device_name(), world_size(), read_facts(assets)) if device == "gpu" else None
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
 
     def describe() -> None:
@@ -122,6 +127,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
             stop_token_ids=stop_token_ids(assets, tokenizer),
             pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             seed=config.run.seed,
+            gpus=gpus,
         ),
         cfg=cfg.trainer.sft,
         **session.trainer_arguments,

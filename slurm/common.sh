@@ -63,7 +63,7 @@ settings() {
   : "${AMPO_PORT:=$((20000 + JOB * 16 % 12000))}"
   MASTER_ADDR=$(node_address "${NODES[0]}")
   export MASTER_ADDR PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 }
 
 node_names() { # of a Slurm node list; outside of a job so many made-up ones
@@ -86,17 +86,20 @@ node_address() {
 #   MPI    mpi or plain: only a stage that needs MPI gets its environment
 # IMAGE is run; pyxis keeps the container under the name CONTAINER, so that the job's next line on that node starts at once.
 line() {
-  local name=$1 where=$2 count=$3 gpus=$4 log=$5 mpi=$6 nodes=1 group=0 inside=()
+  local name=$1 where=$2 count=$3 gpus=$4 log=$5 mpi=$6 nodes=1 group=0 alone=1 inside=()
   shift 6
   case $where in
     all) nodes=${#NODES[@]} ;;
-    first) ;;
+    first) alone=$AMPO_RANKS_PER_NODE ;;
     *) group=$where ;;
   esac
   LINE=(srun "--job-name=$name")
   if [[ $HET ]]; then LINE+=("--het-group=$group"); fi
   LINE+=("--nodes=$nodes" "--ntasks=$((nodes * count))" "--ntasks-per-node=$count" --overlap --kill-on-bad-exit=1)
-  if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then LINE+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
+  # The one process of a stage that runs between those of the ranks may use the processors of them all.
+  if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then
+    LINE+=("--cpus-per-task=$((SLURM_CPUS_PER_TASK * alone))")
+  fi
   if ((gpus)); then LINE+=("--gpus-per-node=$gpus"); fi
   LINE+=("--mpi=$([[ $mpi == mpi ]] && echo "$AMPO_MPI" || echo none)")
   if [[ $log != - ]]; then LINE+=("--output=$log" --open-mode=append); fi

@@ -55,6 +55,10 @@ def setup(device: str = "auto", verbose: bool = False) -> Device:
     global _installed_for
     from nemo_ampo.compat import common, quiet, versions
 
+    if device != "cpu":
+        # Megatron counts on it with sequence and tensor parallelism: one queue, so that communication starts before the
+        # products that hide it. Read when CUDA wakes up, which the next line may bring about.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     chosen = resolve_device(device)
     if _installed_for is not None:
         if _installed_for != chosen:

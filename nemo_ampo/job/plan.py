@@ -9,6 +9,7 @@ d data-parallel size.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +33,7 @@ from nemo_ampo.rehearse.sizes import (
     memory_of,
     parameters_of,
 )
+from nemo_ampo.run.clock import Gpus
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,19 @@ def model_of(source: Path | None, config_name: str) -> ModelFacts:
         return facts_of(read_object(path), str(path))
     except UserError as error:
         raise UserError(f"--model {error}") from None
+
+
+def gpus_of_job(name: str, count: int, facts: ModelFacts) -> Gpus:
+    """What a job's use of its cards is measured against.
+
+    Args:
+        name: of the card, as torch tells it.
+        count: of cards, one per rank.
+        facts: of the model.
+    """
+    slower = re.search("pcie|nvl", name.lower())  # HARDWARE has the boards with the highest clock
+    known = None if slower else next((h.flops for kind, h in HARDWARE.items() if kind in name.lower()), None)
+    return Gpus(count, parameters_of(facts), known)
 
 
 def make_plan(

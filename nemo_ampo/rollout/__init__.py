@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.rollout.config import EngineName
+from nemo_ampo.staging import place_with_room, scratch_folder
 
 if TYPE_CHECKING:
     from nemo_ampo.ranks import Ranks
-    from nemo_ampo.rollout.config import RolloutConfig
+    from nemo_ampo.rollout.config import RolloutConfig, TrtLlmConfig
     from nemo_ampo.rollout.engine import Decode, Engine
 
 
@@ -49,7 +53,7 @@ def _trtllm(setup: EngineSetup) -> Engine:
     own = setup.rollout.trtllm
     return TrtLlmRefitEngine(
         setup.model,
-        engine_dir=Path(own.engine_dir) if own.engine_dir else setup.run_dir / "trtllm_engine",
+        engine_dir=Path(own.engine_dir) if own.engine_dir else _local_folder(),
         max_batch=setup.rollout.batch_size,
         max_prompt=setup.rollout.max_prompt_tokens,
         max_new_tokens=setup.rollout.max_new_tokens,
@@ -57,6 +61,13 @@ def _trtllm(setup: EngineSetup) -> Engine:
         max_num_tokens=own.max_num_tokens,
         decode=setup.decode,
     )
+
+
+def _local_folder() -> Path:
+    """On this node's own disk, for as long as the process lives: a rank reads no engine but the one it wrote."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(scratch_folder(Path(tempfile.gettempdir()), "trtllm_engine"))
 
 
 def _trtllm_server(setup: EngineSetup) -> Engine:
@@ -97,3 +108,20 @@ def require_engine(name: str) -> None:
 
         require_tensorrt_llm()
         require_mpi_ranks(os.environ)
+
+
+def require_engine_room(own: TrtLlmConfig, parameters: int, tensor: int) -> None:
+    """Refuse, before any model loads, a disk that does not hold the TensorRT engines of this node's ranks.
+
+    Args:
+        own: keys of the engine.
+        parameters: of the whole model, two bytes each.
+        tensor: tensor-parallel size.
+
+    Raises:
+        DiskError: naming the folder and what it lacks.
+    """
+    place = Path(own.engine_dir) if own.engine_dir else Path(tempfile.gettempdir())
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    what = "rollout.trtllm.engine_dir (null: TMPDIR): the engines of this node"
+    place_with_room([place], ranks * 2 * parameters // tensor, what)

@@ -37,7 +37,7 @@ class TrtLlmConfig:
     """``rollout.engine=trtllm``: TensorRT-LLM 0.17 inside the training processes.
 
     Attributes:
-        engine_dir: where the built engine is written; null takes ``trtllm_engine`` in the run folder. Best on a local disk.
+        engine_dir: where the built engine is written; null takes a folder of its own in ``TMPDIR``, gone with the process.
         unload_during_training: free the engine's memory while the trainer works, at the price of loading it every step.
         max_num_tokens: prompt tokens of one batch together: what the engine reserves memory for. A batch of more is split.
     """

@@ -103,6 +103,9 @@ DESCRIPTIONS: dict[str, str] = {
     "checkpoint/failed_saves": "checkpoints in a row that could not be written",
     "time/{phase}_s": "seconds of a phase",
     "throughput/rollout_tokens_per_s": "generated tokens per second of the whole job",
+    "throughput/tokens_per_s_per_gpu": "tokens trained on, prompts included, per second of the step and GPU; on a GPU only",
+    "throughput/update_mfu": "share of the card's dense bf16 FLOP/s, 6 FLOP per parameter and token; on a known GPU only",
+    "memory/{phase}_gb": "most memory that torch held in a phase on any GPU, GB, without an engine's own; on a GPU only",
 }
 
 

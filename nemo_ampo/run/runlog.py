@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nemo_ampo.run.trackers import Tracker
 
 LOG_FILES = ("metrics.jsonl", "rollouts.jsonl")
+_OF_NCCL = re.compile("NCCL_|TORCH_NCCL_|CUDA_DEVICE_MAX_CONNECTIONS$")
 MOST_WAITING = 20_000
 """Lines kept for a disk that takes no more."""
 
@@ -144,8 +146,18 @@ def write_provenance(folder: Path, config: Any, data_hashes: Mapping[str, str]) 
         "data": dict(data_hashes),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "collective_timeout_s": COLLECTIVE_TIMEOUT_S,
+        "nccl": nccl_settings(),
     }
     write_once(folder / "provenance.json", json.dumps(record, indent=2))
+
+
+def nccl_settings() -> dict[str, str]:
+    """Version of NCCL, where torch has it, and the variables that decide how ranks talk to each other on GPUs."""
+    import torch
+
+    version = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    given = {name: value for name, value in sorted(os.environ.items()) if _OF_NCCL.match(name)}
+    return ({"version": version} if version else {}) | given
 
 
 def log_positions(folder: Path) -> dict[str, int]:

@@ -23,6 +23,7 @@ from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.reply.grammar import parse_reply
 from nemo_ampo.reply.modes import MODES, NO_MODE
 from nemo_ampo.rollout.engine import Engine, Request, SamplingSpec, request_seed
+from nemo_ampo.run.clock import Clock, Gpus
 from nemo_ampo.run.deadline import Deadline
 from nemo_ampo.run.interrupt import StopRequest
 from nemo_ampo.run.metrics import mean
@@ -46,6 +47,7 @@ class BcParts:
     stop_token_ids: tuple[int, ...]
     pad_id: int
     seed: int
+    gpus: Gpus | None = None
 
 
 class BcTrainer(SupervisedTrainer):
@@ -80,8 +82,10 @@ class BcTrainer(SupervisedTrainer):
         log, bar = self.parts.run_log, Progress("BC", self.step, self.max_steps, ranks.is_main)
         with log, StopRequest() as stop, bar as progress:
             while self.step < self.max_steps:
-                metrics = optimise(self, self._batch_of_step(), self.cfg.gradient_clip_val)
-                self._log(metrics, "train")
+                clock, rows = Clock(self.parts.gpus), self._rows_of_step()
+                with clock("update"):
+                    metrics = optimise(self, self._batch(rows), self.cfg.gradient_clip_val)
+                self._log(metrics, "train", clock.gpu_metrics([len(row["tokens"]) for row in rows], ranks))
                 self.step += 1
                 self.consumed_samples += self.train_dataloader.global_batch_size
                 ended = ranks.any(stop.requested or deadline.is_near()) or self.run_timer.is_finished()
@@ -90,8 +94,10 @@ class BcTrainer(SupervisedTrainer):
                 )
                 scores: dict[str, float] = {}
                 if validate and not ended:
-                    shown = scores = self.validate()
-                    self._log(shown, "val")
+                    clock = Clock(self.parts.gpus)
+                    with clock("validate"):
+                        shown = scores = self.validate()
+                    self._log(shown, "val", clock.gpu_metrics([], ranks))
                 progress.step(self.step, {k: v for k, v in (metrics | shown).items() if k in ("loss", "valid_replies")})
                 if save:
                     self.save({f"bc/{name}": value for name, value in (metrics | scores).items()})
@@ -104,12 +110,14 @@ class BcTrainer(SupervisedTrainer):
         """Loss on held-out replies and grammar of the model's own, overall and per mode."""
         return self._heldout_loss() | self._heldout_replies()
 
-    def _batch_of_step(self) -> dict[str, torch.Tensor]:
-        """This replica's rows of the step, padded; the order of rows is that of the job, whatever its layout."""
+    def _rows_of_step(self) -> list[dict[str, torch.Tensor]]:
+        """This replica's rows of the step; their order is that of the job, whatever its layout."""
         sizes, ranks = self.train_dataloader, self.parts.ranks
         rows = rows_of_step(len(self._rows), sizes.global_batch_size, self.step, self.parts.seed)
-        mine = slice_for(rows, ranks.data_rank, ranks.data_size)
-        batch = collate_bc([self._rows[i] for i in mine], self.parts.pad_id)
+        return [self._rows[i] for i in slice_for(rows, ranks.data_rank, ranks.data_size)]
+
+    def _batch(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = collate_bc(rows, self.parts.pad_id)
         return {name: tensor for name, tensor in batch.items() if name != "modes"}
 
     def _my_heldout(self, limit: int | None = None) -> list[tuple[int, BcExample]]:
@@ -148,8 +156,8 @@ class BcTrainer(SupervisedTrainer):
             f"mode_{k}_share": mean(float(m == k) for m in modes) for k in MODES
         }
 
-    def _log(self, metrics: dict[str, float], kind: str) -> None:
-        named = {f"bc/{name}": value for name, value in metrics.items()} | self.ckpt_callback.take_metrics()
+    def _log(self, metrics: dict[str, float], kind: str, gpu: dict[str, float]) -> None:
+        named = {f"bc/{name}": value for name, value in metrics.items()} | self.ckpt_callback.take_metrics() | gpu
         self.parts.run_log.metrics(self.step, named, kind)
         self.logger.log_metrics(named, step=self.step)
 

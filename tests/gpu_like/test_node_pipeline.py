@@ -92,6 +92,21 @@ def test_the_steps_learn_from_finite_numbers(node: Node) -> None:
         assert row["engine/logprob_gap"] < 0.1
 
 
+def test_memory_and_speed_are_measured_by_phase(node: Node) -> None:
+    for stage, phases in (
+        ("ampo", ("sync", "rollout", "judge_wait", "logprobs", "reference", "update")),
+        ("bc", ("update",)),
+    ):
+        for row in (row for row in node.metrics(stage) if row["kind"] == "train"):
+            assert {name for name in row if name.startswith("memory/")} == {f"memory/{phase}_gb" for phase in phases}
+            assert row["memory/update_gb"] > row.get("memory/judge_wait_gb", 0)
+            assert row["throughput/tokens_per_s_per_gpu"] > 0
+            assert "throughput/update_mfu" not in row, "nobody knows what this card can do"
+    assert all("memory/validate_gb" in row for row in node.metrics("bc") if row["kind"] == "val")
+    provenance = json.loads((node.folder / "ampo" / "provenance.json").read_text())
+    assert provenance["nccl"]["CUDA_DEVICE_MAX_CONNECTIONS"] == "1", "as Megatron needs it"
+
+
 def test_a_resumed_run_is_the_run_that_was_not_stopped(node: Node) -> None:
     assert "continuing from" in node.stages["resumed"].err
     once, again = (load_file(node.folder / f"hf_{name}" / "model.safetensors") for name in ("ampo", "resumed"))

@@ -62,6 +62,7 @@ def test_exact_number_of_steps_with_known_metrics(quickstart: Quickstart) -> Non
     for row in rows:
         unknown = [k for k in row if k not in ("step", "kind") and not any(k.startswith(p) for p in patterns)]
         assert unknown == []
+        assert not [k for k in row if k.startswith("memory/") or "per_gpu" in k], "there is no GPU"
         assert row["engine/logprob_gap"] < 1e-5
         assert row["policy/ratio_max"] == pytest.approx(1, abs=1e-4), "one update: the first pass sees ratio 1"
         assert row["judge/failed_fraction"] == 0

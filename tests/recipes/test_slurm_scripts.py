@@ -51,6 +51,38 @@ def test_only_a_stage_that_asks_for_it_gets_mpi() -> None:
     assert [("recipes.ampo" in line) for line in with_mpi] == [True]
 
 
+def test_a_conversion_has_the_processors_of_all_ranks_and_each_rank_its_own() -> None:
+    text = dry_run(Case(1, "external", "none"), "ampo.model.micro_batch_size=1", SLURM_CPUS_PER_TASK="4")
+    cpus = {
+        word.partition("=")[2]: int(line.partition("--cpus-per-task=")[2].partition(" ")[0])
+        for line in text.splitlines()
+        if line.startswith("srun ")
+        for word in line.split()
+        if word.startswith("--job-name=")
+    }
+    assert cpus["convert"] == cpus["export-ampo"] == 8 * 4
+    assert cpus["ampo"] == cpus["bc"] == cpus["preflight"] == 4
+
+
+@pytest.mark.parametrize(
+    ("tasks", "given", "threads"),
+    [("1", {"SLURM_CPUS_PER_TASK": "32"}, "32"), ("1", {}, "1"), ("8", {"SLURM_CPUS_PER_TASK": "4"}, "1"),
+     ("1", {"SLURM_CPUS_PER_TASK": "32", "OMP_NUM_THREADS": "3"}, "3")],
+)  # fmt: skip
+def test_threads_of_a_process(tasks: str, given: dict[str, str], threads: str) -> None:
+    slurm = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_JOB_ID": "7",
+    }
+    environment = {"PATH": os.environ["PATH"], "SLURM_STEP_NUM_TASKS": tasks} | slurm | given
+    command = ["slurm/rank.sh", "printenv", "OMP_NUM_THREADS"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{threads}\n"
+
+
 def refused(*arguments: str, **environment: str) -> str:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "AMPO_"))}
     command = ["slurm/ampo.sh", "--dry-run", *arguments]

@@ -87,7 +87,7 @@ CASES = [
 ]
 
 
-def dry_run(case: Case, *extra: str, script: str = "ampo.sh") -> str:
+def dry_run(case: Case, *extra: str, script: str = "ampo.sh", **variables: str) -> str:
     """Everything ``--dry-run`` prints."""
     with tempfile.TemporaryDirectory() as folder:
         stub = Path(folder) / "scontrol"
@@ -95,7 +95,7 @@ def dry_run(case: Case, *extra: str, script: str = "ampo.sh") -> str:
         stub.chmod(0o755)
         judge = ["judge.mode=external", "judge.base_url=http://judge:8000/v1"] if case.judge == "external" else []
         command = [f"slurm/{script}", "--dry-run", "run_dir=/runs/mine", *SMALL, *judge, *extra]
-        environment = case.environment(Path(folder))
+        environment = case.environment(Path(folder)) | variables
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

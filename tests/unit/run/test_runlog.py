@@ -53,11 +53,17 @@ def test_silent_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_provenance_names_versions_and_hashes(tmp_path: Path) -> None:
+def test_provenance_names_versions_and_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5")
+    monkeypatch.setenv("NOT_NCCL_X", "1")
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 23, 4))
     data = tmp_path / "rows.json"
     data.write_text("[]")
     write_provenance(tmp_path, {"run": {"seed": 1}}, {str(data): sha256_of(data)})
     record = json.loads((tmp_path / "provenance.json").read_text())
+    assert record["nccl"]["version"] == "2.23.4" and record["nccl"]["NCCL_IB_HCA"] == "mlx5"
+    assert not any("NOT" in name for name in record["nccl"])
     assert record["packages"]["nemo-aligner"] == "0.7.0"
     talks = ast.parse(inspect.getsource(wire))
     imported = {alias.name for node in talks.body if isinstance(node, ast.Import) for alias in node.names}

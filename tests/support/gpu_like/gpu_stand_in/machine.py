@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -74,6 +75,28 @@ def pin_checkpoints(module: types.ModuleType) -> None:
     writer.prepare_write_data = prepare_write_data
 
 
+class _Memory:
+    """Bytes of the tensors that were asked for on a device by name and are still held, and the most since a reset."""
+
+    held = peak = 0
+
+    def reset(self) -> None:
+        self.peak = self.held
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        size = tensor.numel() * tensor.element_size()
+        self._count(size)
+        weakref.finalize(tensor, self._count, -size).atexit = False
+        return tensor
+
+    def _count(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+_memory = _Memory()
+
+
 # --- torch.cuda -------------------------------------------------------------------------------------------------------
 
 
@@ -92,13 +115,15 @@ def _cuda_functions() -> None:
         "get_device_properties": properties,
         "mem_get_info": (70 * 1024**3, 80 * 1024**3),
         "is_current_stream_capturing": False,
-        **dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "ipc_collect", "reset_peak_memory_stats"), None),
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
+        **dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "ipc_collect"), None),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     torch.cuda.current_device = lambda: int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.synchronize = synchronize
+    torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda device=None: _memory.held
+    torch.cuda.max_memory_allocated = torch.cuda.max_memory_reserved = lambda device=None: _memory.peak
+    torch.cuda.reset_peak_memory_stats = lambda device=None: _memory.reset()
 
 
 def _nccl_over_gloo() -> None:
@@ -142,13 +167,14 @@ class _Device(TorchFunctionMode):
         if name == "cuda" and args and isinstance(args[0], torch.Tensor):
             _used = True
             # What lies on the device already is given back as it is, a host tensor is copied.
-            return args[0] if isinstance(args[0], torch.nn.Parameter) else args[0].clone()
+            return args[0] if isinstance(args[0], torch.nn.Parameter) else _memory.take(args[0].clone())
         targets = [a for a in args[1:] if isinstance(a, str | torch.device)] + [kwargs.get("device")]
         to_host = name == "to" and any(map(_is_cpu, targets))
         if name == "to" and any(map(_is_gpu, args[1:2])):
             _used = True
             args = (args[0], torch.device("cpu"), *args[2:])
-        if _is_gpu(kwargs.get("device")):
+        on_device = _is_gpu(kwargs.get("device"))
+        if on_device:
             _used = True
             kwargs["device"] = torch.device("cpu")
         pinned = kwargs.pop("pin_memory", False)
@@ -159,6 +185,8 @@ class _Device(TorchFunctionMode):
             _pending.append((args[0], args[1].detach().clone()))
             return args[0]
         result = function(*args, **kwargs)
+        if on_device and isinstance(result, torch.Tensor):
+            _memory.take(result)
         if pinned:
             _pinned[result.untyped_storage().data_ptr()] = True
         if name in _EMPTY and isinstance(result, torch.Tensor) and result.is_floating_point() and not result.is_meta:
