@@ -176,6 +176,28 @@ def check_folder(folder: Path, nemo_file: Path | None = None) -> None:
         _check_shards(folder, shown)
 
 
+def check_precision(folder: Path, nemo_file: Path) -> None:
+    """Weights are copied into the model's type whatever they are: quantised ones would lose their scales without a word.
+
+    Args:
+        folder: ``model_weights``, after :func:`check_folder`.
+        nemo_file: which it was unpacked from.
+
+    Raises:
+        UserError: naming the first tensor that is no plain floating-point one.
+    """
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+
+    for name, entry in sorted(FileSystemReader(folder).read_metadata().state_dict_metadata.items()):
+        kind = getattr(getattr(entry, "properties", None), "dtype", None)
+        if kind not in (None, torch.float32, torch.bfloat16, torch.float16) and "_extra_state" not in name:
+            raise UserError(
+                f"{nemo_file}: {one_line(name)} holds {str(kind).removeprefix('torch.')}; training starts from float32, "
+                "bfloat16 or float16 weights: convert the Hugging Face folder again, without quantisation"
+            )
+
+
 def check_torch_file(path: Path) -> None:
     """A file of ``torch.save``.
 

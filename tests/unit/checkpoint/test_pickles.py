@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_ampo.checkpoint.pickles import check_folder, check_torch_file
+from nemo_ampo.checkpoint.pickles import check_folder, check_precision, check_torch_file
 from nemo_ampo.errors import UserError
 
 
@@ -197,3 +197,13 @@ def test_every_pickle_of_a_stream_inside_of_an_object_is_looked_at(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     state = {"model.scales._extra_state": io.BytesIO(old_format({"scale": Evil()}))}
     refused(write(tmp_path / "model_weights", state), r"names posix\.mkdir")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float64])
+def test_weights_of_another_precision_are_named(tmp_path: Path, pristine: Path, kind: torch.dtype) -> None:
+    check_precision(pristine, Path("good.nemo"))
+    odd = write(tmp_path / "odd", HARMLESS | {"model.quantised": torch.ones(4).to(kind)})
+    check_folder(odd)
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"bad\.nemo: model\.quantised holds {name}; training starts from .* convert"):
+        check_precision(odd, Path("bad.nemo"))

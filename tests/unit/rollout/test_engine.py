@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nemo_ampo.errors import ConfigError
-from nemo_ampo.rollout import require_engine, trtllm_version
+from nemo_ampo.errors import ConfigError, DiskError
+from nemo_ampo.rollout import require_engine, require_engine_room, trtllm_version
 from nemo_ampo.rollout.config import RolloutConfig, TrtLlmConfig, check_rollout
 from nemo_ampo.rollout.engine import (
     Caps,
@@ -201,6 +208,26 @@ def test_the_right_tensorrt_llm_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trtllm_version, "installed_version", lambda: "0.17.0.post1")
     require_engine("trtllm")
     require_engine("megatron")
+
+
+def test_room_for_the_engines_of_a_node_is_asked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=30e9))
+    require_engine_room(TrtLlmConfig(), 7_400_000_000, 4)
+    with pytest.raises(DiskError, match=rf"null: TMPDIR.* needs 32 GB of disk, but {tmp_path} has 30 GB free"):
+        require_engine_room(TrtLlmConfig(), 8_000_000_000, 4)
+    with pytest.raises(DiskError, match=r"needs 118 GB of disk, but /else/where"):
+        require_engine_room(TrtLlmConfig(engine_dir="/else/where"), 7_400_000_000, 1)
+
+
+def test_an_engine_is_written_to_the_nodes_own_disk_and_gone_with_its_process(tmp_path: Path) -> None:
+    code = "from nemo_ampo.rollout import _local_folder as f; print(a := f(), b := f()); (a / 'rank0.engine').touch()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, second = map(Path, done.stdout.split())
+    assert first != second and first.parent == second.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_old_servers_are_refused() -> None:
