@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ampo.output.staging import place_with_room, scratch_folder
 from nemo_ampo.rollout.config import EngineName
-from nemo_ampo.staging import place_with_room, scratch_folder
 
 if TYPE_CHECKING:
     from nemo_ampo.ranks import Ranks
