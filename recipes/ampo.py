@@ -117,13 +117,14 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"
         )
 
+    # Before the first thing that the other ranks wait for.
+    watch_ranks(config.run.rank_timeout_s)
     with open_judge(config.judge, run_dir) as judge:
         judge.check()
 
         from nemo_ampo import compat
 
         device = compat.setup(config.run.device, config.run.verbose)
-        watch_ranks(config.run.rank_timeout_s)
 
         import torch
 

@@ -1,8 +1,8 @@
 """The one door for what others send: API keys and passwords leave it as ``[API key]``, however they are written.
 
 An endpoint that repeats a key may write it as JSON does (``\\/``, ``\\u0041``, also inside a string of a string) or as
-JavaScript may (``\\x41``), percent-encoded, with HTML entities, in base64, or in other letter case. All of these are looked
-for in the text as it came, so that no decoding afterwards can bring a key back.
+JavaScript may (``\\x41``), percent-encoded, with HTML entities, in base64 or hexadecimal digits, or in other letter case.
+All of these are looked for in the text as it came, so that no decoding afterwards can bring a key back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Secrets:
 
     def __init__(self, texts: Iterable[str]) -> None:
         secrets = sorted({text for text in texts if text}, key=len, reverse=True)
-        packed = [form for text in secrets if len(text) >= _LONG for form in _base64_forms(text)]
+        packed = [form for text in secrets if len(text) >= _LONG for form in _packed_forms(text)]
         written = [f"(?i:{_escapable(text)})" if len(text) >= _LONG else _escapable(text) for text in secrets]
         self._any = re.compile("|".join([*written, *map(re.escape, packed)])) if secrets else None
         self._plain = [text.lower() for text in secrets] + [form.lower() for form in packed]
@@ -67,9 +67,11 @@ def _forms_of(character: str) -> str:
     return rf"(?:{slashed}|%(?:25){{0,4}}(?i:{code:02x})|&#0{{0,6}}{code};?|&#[xX]0{{0,6}}(?i:{code:x});?{named})"
 
 
-def _base64_forms(secret: str) -> Iterator[str]:
-    """What base64 makes of the secret, alone or anywhere inside a longer text such as ``user:secret``; both alphabets."""
+def _packed_forms(secret: str) -> Iterator[str]:
+    """The secret's bytes in hexadecimal digits, and in base64, alone or anywhere inside a longer text such as
+    ``user:secret``, in both alphabets."""
     raw = secret.encode("utf-8")
+    yield from {raw.hex(), raw.hex().upper()}
     for before in range(3):
         packed = base64.b64encode(b"\0" * before + raw).rstrip(b"=").decode("ascii")
         # The first signs hold bits of what stands before, the last one bits of what follows.

@@ -6,6 +6,7 @@ is one line on stderr and exit status 2.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_ampo.errors import ConfigError, FormatError, UserError
-from nemo_ampo.files import full_or_read_only
+from nemo_ampo.files import disk_errors, full_or_read_only
 from nemo_ampo.output.outcome import EXIT_USER_ERROR
 from nemo_ampo.output.terminal import printable_output, show
+from nemo_ampo.overrides import typed_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
     from nemo_ampo.types import Reply
 
 EXIT_NOT_OK = 1
+
+
+def _path(text: str) -> Path:
+    """A path on this command line.
+
+    Raises:
+        typer.BadParameter: it starts with ``~``.
+    """
+    try:
+        return typed_path(text)
+    except argparse.ArgumentTypeError as problem:
+        raise typer.BadParameter(str(problem)) from None
 
 
 def doctor(
@@ -50,7 +64,9 @@ def check_config(
     stage: Annotated[str, typer.Argument(help="bc, ampo, evaluate or sotopia")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
+    ] = None,
     no_files: Annotated[bool, typer.Option("--no-files", help="Do not ask whether the files it names exist.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes the job will have.", envvar="WORLD_SIZE", min=1)] = 1,
 ) -> None:
@@ -74,12 +90,12 @@ def check_config(
 
 
 def score(
-    file: Annotated[Path | None, typer.Argument(help="File with one reply; stdin without it.", exists=True)] = None,
+    file: Annotated[Path | None, typer.Argument(parser=_path, help="File with one reply; stdin without it.")] = None,
     before: Annotated[float | None, typer.Option(help="Judged goal achievement before the reply, 0..10.")] = None,
     after: Annotated[float | None, typer.Option(help="Judged goal achievement with the reply, 0..10.")] = None,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens of the answer with its quotes.", min=0)] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder that counts the answer's tokens.", exists=True)
+        Path | None, typer.Option(parser=_path, help="Hugging Face folder that counts the answer's tokens.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Accept only the exact skeleton of the mode.")] = False,
 ) -> None:
@@ -96,7 +112,8 @@ def score(
     if answer_tokens is not None and tokenizer is not None:
         raise UserError("--answer-tokens, --tokenizer: give one of the two")
     # As bytes: the reward sees a reply's line ends as they are.
-    raw = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    with disk_errors(f"cannot read {file or 'stdin'}"):
+        raw = sys.stdin.buffer.read() if file is None else file.read_bytes()
     try:
         text = raw.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -150,13 +167,18 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
+            parser=_path,
             metavar="RUN...",
             help="Run folder of a stage, or one with bc/, ampo/, evaluate/; or SOTOPIA results, to be compared if several.",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Page to write. [default: report.html in the run folder]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_path, help="Page to write. [default: report.html in the run folder]")
+    ] = None,
     judge: Annotated[str | None, typer.Option(help="SOTOPIA: whose scores, where several judged.")] = None,
-    sotopia_dir: Annotated[Path | None, typer.Option(help="SOTOPIA: scenario files behind others' result file.")] = None,
+    sotopia_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="SOTOPIA: scenario files behind others' result file.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="SOTOPIA: of the resampling behind intervals and p-values.")] = 0,
 ) -> None:
     """Write one self-contained HTML page about a run and print its tables.
@@ -197,7 +219,9 @@ def plan(
     stage: Annotated[str, typer.Argument(help="bc or ampo")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    model: Annotated[Path | None, typer.Option(help="Hugging Face folder or .nemo file, for another model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(parser=_path, help="Hugging Face folder or .nemo file, for another model.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
@@ -214,7 +238,9 @@ def rehearse(
     stage: Annotated[str, typer.Argument(help="bc or ampo")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    model: Annotated[Path | None, typer.Option(help="Hugging Face folder or .nemo file, for another model.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(parser=_path, help="Hugging Face folder or .nemo file, for another model.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
@@ -237,7 +263,7 @@ def rehearse(
         raise typer.Exit(EXIT_NOT_OK)
 
 
-def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*.sh job.")]) -> None:
+def status(run_dir: Annotated[Path, typer.Argument(parser=_path, help="Run folder of a slurm/*.sh job.")]) -> None:
     """Say what of a batch run is done, running and left, and what went wrong last."""
     from nemo_ampo.commands.status import read_status
 
@@ -247,9 +273,9 @@ def status(run_dir: Annotated[Path, typer.Argument(help="Run folder of a slurm/*
 
 
 def pack(
-    checkpoint: Annotated[Path, typer.Argument(help="A training checkpoint: RUN/checkpoints/step-...")],
-    output: Annotated[Path, typer.Option(help="The .nemo file to write.")],
-    assets: Annotated[Path | None, typer.Option(help="Hugging Face files. [default: RUN/hf_assets]")] = None,
+    checkpoint: Annotated[Path, typer.Argument(parser=_path, help="A training checkpoint: RUN/checkpoints/step-...")],
+    output: Annotated[Path, typer.Option(parser=_path, help="The .nemo file to write.")],
+    assets: Annotated[Path | None, typer.Option(parser=_path, help="Hugging Face files. [default: RUN/hf_assets]")] = None,
 ) -> None:
     """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
     from nemo_ampo.checkpoint.nemo_file import CONFIG_NAME, check_model_config, pack_nemo
@@ -299,9 +325,12 @@ def estimate(
     stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
+    ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder of the judge's tokenizer; 4 characters a token without it.")
+        Path | None,
+        typer.Option(parser=_path, help="Hugging Face folder of the judge's tokenizer; 4 characters a token without it."),
     ] = None,
     reply_tokens: Annotated[int, typer.Option(help="Tokens of a judge's reply.", min=1)] = 350,
 ) -> None:
@@ -319,7 +348,9 @@ def check_judge(
     stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
     config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[Path | None, typer.Option(help="Read configs from here instead of configs/STAGE.")] = None,
+    config_dir: Annotated[
+        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
+    ] = None,
     turns: Annotated[int, typer.Option(help="Dialogues of the stage's data to try each attack on.", min=1)] = 8,
     max_gain: Annotated[float, typer.Option(help="Mean gain of an attack that is still fine, points of 10.")] = 1.0,
 ) -> None:

@@ -186,12 +186,10 @@ class Watchdog:
                 self._news = dict.fromkeys(self._news, now)
                 self._reached = now if self._reached is not None else None
             before = now
-            if self._reached is None:
-                continue
-            if now - self._reached >= self._silence_s and self._needs_meeting_point():
+            if self._reached is not None and now - self._reached >= self._silence_s and self._needs_meeting_point():
                 self._end(self._lost(), True)
                 return
-            if now - self._reached > 2 * self._period_s:
+            if self._reached is None or now - self._reached > 2 * self._period_s:
                 # Nobody can be heard, so that silence says nothing of anybody.
                 self._news = dict.fromkeys(self._news, now)
                 continue
@@ -231,7 +229,7 @@ def watch_ranks(silence_s: float, hang_s: float = HANG_S) -> None:
     global _watchdog
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and silence_s > 0 and _watchdog is None:
-        _watchdog = Watchdog(_meeting_point, int(os.environ["RANK"]), size, silence_s, hang_s, _end)
+        _watchdog = Watchdog(_meeting_point(), int(os.environ["RANK"]), size, silence_s, hang_s, _end)
 
 
 def leave_ranks(status: int) -> None:
@@ -242,12 +240,16 @@ def leave_ranks(status: int) -> None:
         _watchdog = None
 
 
-def _meeting_point() -> Any:
-    """A connection of our own: torch's is blocked while somebody waits for a key with it."""
-    from torch.distributed import TCPStore
+def _meeting_point() -> Callable[[], Any]:
+    """Opens a connection of our own: torch's is blocked while somebody waits for a key with it.
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, None, False, timedelta(seconds=_CONNECT_S), wait_for_workers=False)
+    Without torchrun rank 0 holds the meeting point, from now on; torch shares it when it comes.
+    """
+    from torch.distributed import TCPStore  # in the main thread: of an import that two threads begin, one may see a half
+
+    address, port, holds = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    limit, holds = timedelta(seconds=_CONNECT_S), holds and not _of_torchrun()
+    return lambda: TCPStore(address, port, None, holds, limit, wait_for_workers=False, multi_tenant=True)
 
 
 def _of_torchrun() -> bool:

@@ -3,9 +3,9 @@
 A field that is not served is refused, not ignored: a request that was answered was answered as it was put. Beyond the
 OpenAI fields a request may hold ``mode_bias`` (see :mod:`nemo_ampo.serve.dial`), which ``/v1/models`` announces.
 
-What a caller sends is bounded before it costs anything: bodies are read piece by piece up to a size and within a time,
-read and tokenised outside the event loop, and no more of them are open at once than can be held. A caller that leaves takes
-its request along.
+What a caller sends is bounded before it costs anything: bodies are read piece by piece up to a size, a number of values
+and within a time, read and tokenised outside the event loop, and no more of them are open at once than can be held. A caller
+that leaves takes its request along.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ _READERS = 2
 """Threads that read and tokenise requests."""
 SMALLEST = 1e-5
 """Of a temperature that is not 0, and of ``top_p``: below, a reply is as good as greedy and numbers leave their range."""
+_MOST_VALUES = 20_000
+"""Values in a body. Of millions that are wrong each would be looked at and told, which takes minutes and gigabytes."""
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+"""A JSON string, also one without end: each byte is looked at once, whatever the body."""
 _MAX_STOPS = 4
 _MAX_STOP_LENGTH = 1000
 
@@ -218,6 +222,8 @@ class _Desk:
 
     def _understand(self, body: bytes) -> tuple[ChatRequest, tuple[int, ...]]:
         """The request and its prompt tokens; may take long, so not for the event loop."""
+        if _num_values(body) > _MOST_VALUES and _num_values(_STRING.sub(b"", body)) > _MOST_VALUES:
+            raise _RefusedError(400, f"the body holds more than {_MOST_VALUES} values")
         try:
             asked = ChatRequest.model_validate_json(body)
         except ValidationError as error:
@@ -251,6 +257,11 @@ class _Desk:
             )
         except UserError as error:
             raise _refused_by_engine(error) from None
+
+
+def _num_values(body: bytes) -> int:
+    """At least as many as there are values in a JSON text; exact where no string holds one of the marks."""
+    return 1 + sum(body.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def _refused_by_engine(error: UserError) -> _RefusedError:

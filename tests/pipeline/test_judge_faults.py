@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fault_judge import MODEL, fault_judge, fault_of, scores_of
 from stage_runs import AMPO, AMPO_STEPS, ROOT, SMALL_STEPS, Quickstart
@@ -121,3 +122,30 @@ def test_a_run_that_goes_wrong_step_after_step_ends_with_one_line(quickstart: Qu
     steps = read_jsonl(tmp_path / "ampo" / "metrics.jsonl")
     assert [row["guard/collapsed_modes"] for row in steps] == [0, 4]
     assert not (tmp_path / "ampo" / "policy.nemo").exists()
+
+
+def test_a_main_rank_that_stops_while_it_first_asks_the_judge_is_named(quickstart: Quickstart, tmp_path: Path) -> None:
+    """The other rank waits to hear what it found out; no collective, whose own limit would end that, has begun yet."""
+    with fault_judge(NONE) as judge:
+        judge.silent.set()
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "recipes.ampo"),
+            *("--config-name", "tiny", f"run.dir={tmp_path / 'ampo'}", "run.rank_timeout_s=5"),
+            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
+            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.timeout_s=3600"),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not judge.asked:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.01)
+        (main,) = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "0"]
+        main.suspend()
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            judge.silent.clear()
+            process.kill()
+    assert f"pid {main.pid}) gave no sign of life for 5 s" in errors and "error: rank 0 (" in errors

@@ -45,6 +45,8 @@ WRITTEN: dict[str, Callable[[str], str]] = {
 LONG_ONLY: dict[str, Callable[[str], str]] = {
     "upper": str.upper,
     "lower": str.lower,
+    "bytes": lambda key: key.encode().hex(),
+    "bytes in capitals": lambda key: key.encode().hex().upper(),
     "base64": packed,
     "base64 of user and key": lambda key: packed(key, before="user:"),
     "base64 inside": lambda key: packed(key, before="ab", after="cd"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -202,6 +203,37 @@ def test_a_missing_value_is_named() -> None:
     done = process("check-config", "bc", "run.dir=r")
     assert done.returncode == 2
     assert "a value is required" in done.stderr
+
+
+# --- paths
+
+
+def _path_parameters() -> list[tuple[str, str]]:
+    """Command and parameter of every path that a command takes."""
+    own = {name: inspect.signature(function) for name, function in COMMANDS.items() if name not in PASS_THROUGH}
+    return [(name, key) for name, of in own.items() for key, value in of.parameters.items() if "Path" in value.annotation]
+
+
+@pytest.mark.parametrize(("name", "parameter"), _path_parameters())
+def test_every_path_has_the_rule_of_an_override(name: str, parameter: str) -> None:
+    """The shell leaves ``--output=~/x`` as it is; nobody wants a folder of the name ``~``."""
+    signature = inspect.signature(COMMANDS[name])
+    positional = "typer.Argument" in signature.parameters[parameter].annotation
+    given = ["~/x"] if positional else [f"--{parameter.replace('_', '-')}=~/x"]
+    needed = [key for key, value in signature.parameters.items() if value.default is inspect.Parameter.empty]
+    others = [key for key in needed if key != parameter]
+    rest = [
+        "x" if "typer.Argument" in signature.parameters[key].annotation else f"--{key.replace('_', '-')}=x" for key in others
+    ]
+    result = invoke(name, *given, *rest)
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and "~/x: nothing here expands ~; write the whole path" in said
+
+
+def test_a_name_that_begins_with_a_tilde_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("./~x").write_text(VALID)
+    assert "mode      1" in invoke("score", "./~x").output
 
 
 # --- report and doctor

@@ -114,6 +114,41 @@ def test_a_stopped_rank_is_named_in_one_line_and_the_others_end(tmp_path: Path, 
         assert victim.poll() is None
 
 
+EARLY = """
+import sys, time
+from pathlib import Path
+from nemo_ampo.run import watchdog
+
+watchdog.watch_ranks(float(sys.argv[2]))
+while len(watchdog._watchdog._signs) < 3:
+    time.sleep(0.01)
+Path(sys.argv[1], f"heard{watchdog._watchdog._rank}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_rank_that_stops_before_the_job_has_met_is_named_too(tmp_path: Path, stopped: int) -> None:
+    """In what comes before torch's meeting, such as the main rank's first call of a judge; without torchrun."""
+    (tmp_path / "early.py").write_text(EARLY)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1")), "WORLD_SIZE": "3"}
+    command = [sys.executable, str(tmp_path / "early.py"), str(tmp_path), "2.0"]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    try:
+        wait_until(lambda: all((tmp_path / f"heard{rank}").exists() for rank in range(3)))
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        said = [ranks[rank].communicate(timeout=60)[1] for rank in range(3) if rank != stopped]
+        assert any(f"error: rank {stopped} (" in text and f"pid {ranks[stopped].pid})" in text for text in said), said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.slow
 def test_a_rank_that_pauses_for_less_than_the_limit_and_one_that_goes_early_are_left_alone(tmp_path: Path) -> None:
     with job(tmp_path, silence_s=6.0) as running:
