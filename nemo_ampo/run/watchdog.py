@@ -4,7 +4,8 @@ A collective waits for a rank that is stopped, hung or gone until torch's own li
 which one it was. So a thread of each rank gives a sign of life at the job's meeting point, however long the rank's main
 thread computes, and reads those of the others. The signs say where the main thread stands. A rank is given up
 
-- when no sign came from it for ``silence_s``: its process is stopped or gone;
+- when no sign came from it for ``silence_s``: its process is stopped or gone; until the first one it may take
+  :data:`FIRST_SIGN_S`, since one node may load its libraries long after the others;
 - when the meeting point is silent for as long: rank 0 holds it, or torchrun, which is missed only when it is gone;
 - when it ended with an error while the others went on waiting, a minute later;
 - when its main thread did nothing at all for :data:`HANG_S` while all others did nothing but wait in a collective: it hangs.
@@ -31,11 +32,11 @@ STATUS = 75
 """As of a stage that stopped at a checkpoint (EX_TEMPFAIL)."""
 HANG_S = 1500.0
 """A little less than torch's own limit, which would end the job as well, but name nobody."""
+FIRST_SIGN_S = 600.0
 _IDLE_SHARE = 0.02
 """A main thread that needs less of a processor than this does nothing."""
 _LEAVE_S = 60.0
 _LONGEST_BEAT_S = 5.0
-_CONNECT_S = 600.0
 _LET_THE_SPEAKER_FIRST_S = 3.0
 _COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
 
@@ -80,9 +81,9 @@ def verdict(
         if sign is not None and sign.left is not None:
             if silent >= min(silence_s, _LEAVE_S):
                 found[rank] = f"ended with status {sign.left}, and the others still wait for it"
-        elif silent >= silence_s:
+        elif silent >= (limit := silence_s if sign is not None else max(silence_s, FIRST_SIGN_S)):
             last = f", last seen at {sign.where}" if sign is not None and sign.where else ""
-            found[rank] = f"gave no sign of life for {silence_s:g} s{last}"
+            found[rank] = f"gave no sign of life for {limit:g} s{last}"
     if found:
         return found
     hanging = {rank: sign for rank, sign in signs.items() if not sign.waits and sign.left is None}
@@ -248,7 +249,7 @@ def _meeting_point() -> Callable[[], Any]:
     from torch.distributed import TCPStore  # in the main thread: of an import that two threads begin, one may see a half
 
     address, port, holds = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
-    limit, holds = timedelta(seconds=_CONNECT_S), holds and not _of_torchrun()
+    limit, holds = timedelta(seconds=FIRST_SIGN_S), holds and not _of_torchrun()
     return lambda: TCPStore(address, port, None, holds, limit, wait_for_workers=False, multi_tenant=True)
 
 

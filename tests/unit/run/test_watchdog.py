@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.run.watchdog import HANG_S, STATUS, Sign, verdict
+from nemo_ampo.run.watchdog import FIRST_SIGN_S, HANG_S, STATUS, Sign, verdict
 from nemo_ampo.serve.local import free_port
 
 JOB = """
@@ -133,7 +133,7 @@ def test_a_rank_that_stops_before_the_job_has_met_is_named_too(tmp_path: Path, s
     """In what comes before torch's meeting, such as the main rank's first call of a judge; without torchrun."""
     (tmp_path / "early.py").write_text(EARLY)
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1")), "WORLD_SIZE": "3"}
-    command = [sys.executable, str(tmp_path / "early.py"), str(tmp_path), "2.0"]
+    command = [sys.executable, str(tmp_path / "early.py"), str(tmp_path), "5.0"]
     ranks = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(3)
@@ -217,14 +217,19 @@ def test_what_is_given_up_and_what_is_not() -> None:
         }
         dead = {rank for rank in range(size) if rank != own and signs[rank].left != 0 and draw.random() < 0.1}
         for rank in dead:
-            silent[rank] = silence * draw.choice([1, 1.5, 100])
+            limit = silence
             if draw.random() < 0.3:
                 del signs[rank]
+                limit = max(silence, FIRST_SIGN_S)
+            silent[rank] = limit * draw.choice([1, 1.5, 100])
+        for rank in {rank for rank in signs if rank != own and rank not in dead and draw.random() < 0.1}:
+            del signs[rank]
+            silent[rank] = max(silence, FIRST_SIGN_S) * draw.choice([0.0, 0.99])
         found = verdict(signs, silent, own, silence)
         if dead:
             assert set(found) == dead
         else:
-            still = all(sign.still_s >= HANG_S for sign in signs.values())
+            still = len(signs) == size and all(sign.still_s >= HANG_S for sign in signs.values())
             hanging = {rank for rank, sign in signs.items() if not sign.waits and sign.left is None}
             expected = hanging if still and 0 < len(hanging) < size else set()
             assert set(found) == expected
