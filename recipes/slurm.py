@@ -413,6 +413,33 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
     return with_mpi
 
 
+def memory_command(args: argparse.Namespace) -> None:
+    """Print what each training stage fills of a GPU. Status 2 when one does not fit."""
+    from nemo_ampo.config.compose import compose
+    from nemo_ampo.job.plan import model_of
+    from nemo_ampo.rehearse.sizes import GB, HARDWARE, MODELS, check_layout, layout_of, memory_of
+
+    recipe = read_recipe(args.recipe, args.overrides)
+    facts = MODELS["tiny"] if recipe.data.world else model_of(start_of(recipe), "")
+    hardware, too_large = HARDWARE[args.gpu], []
+    for name in TRAINING:
+        if args.only and name not in args.only:
+            continue
+        stage: StageConfig = getattr(recipe, name)
+        cfg = compose(name, stage.config, stage.overrides)
+        layout = layout_of(name, cfg, args.ranks)
+        check_layout(facts, layout.tensor, layout.pipeline, args.ranks)
+        total = memory_of(name, cfg, facts, layout).total
+        print(f"{name}: {total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {args.gpu}")
+        if total > hardware.room:
+            too_large.append(name)
+    if too_large:
+        raise ConfigError(
+            f"stage {too_large[0]}: does not fit a GPU with a tenth to spare; lower "
+            f"{too_large[0]}.model.tokens_per_micro_batch, or see `nemo-ampo rehearse {too_large[0]} --search`; --force submits all the same"
+        )
+
+
 def line_of(stage: Stage, with_mpi: bool) -> str:
     """Name, processes, MPI, output and command of a stage, separated by tabs."""
     width = "all" if stage.name in TRAINING else "one"
@@ -494,15 +521,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.set_defaults(function=function)
         return sub
 
-    for name, function in (("plan", plan_command), ("show", show_command), ("get", get_command)):
+    for name, function in (
+        ("plan", plan_command),
+        ("show", show_command),
+        ("get", get_command),
+        ("memory", memory_command),
+    ):
         sub = command(name, function)
         sub.add_argument("recipe", type=typed_path)
         sub.add_argument("overrides", nargs="*", metavar="key=value")
+        if name in ("plan", "memory"):
+            sub.add_argument("--ranks", type=int, default=1, help="processes of a training stage")
+            sub.add_argument("--only", nargs="*", help="stages, exports and evaluations without their policy's name")
+        if name == "memory":
+            sub.add_argument("--gpu", default="h100", choices=("h100", "h200", "a100"), help="kind of GPU")
         if name == "plan":
             sub.add_argument("--judge-url", default="", help="of a judge inside the job")
             sub.add_argument("--rollout-url", default="", help="of a rollout server inside the job")
-            sub.add_argument("--ranks", type=int, default=1, help="processes of a training stage")
-            sub.add_argument("--only", nargs="*", help="stages, exports and evaluations without their policy's name")
             sub.add_argument("--record", action=argparse.BooleanOptionalAction, help="write the plan into the run folder")
     begin, end = command("begin", begin_command), command("end", end_command)
     for sub in (begin, end):

@@ -9,7 +9,8 @@
 #
 # The whole pipeline: convert, clone (BC), train (AMPO), export, evaluate; finished stages are skipped.
 #
-#   slurm/ampo.sh [--dry-run] [RECIPE] [key=value...]       submits itself with the options of slurm/site.env
+#   slurm/ampo.sh [--dry-run] [--force] [RECIPE] [key=value...]  submits itself with the options of slurm/site.env; --force
+#                                                           also what does not fit its GPUs
 #   sbatch [OPTIONS] slurm/ampo.sh [RECIPE] [key=value...]  the same with options of your own
 #
 # RECIPE is a file like those of configs/pipeline (default: tiny.yaml there). docs/slurm.md explains all of it.

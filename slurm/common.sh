@@ -34,7 +34,7 @@ settings() {
     source "$ROOT/slurm/site.env"
     set +a
   fi
-  : "${AMPO_NODES:=1}" "${AMPO_GPUS_PER_NODE:=0}" "${AMPO_JUDGE_GPUS:=0}" "${AMPO_SBATCH:=}" "${AMPO_JUDGE_COMMAND:=}"
+  : "${AMPO_GPU_KIND:=h100}" "${AMPO_NODES:=1}" "${AMPO_GPUS_PER_NODE:=0}" "${AMPO_JUDGE_GPUS:=0}" "${AMPO_SBATCH:=}" "${AMPO_JUDGE_COMMAND:=}"
   : "${AMPO_RANKS_PER_NODE:=$((AMPO_GPUS_PER_NODE > 0 ? AMPO_GPUS_PER_NODE : 1))}"
   : "${ROLLOUT_GPUS:=1}" "${AMPO_CONTAINER:=none}" "${AMPO_IMAGE:=}" "${AMPO_JUDGE_IMAGE:=}" "${AMPO_MOUNTS:=}"
   : "${AMPO_MPI:=pmix}" "${AMPO_MAX_RESTARTS:=20}" "${AMPO_MIN_FREE_GB:=}"
@@ -223,6 +223,7 @@ dry_run() {
     stage_line "${fields[@]}" && show "${LINE[@]}"
   done <<<"$PLAN"
   each_container remove_container
+  if ((AMPO_GPUS_PER_NODE)); then printf '\n# memory\n' && { memory "$@" || true; }; fi
   printf '\n# recipe\n'
   helper recipes.slurm show "$RECIPE" "${OVERRIDES[@]}"
 }
@@ -232,9 +233,12 @@ dry_run() {
 # open_recipe SCRIPT [--dry-run] [RECIPE] [key=value...]: settings, recipe, and whether this is more than a dry run.
 open_recipe() {
   local facts limits
-  SCRIPT=$1 DRY='' RECIPE=configs/pipeline/tiny.yaml
+  SCRIPT=$1 DRY='' FORCE='' RECIPE=configs/pipeline/tiny.yaml
   shift
-  if [[ ${1:-} == --dry-run ]]; then DRY=1 && shift; fi
+  while [[ ${1:-} == --dry-run || ${1:-} == --force ]]; do
+    if [[ $1 == --force ]]; then FORCE=1; else DRY=1; fi
+    shift
+  done
   cd "$ROOT"
   settings
   if [[ ${1:-} && $1 != *=* ]]; then RECIPE=$1 && shift; fi
@@ -251,6 +255,13 @@ open_recipe() {
   ROLLOUT_URL=''
   RUN=$(realpath -m "$RUN")
   LOGS=$RUN/logs/$JOB-$RESTART
+}
+
+# What each training stage fills of a GPU; status 2 when one does not fit. The same as `nemo-ampo plan`.
+memory() {
+  ((AMPO_GPUS_PER_NODE)) || return 0
+  helper recipes.slurm memory "$RECIPE" "${OVERRIDES[@]}" --ranks "$((AMPO_NODES * AMPO_RANKS_PER_NODE))" \
+    --gpu "$AMPO_GPU_KIND" --only "$@"
 }
 
 submit_unless_inside() { # not in a job and not asked to show: become sbatch
@@ -270,12 +281,13 @@ run_job() {
   if ((${#only[@]})); then ROLLOUT_MODEL=-; fi
   if [[ $JUDGE_MODE == hetjob ]]; then SERVERS+=(judge); fi
   if [[ $ROLLOUT_MODEL != - ]]; then SERVERS+=(rollout); fi
+  if [[ ! $DRY && ! ${SLURM_JOB_ID:-} ]]; then memory "${only[@]}" >&2 || [[ $FORCE ]] || exit 2; fi
   submit_unless_inside
   find_servers
   if [[ $DRY ]]; then record=--no-record; fi
   PLAN=$(helper recipes.slurm plan "$RECIPE" "${OVERRIDES[@]}" "$record" --ranks "$RANKS" --judge-url "$JUDGE_URL" \
     --rollout-url "$ROLLOUT_URL" --only "${only[@]}") || exit 2
-  if [[ $DRY ]]; then dry_run; else attempt; fi
+  if [[ $DRY ]]; then dry_run "${only[@]}"; else attempt; fi
 }
 
 # run_judge [--dry-run] [RECIPE] [key=value...]: a judge in a job of its own.

@@ -77,10 +77,19 @@ def rehearse_rank(plan: Rehearsal, rank: int) -> RankReport:
     with tempfile.TemporaryDirectory(prefix="rehearse-") as folder, without_values():
         set_rank(rank, plan.nodes * plan.gpus, plan.gpus)
         recorder.device = device = "gpu" if plan.on_gpu else "cpu"
-        return _carried_out(plan, rank, device, Path(folder), began)
+        return carried_out(plan, rank, device, Path(folder), began)
 
 
-def _carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: float) -> RankReport:
+def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: float) -> RankReport:
+    """The passes of this rank, with the frameworks imported.
+
+    Args:
+        plan: what to carry out.
+        rank: of the job.
+        device: type of the device whose memory is counted.
+        folder: for what the frameworks write.
+        began: seconds of a core at the beginning.
+    """
     from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel
 
     from nemo_ampo.config.reading import read_config

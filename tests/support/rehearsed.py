@@ -1,0 +1,64 @@
+"""A stage's passes on real ranks with real tensors, or as one rank of a rehearsal: what they keep and ask of others.
+
+python rehearsed.py real|rehearsed OUT.json STAGE CONFIG RANKS TOKENS [KEY=VALUE]...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def rss(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most since it was reset."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field))
+
+
+def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, overrides: list[str]) -> None:
+    from converters.model_config import nemo_config
+    from nemo_ampo.job.plan import compose_for_plan
+    from nemo_ampo.rehearse import rank as rehearsal
+    from nemo_ampo.rehearse.sizes import MODELS
+
+    cfg = compose_for_plan(stage, name, overrides)
+    pipeline = int(cfg.model.pipeline_model_parallel_size)
+    plan = rehearsal.Rehearsal(
+        *(stage, cfg, nemo_config(MODELS[name], Path(os.devnull)), 1, ranks),
+        *(tokens, int(cfg.model.micro_batch_size), max(2, pipeline), (0.5, 1.0)),
+    )
+    rank = int(os.environ.get("RANK", "0"))
+    if how == "rehearsed":
+        rehearsal.prepare(on_gpu=False)
+        report = rehearsal.rehearse_rank(plan, rank)
+        grown = 0
+    else:
+        from nemo_ampo import compat
+
+        rehearsal.recorder.install()
+        compat.setup("cpu")
+        from nemo_ampo.rehearse import stage as passes  # imported before memory is measured
+
+        assert passes
+        with tempfile.TemporaryDirectory() as folder:
+            before = rss("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            report = rehearsal.carried_out(plan, rank, "cpu", Path(folder), 0.0)
+            grown = rss("VmHWM") - before
+    result: dict[str, Any] = {
+        "rss": grown,
+        "peak": report.largest()[1],
+        "peaks": {
+            f"{share} {pass_}": sum(p.values()) for share, ps in report.passes.items() for pass_, p in ps.peaks.items()
+        },
+        "calls": [str(call) for call in report.calls()],
+    }
+    out.with_suffix(f".{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5]), int(sys.argv[6]), sys.argv[7:])
