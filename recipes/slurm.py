@@ -436,7 +436,8 @@ def memory_command(args: argparse.Namespace) -> None:
     if too_large:
         raise ConfigError(
             f"stage {too_large[0]}: does not fit a GPU with a tenth to spare; lower "
-            f"{too_large[0]}.model.tokens_per_micro_batch, or see `nemo-ampo rehearse {too_large[0]} --search`; --force submits all the same"
+            f"{too_large[0]}.model.tokens_per_micro_batch, or see `nemo-ampo rehearse {too_large[0]} --search`; "
+            "--force submits all the same"
         )
 
 
