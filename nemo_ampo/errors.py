@@ -49,6 +49,10 @@ class BudgetError(UserError):
     """The calls or the money the job may spend on its judge are spent. The message names the limit."""
 
 
+class AskedToStopError(BudgetError):
+    """The job asks nothing more, as if its budget were spent: somebody wants it to end."""
+
+
 class ChatError(RuntimeError):
     """A chat endpoint gave no usable answer.
 

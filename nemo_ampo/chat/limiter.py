@@ -124,6 +124,11 @@ class LocalLimiter:
             self._file.save(self.ledger.spent)
         self._serve()
 
+    def end(self) -> None:
+        """Give leave to nobody any more, those who wait included: they get an :class:`AskedToStopError`."""
+        self.ledger.ended = True
+        self._serve()
+
     async def aclose(self) -> None:
         """See :class:`Limiter`."""
         if self._timer is not None:

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from nemo_ampo.chat.config import EndpointConfig
-from nemo_ampo.errors import BudgetError
+from nemo_ampo.errors import AskedToStopError, BudgetError
 
 WINDOW_S = 60.0
 
@@ -75,11 +75,15 @@ class Ledger:
     Args:
         limits: what is allowed.
         spent: by earlier runs of the same job.
+
+    Attributes:
+        ended: may be set to admit nobody any more.
     """
 
     def __init__(self, limits: Limits, spent: Spent | None = None) -> None:
         spent = spent or Spent()
         self.limits = limits
+        self.ended = False
         self._calls, self._usd = spent.calls, spent.usd
         self._reserved_usd = 0.0
         self._in_flight = 0
@@ -103,9 +107,11 @@ class Ledger:
             A lease; or the seconds until asking again makes sense; or None: as soon as a lease is settled.
 
         Raises:
-            BudgetError: the job has nothing left.
+            BudgetError: the job has nothing left, or is to end.
         """
         limits = self.limits
+        if self.ended:
+            raise AskedToStopError(f"{limits.section}: asked to stop; the same command goes on")
         self._check_budget(usd)
         if self._in_flight >= limits.max_concurrency:
             return None

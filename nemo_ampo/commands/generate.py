@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for line in summary.lines():
         _say(line)
-    _say(f"wrote {config.out} and {config.beside('meta.json')}")
+    if summary.rows:
+        _say(f"wrote {config.out} and {config.beside('meta.json')}")
     return summary.outcome.status
 
 

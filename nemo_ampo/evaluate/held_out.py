@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.algo.rewards import RewardConfig, score_reply
-from nemo_ampo.errors import BudgetError, DataError, JudgeError, UserError
+from nemo_ampo.errors import AskedToStopError, BudgetError, DataError, JudgeError, UserError
 from nemo_ampo.evaluate.answer_file import AnswerFile, StoredReply
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.files import sealed, sha256_of, write_once
@@ -26,6 +26,7 @@ from nemo_ampo.output.outcome import PARTIAL_FOLDER, Outcome
 from nemo_ampo.output.protocol import digest, keep_protocol
 from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import MODES
+from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.metrics import mean
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import DialogueTurn, JudgeRequest, RewardParts, Verdict
@@ -266,20 +267,21 @@ def _answer_and_judge(
         judge.check()
         begin()
         work = _Judging(asked, answers, judge, config)
-        for index in sorted(answers.replies):
-            work.submit(index)
-        policy: _Policy | None = None
-        for number, places in enumerate(_batches(len(asked), config.generate.batch_size)):
-            if all(index in answers.replies for index in places):
-                continue
-            if work.spent:
-                break
-            policy = policy or _Policy(tokenizer, config, device)
-            drawn = policy.draw([asked[index] for index in places], number)
-            answers.add_replies({i: reply for i, reply in zip(places, drawn, strict=True) if i not in answers.replies})
-            for index in places:
+        with stop_after_calls(judge.ask_no_more) as stop:
+            for index in sorted(answers.replies):
                 work.submit(index)
-        return work.finish()
+            policy: _Policy | None = None
+            for number, places in enumerate(_batches(len(asked), config.generate.batch_size)):
+                if all(index in answers.replies for index in places):
+                    continue
+                if work.spent or stop.requested:
+                    break
+                policy = policy or _Policy(tokenizer, config, device)
+                drawn = policy.draw([asked[index] for index in places], number)
+                answers.add_replies({i: reply for i, reply in zip(places, drawn, strict=True) if i not in answers.replies})
+                for index in places:
+                    work.submit(index)
+            return work.finish()
 
 
 class _Judging:
@@ -319,7 +321,9 @@ class _Judging:
         unjudged = Unjudged()
         for index, future in self._futures.items():
             error = future.exception()
-            if isinstance(error, BudgetError):
+            if isinstance(error, AskedToStopError):
+                unjudged.failures[index] = "asked to stop"
+            elif isinstance(error, BudgetError):
                 unjudged.failures[index], unjudged.by = "budget", str(error)
             elif isinstance(error, JudgeError):
                 unjudged.failures[index] = error.kind

@@ -33,6 +33,7 @@ from nemo_ampo.output.lock import hold_output
 from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.output.protocol import digest, keep_protocol
 from nemo_ampo.reply.modes import MODES
+from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.progress import Progress
 
 Kind = Literal["bc", "rl"]
@@ -108,7 +109,8 @@ class Summary:
         modes: mode to cloning rows.
         rejected: rule to the teacher's replies refused for it.
         failed: kind to situations that ended early because teacher or judge gave nothing usable.
-        stopped: situations cut short by the limit of calls or money.
+        stopped: situations cut short by the limit of calls or money, or by whoever asked the job to stop.
+        asked_to_stop: whether it was the latter.
         refused: what teacher or judge say, where they refused whatever they were asked.
         calls, cached: HTTP calls of this start, and questions answered from the cache.
         usd: spent in this start.
@@ -125,6 +127,7 @@ class Summary:
     rejected: dict[str, int]
     failed: dict[str, int]
     stopped: int
+    asked_to_stop: bool
     refused: str | None
     calls: int
     cached: int
@@ -155,8 +158,8 @@ class Summary:
             self.situations,
             begun=self.situations,
             done=self.situations - ended_early,
-            missing=Counter(self.failed),
-            stopped=limit if self.stopped else self.refused,
+            missing=Counter(self.failed) + Counter({"asked to stop": self.stopped} if self.asked_to_stop else {}),
+            stopped=limit if self.stopped and not self.asked_to_stop else self.refused,
         )
 
 
@@ -199,7 +202,9 @@ def _hold_to_protocol(config: JobConfig, *, write: bool) -> None:
 
 
 async def _run(config: JobConfig, situations: Situations) -> Summary:
-    async with _clients(config) as (chat, judge):
+    limits = Limits(config.max_concurrency, max_calls=config.max_calls, max_usd=config.max_usd, section="generate")
+    limiter = LocalLimiter(limits, SpentFile(config.beside("spent.json")))
+    async with _clients(config, limiter) as (chat, judge):
         await chat.check()
         if judge is not None:
             await judge.check(first_call=False)  # nothing waits beside it: the first dialogue's call is as good
@@ -219,7 +224,11 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
             )
             return done
 
-        with Progress(f"generate {config.kind}", 0, len(situations.chosen)) as progress:
+        loop = asyncio.get_running_loop()
+        with (
+            stop_after_calls(lambda: loop.call_soon_threadsafe(limiter.end)) as stop,
+            Progress(f"generate {config.kind}", 0, len(situations.chosen)) as progress,
+        ):
             played = await asyncio.gather(*map(play, situations.chosen))
         stats = [client.stats for client in (chat, judge) if client is not None]
     summary = Summary(
@@ -231,6 +240,7 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
         rejected=_sorted(teacher.rejected),
         failed=_sorted(Counter(p.failure for p in played if p.failure is not None)),
         stopped=sum(p.stopped for p in played),
+        asked_to_stop=stop.requested,
         refused=next((c.refused for c in (chat, judge) if c is not None and c.refused is not None), None),
         calls=sum(s.calls for s in stats),
         cached=sum(s.cache_hits for s in stats),
@@ -245,12 +255,10 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
 
 
 @asynccontextmanager
-async def _clients(config: JobConfig) -> AsyncIterator[tuple[ChatClient, Judge | None]]:
+async def _clients(config: JobConfig, limiter: LocalLimiter) -> AsyncIterator[tuple[ChatClient, Judge | None]]:
     """Teacher and judge, with one limit, one purse and one cache."""
     from nemo_ampo.chat.cache import ReplyFile
 
-    limits = Limits(config.max_concurrency, max_calls=config.max_calls, max_usd=config.max_usd, section="generate")
-    limiter = LocalLimiter(limits, SpentFile(config.beside("spent.json")))
     cache = ReplyFile(config.beside("replies.sqlite"), "--out")
     async with ChatClient(config.teacher, limiter=limiter, cache=cache) as chat:
         if config.judge is None:
@@ -261,6 +269,8 @@ async def _clients(config: JobConfig) -> AsyncIterator[tuple[ChatClient, Judge |
 
 
 def _publish(config: JobConfig, rows: list[dict[str, Any]], summary: Summary) -> None:
+    if not rows and summary.asked_to_stop:
+        return
     if not rows:
         raise ConfigError(f"{config.out}: no rows: {'; '.join(summary.lines())}")
     check_records([as_record(row, f"{config.out}, row {i}") for i, row in enumerate(rows, start=1)], str(config.out))

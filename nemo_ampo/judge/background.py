@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import math
 import threading
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from nemo_ampo.chat.job import Shared
+from nemo_ampo.chat.limiter import LocalLimiter
 from nemo_ampo.errors import BudgetError, ConfigError, JudgeError, UserError
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.stats import JudgeStats
@@ -117,6 +119,15 @@ class JudgeThread:
             UserError: on every rank, what a judge refuses; or on one, that it cannot be reached from there.
         """
         self._schedule(self._check()).result()
+
+    def ask_no_more(self) -> None:
+        """Let the calls under way come to their end; the other questions fail with AskedToStopError. For one process alone.
+
+        Waits for nothing, so that the handler of a signal may call it.
+        """
+        assert self._job is not None and isinstance(self._job.limiter, LocalLimiter)
+        with contextlib.suppress(RuntimeError):  # closed
+            self._loop.call_soon_threadsafe(self._job.limiter.end)
 
     def close(self) -> None:
         """Cancel what is unanswered, close the judge, end the thread. Closing twice does nothing."""

@@ -6,7 +6,10 @@ same. Schedulers repeat themselves, so that only a second Ctrl-C, a person's, in
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -16,15 +19,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While active, a signal only sets :attr:`requested`; a second Ctrl-C interrupts at once."""
+    """While active, a signal only sets :attr:`requested`; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
+    Outside of the main thread, which alone hears signals, there is nothing to request.
+
+    Args:
+        then: called at the first signal, wherever the main thread is: it may wait for nothing.
+    """
+
+    def __init__(self, then: Callable[[], None] | None = None) -> None:
         self.requested = False
+        self._then = then
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -34,7 +44,25 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested = True
+            if self._then is not None:
+                self._then()
+
+
+def stop_after_calls(ask_no_more: Callable[[], object]) -> StopRequest:
+    """For a job that lets the calls under way come to their end, since they are paid for.
+
+    Args:
+        ask_no_more: may wait for nothing.
+    """
+
+    def first() -> None:
+        # Past Python's own buffers: a signal may come in the middle of their work.
+        os.write(2, b"stopping after the calls under way; a second Ctrl-C stops at once\n")
+        ask_no_more()
+
+    return StopRequest(first)
 
 
 def stop_while_nothing_is_lost() -> None:

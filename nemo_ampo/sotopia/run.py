@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import gc
 import json
-import signal
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from nemo_ampo.dialogue.scenarios import Scenario
 from nemo_ampo.errors import ChatError, ConfigError, UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.output.outcome import Outcome
+from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.runlog import write_provenance
 from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.serve.launch import served
@@ -138,7 +137,7 @@ async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, 
         work = _Work(plan, store, judge, replies, teams)
         ticker = asyncio.create_task(work.tell())
         try:
-            with _signals(work.stop), _collector_off_libraries():
+            with stop_after_calls(work.stop), _collector_off_libraries():
                 await work.run()
         finally:
             ticker.cancel()
@@ -157,29 +156,6 @@ def _collector_off_libraries() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops after the calls under way, a second one at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop, wanted = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-
-    def first() -> None:
-        for number in wanted:
-            loop.remove_signal_handler(number)
-        print("stopping after the calls under way; once more stops at once", file=sys.stderr, flush=True)
-        stop()
-
-    for number in wanted:
-        loop.add_signal_handler(number, first)
-    try:
-        yield
-    finally:
-        for number in wanted:
-            loop.remove_signal_handler(number)
 
 
 class _StoppedError(Exception):

@@ -188,7 +188,8 @@ def test_a_run_that_is_asked_to_stop_records_every_answer_first(tmp_path: Path) 
         server, words = Server(url), ["episode.pairing=partner", "run.subset=hard", *speakers(url)]
         process = start(*command(tmp_path, "api", *words))
         wait_until(lambda: server.counts()["answered"] > 150, process)
-        process.terminate()
+        process.send_signal(signal.SIGUSR1)
+        process.terminate()  # as a scheduler does that does not wait long
         status, out, err = finish(process)
         assert status == 75 and "PARTIAL: " in out and "stopping after the calls under way" in err
         assert 150 < server.counts()["answered"] == recorded(tmp_path)

@@ -50,6 +50,8 @@ class FaultJudge:
         asked: calls by prompt (the first message; a re-ask adds others behind it).
         answered: prompts that got a verdict, with it.
         silent: while set, nobody gets an answer.
+        held: while set, answers wait.
+        answer_after_s: before an answer is given, seconds.
     """
 
     def __init__(self, percent: float, heal_after: int | None = None) -> None:
@@ -57,7 +59,8 @@ class FaultJudge:
         self.asked: Counter[str] = Counter()
         self.answered: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self.silent = threading.Event()
+        self.silent, self.held = threading.Event(), threading.Event()
+        self.answer_after_s = 0.0
         self._server = Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -103,7 +106,8 @@ class FaultJudge:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 fault, text = judge._decide(payload["messages"][0]["content"])
                 was_silent = judge.silent.is_set()
-                while judge.silent.is_set():
+                time.sleep(judge.answer_after_s)
+                while judge.silent.is_set() or judge.held.is_set():
                     time.sleep(0.05)
                 if was_silent or fault == "hang_up":
                     self.close_connection = True

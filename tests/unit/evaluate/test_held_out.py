@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from nemo_ampo.data.episodes import read_turns
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.evaluate import held_out as evaluation
 from nemo_ampo.evaluate.config import EvaluateConfig
+from nemo_ampo.files import read_jsonl
 from nemo_ampo.judge.client import _FIRST_REQUEST
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.report.training.inputs import parse_evaluation, read_evaluation
@@ -118,6 +123,41 @@ def test_a_spent_budget_keeps_every_paid_verdict_and_goes_on_as_if_it_had_never_
     capsys.readouterr()
     judge.asked.clear()
     assert run() == 0 and not judge.asked, "a finished one costs nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_keeps_every_answer_under_way_and_asks_no_more(
+    run: Evaluate, judge: FaultJudge, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Three of ten questions are under way, the others wait for their turn; the answers come after the signal."""
+
+    def interrupt() -> None:
+        while len(asked(judge)) < 3:
+            time.sleep(0.01)
+        judge.held.set()
+        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 60
+        while "stopping after the calls under way" not in seen[0] and time.monotonic() < deadline:
+            seen[0] += capfd.readouterr().err
+            time.sleep(0.01)
+        judge.held.clear()
+
+    seen = [""]
+    judge.answer_after_s = 0.2
+    person = threading.Thread(target=interrupt)
+    person.start()
+    assert run("judge.max_concurrency=3") == 75
+    person.join()
+    out, err = capfd.readouterr()
+    assert (
+        "the same command draws and asks for what is missing" in seen[0] + err and "missing: verdict (asked to stop) " in out
+    )
+    kept = read_jsonl(tmp_path / "judge" / "one" / "answers.jsonl")
+    answered = len(asked(judge))
+    assert 3 <= answered < 10 and sum(row["record"] == "verdict" for row in kept) == answered
+    judge.answer_after_s = 0.0
+    assert run() == 0
+    assert set(asked(judge).values()) == {1}, "no verdict is paid for twice"
 
 
 @pytest.mark.parametrize(

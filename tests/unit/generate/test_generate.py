@@ -190,6 +190,32 @@ def test_killed_and_started_again_no_answer_is_paid_for_twice(tmp_path, folder):
     assert out.read_text() == whole.read_text()
 
 
+@pytest.mark.parametrize("answered", [0, 12])
+def test_asked_to_stop_it_keeps_the_answers_under_way_and_asks_no_more(tmp_path, folder, answered):
+    """Five dialogues wait for an answer, which comes after the signal; two of them for leave to ask."""
+    out = tmp_path / "rl.jsonl"
+    with serving(RuleTeacher(hang_after=answered)) as teacher:
+        command = arguments("rl", out, teacher, "--sotopia-dir", folder, "--max-concurrency", 3)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nemo_ampo.commands.cli", "generate", *command],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while teacher.waiting < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("stopping after the calls under way")
+        teacher.released.set()
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 75 and "missing: asked to stop " in said and "the limit" not in said
+        assert sum(teacher.answered.values()) == answered + 3
+        assert main(command) == 0
+        assert set(teacher.answered.values()) == {1}
+
+
 ODD_OPTIONS = [
     *(("--max-usd", value) for value in ("nan", "inf", "0", "-1", "1e400")),
     *(("--timeout-s", value) for value in ("nan", "inf", "0", "-1", "1e308")),
