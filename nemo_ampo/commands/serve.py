@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (args.checkpoint / "config.json").is_file():
             raise UserError(f"CHECKPOINT: {no_model_folder(args.checkpoint)}")
         config = ServeConfig(engine=ServeEngine(args.engine), host=args.host, extra_args=others)
-        engine = choose_engine(config)
+        engine = choose_engine(config, checkpoints=[args.checkpoint])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.model_folder.portable import note_for_transformers_5
 from nemo_ampo.ranges import check_numbers, number, seconds
 
 
@@ -62,22 +64,26 @@ def check_serve(config: ServeConfig) -> None:
         raise ConfigError("serve.extra_args: the embedded server takes none")
 
 
-def choose_engine(config: ServeConfig, mode_dial: bool = False) -> ServeEngine:
+def choose_engine(config: ServeConfig, mode_dial: bool = False, checkpoints: Sequence[str | Path] = ()) -> ServeEngine:
     """The server to start.
 
     Args:
         config: what was asked for.
         mode_dial: the run biases the choice of the mode, which only the embedded server can do.
+        checkpoints: to be served. vllm reads them with transformers 5.
 
     Raises:
         ConfigError: the one asked for is not installed or cannot do it.
     """
+    misread = next(filter(None, (note_for_transformers_5(Path(folder)) for folder in checkpoints)), None)
     if config.engine is ServeEngine.auto:
-        if mode_dial:
+        if mode_dial or misread:
             return ServeEngine.embedded
         return next((engine for engine, program in PROGRAMS.items() if shutil.which(program)), ServeEngine.embedded)
     if mode_dial and config.engine is not ServeEngine.embedded:
         raise ConfigError(f"policy.mode_bias: serve.engine={config.engine.value} cannot bias the mode; take embedded")
+    if misread and config.engine is ServeEngine.vllm:
+        raise ConfigError(f"serve.engine: vllm reads text with transformers 5, take embedded; {misread}")
     program = PROGRAMS.get(config.engine)
     if program is not None and shutil.which(program) is None:
         raise ConfigError(f"serve.engine: {config.engine.value} needs the command {program}, which is not on the PATH")

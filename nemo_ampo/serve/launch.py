@@ -48,7 +48,7 @@ def served(checkpoint: str | Path, config: ServeConfig, *, mode_dial: bool = Fal
     """
     if not (Path(checkpoint) / "config.json").is_file():
         raise UserError(f"checkpoint: {no_model_folder(checkpoint)}")
-    engine = choose_engine(config, mode_dial)
+    engine = choose_engine(config, mode_dial, [checkpoint])
     if engine is ServeEngine.embedded:
         command = embedded_command(checkpoint, config)
         with server_process(command, what="the embedded server", start_timeout_s=config.start_timeout_s) as url:

@@ -148,8 +148,8 @@ def check_sotopia(config: SotopiaConfig) -> None:
             raise ConfigError(f"{key}: no such folder: {folder}{look_alike(folder)}")
     check_pairing(episode.pairing, config.policy, config.partner)
     check_serve(config.serve)
-    local = config.policy.checkpoint or config.partner.checkpoint
+    local = [agent.checkpoint for agent in (config.policy, config.partner) if agent.checkpoint]
     if local or config.serve.engine is not ServeEngine.auto:
-        choose_engine(config.serve, mode_dial=bool(config.policy.mode_bias and config.policy.checkpoint))
+        choose_engine(config.serve, bool(config.policy.mode_bias and config.policy.checkpoint), local)
     load_texts(*([Path(episode.prompts)] if episode.prompts is not None else []))
     load_score_prompt(config.judge.prompt)

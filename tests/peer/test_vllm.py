@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peer
 import pytest
 
 from nemo_ampo.chat.client import ChatClient
@@ -28,14 +29,8 @@ from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.types import JudgeRequest, Verdict
 
-PYTHON = os.environ.get("PEER_PYTHON", "")
 START_S = 600.0
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.slow,
-    pytest.mark.timeout(1500),
-    pytest.mark.skipif(not PYTHON, reason="no vLLM: run `make test-peer`, which installs it (3.5 GB)"),
-]
+pytestmark = peer.MARKS
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +47,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto", "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-    }  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "smollm2"]
+    command = [
+        peer.PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        "smollm2",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048"]
     command += ["--max-num-seqs", "32", "--enforce-eager"]
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("wb") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as server:
+    with log.open("wb") as out, subprocess.Popen(command, env=peer.environment(), stdout=out, stderr=out) as server:
         try:
             deadline = time.monotonic() + START_S
             while time.monotonic() < deadline and server.poll() is None:

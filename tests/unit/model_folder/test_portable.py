@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_hf import edit_json
+from tiny_hf import edit_json, split_as_qwen
 
 from nemo_ampo.model_folder.facts import TRANSFORMERS_5_ONLY, facts_of, read_facts, read_object
 from nemo_ampo.model_folder.loading import load_tokenizer
@@ -70,17 +70,8 @@ def test_any_other_change_is_a_difference(folder_of, tmp_path: Path, name: str) 
 
 
 def test_a_tokenizer_that_transformers_5_replaces_is_noted(folder_of) -> None:
-    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-
     assert note_for_transformers_5(folder_of("llama")) is None
     folder = folder_of("qwen2")
     assert "load it there with TokenizersBackend" in str(note_for_transformers_5(folder))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.NFC()
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    split_as_qwen(folder)
     assert note_for_transformers_5(folder) is None

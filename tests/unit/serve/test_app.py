@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tiny_hf import write_model
 from transformers import AutoTokenizer
 
 from nemo_ampo.chat.client import ChatClient
@@ -338,7 +339,17 @@ def test_auto_takes_what_is_installed(no_servers_installed: Path) -> None:
         choose_engine(ServeConfig(engine=ServeEngine.vllm), mode_dial=True)
 
 
-def test_another_server_is_started_asked_and_stopped(no_servers_installed: Path, tiny_checkpoint: Path) -> None:
+def test_vllm_is_given_no_tokenizer_that_it_misreads(no_servers_installed: Path, tiny_checkpoint: Path) -> None:
+    """A qwen2 model whose tokenizer.json does not split text as Qwen does."""
+    for program in PROGRAMS.values():
+        install(no_servers_installed, program)
+    assert choose_engine(ServeConfig(), checkpoints=[tiny_checkpoint]) is ServeEngine.embedded
+    with pytest.raises(ConfigError, match=r"serve\.engine: .*take embedded; .*otherwise than Qwen's"):
+        choose_engine(ServeConfig(engine=ServeEngine.vllm), checkpoints=[tiny_checkpoint])
+    assert choose_engine(ServeConfig(engine=ServeEngine.trtllm), checkpoints=[tiny_checkpoint]) is ServeEngine.trtllm
+
+
+def test_another_server_is_started_asked_and_stopped(no_servers_installed: Path, tmp_path: Path) -> None:
     """Stands in for vllm: the same command line, our embedded server behind it."""
     root = Path(__file__).parents[3]
     install(
@@ -358,7 +369,7 @@ sys.exit(main([folder, *(names.get(word, word) for word in rest)]))
 """,
     )
     config = ServeConfig(extra_args=["--max-num-seqs", "4"], start_timeout_s=120)
-    with served(tiny_checkpoint, config) as running:
+    with served(write_model(tmp_path / "hf", "llama", tied=True), config) as running:
         assert running.engine is ServeEngine.vllm and post(running)[0] == 200
     with pytest.raises(OSError):
         post(running)
