@@ -16,13 +16,14 @@ import pytest
 from nemo_process import ROOT, convert, run_nemo
 from tiny_hf import as_written_by_5, edit_json, split_as_qwen, write_model, write_tokenizer
 
-from nemo_ampo.chat import ChatClient, EndpointConfig
+from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.data.chat import build_messages, encode_prompt
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.grammar import render_reply
 from nemo_ampo.model_folder.loading import load_tokenizer
 from nemo_ampo.model_folder.portable import note_for_transformers_5
-from nemo_ampo.modes import MODES
+from nemo_ampo.reply.grammar import render_reply
+from nemo_ampo.reply.modes import MODES
 from nemo_ampo.serve.config import ServeConfig, ServeEngine, choose_engine
 from nemo_ampo.serve.launch import served
 

@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Non
 
 
 def split_as_qwen(folder: Path) -> None:
-    """Let the tokenizer split text as Qwen's does, each digit by itself: the only way that transformers 5 knows for qwen2."""
+    """Let the tokenizer split text as Qwen's does, each digit by itself: the only way transformers 5 knows for qwen2."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
