@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model
+from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model, check_precision
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers, open_trackers
@@ -56,7 +56,7 @@ def encode_turns(turns: list[DialogueTurn], tokenizer: Any, system: str, config:
         ids = encode_prompt(chat_messages(turn, system), tokenizer)
         if len(ids) > config.rollout.max_prompt_tokens:
             raise DataError(
-                f"{config.data.train}: row {turn.row_id}: prompt of {len(ids)} tokens exceeds "
+                f"{config.data.train or config.data.sotopia_dir}: row {turn.row_id}: prompt of {len(ids)} tokens exceeds "
                 f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens}"
             )
         prompts.append(Prompt(turn, tuple(ids)))
@@ -125,6 +125,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         from nemo_ampo import compat
 
         device = compat.setup(config.run.device, config.run.verbose)
+        check_precision(cfg, device)
 
         import torch
 

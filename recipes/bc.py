@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps
+from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_precision, check_steps
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers, open_trackers
 from nemo_ampo.run.watchdog import watch_ranks
@@ -82,6 +82,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo import compat
 
     device = compat.setup(config.run.device, config.run.verbose)
+    check_precision(cfg, device)
     watch_ranks(config.run.rank_timeout_s)
 
     import torch

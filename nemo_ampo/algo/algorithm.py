@@ -134,7 +134,7 @@ class AlgorithmConfig:
 
     preset: str = "ampo"
     advantage: ModeLevel = ModeLevel.ampo
-    tie_tolerance: float = number(0.02, least=0, above=True)
+    tie_tolerance: float = number(0.02, least=1e-6)
     baseline: Baseline = Baseline.group_mean
     scale: Scale = Scale.group_std
     judge_failure: JudgeFailure = JudgeFailure.mask

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.files import is_file, is_folder, missing
 from nemo_ampo.ranges import check_numbers, number, seconds
 
 STRUCTURED = ("auto", "on", "off")
@@ -181,12 +182,8 @@ class EndpointConfig:
 
     def _check_url(self, key: str, base_url: str) -> None:
         # No message repeats the value: what should not stand in it may be a key.
-        try:
-            url = urlsplit(base_url)
-            is_http = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            is_http, url = False, urlsplit("")
-        self._check(key, is_http, "must be a URL like http://host:8000/v1")
+        self._check(key, is_http(base_url), "must be a URL like http://host:8000/v1")
+        url = urlsplit(base_url)
         no_secret = url.username is None and url.password is None and not url.fragment and _QUERY.fullmatch(url.query)
         rule = "must not hold a user, password or query, but for ?api-version=...; "
         self._check(key, bool(no_secret), f"{rule}name the key's variable in {self.section}.api_key_env")
@@ -212,3 +209,24 @@ def api_url(base_url: str, path: str) -> str:
     """Address of an API function; a query of the base stays at the end."""
     url = urlsplit(base_url)
     return urlunsplit(url._replace(path=f"{url.path.rstrip('/')}/{path}"))
+
+
+def is_http(address: str) -> bool:
+    """Is this the URL of a web server?"""
+    try:
+        url = urlsplit(address)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
+
+
+def check_reply_files(config: EndpointConfig) -> None:
+    """The file that is to answer is there, and the one that is to keep replies can be one.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.replay is not None and not is_file(config.replay):
+        raise ConfigError(f"{config.section}.replay: {missing(config.replay)}")
+    if config.cache is not None and is_folder(config.cache):
+        raise ConfigError(f"{config.section}.cache: {config.cache} is a folder; give the name of a file")

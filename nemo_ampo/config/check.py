@@ -45,7 +45,7 @@ def check_stage(stage: str, cfg: DictConfig, world_size: int, *, files: bool = T
 @contextmanager
 def _with_existing_files(config: Any) -> Iterator[Any]:
     """The same config with paths that exist, so that all other rules still apply."""
-    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt")
+    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt", "replay")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.touch()
@@ -56,5 +56,5 @@ def _with_existing_files(config: Any) -> Iterator[Any]:
             folders = {name: folder for name in ("checkpoint", "sotopia_dir", "tokenizer") if name in given}
             return replace(values, **files, **folders)
 
-        named = [f.name for f in fields(config) if f.name in ("run", "data", "policy", "partner")]
+        named = [f.name for f in fields(config) if f.name in ("run", "data", "policy", "partner", "judge")]
         yield replace(config, **{name: section(getattr(config, name)) for name in named})

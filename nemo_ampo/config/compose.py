@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_ampo.config.nemo_keys import OPTIONAL
 from nemo_ampo.config.reading import default_keys, fill_preset
 from nemo_ampo.config.stages import STAGES
 from nemo_ampo.errors import ConfigError
@@ -17,8 +18,8 @@ from nemo_ampo.files import shipped
 from nemo_ampo.overrides import as_typed
 
 CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
-"""Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. ``model`` itself is
-not among them: a checkpoint's own config decides what it may hold."""
+"""Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. What else ``model``
+may hold decides the checkpoint, see :func:`~nemo_ampo.config.stages.check_model`."""
 
 CONFIGS = shipped("configs")
 
@@ -46,7 +47,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
             cfg = hydra_compose(name, list(overrides))
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"), overrides)
+    _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"))
     fill_preset(cfg)
     return cfg
 
@@ -60,18 +61,17 @@ def _is_text(stage: str, key: str) -> bool:
     return hint is str or hint == str | None
 
 
-def _refuse_unknown_keys(cfg: DictConfig, base: Any, overrides: Sequence[str]) -> None:
-    """Hold the sections whose keys are all in ``base.yaml`` to those; one more has to be added by a ``+key=`` override.
+def _refuse_unknown_keys(cfg: DictConfig, base: Any) -> None:
+    """Hold the closed sections to the keys of ``base.yaml`` and those that may be added.
 
     Raises:
         ConfigError: naming the key and the one that may be meant.
     """
-    added = {override.lstrip("+").partition("=")[0] for override in overrides if override.startswith("+")}
     for section in CLOSED_SECTIONS:
-        known = list(OmegaConf.select(base, section) or {})
+        added = [key.removeprefix(f"{section}.").partition(".")[0] for key in OPTIONAL if key.startswith(f"{section}.")]
+        known = list(dict.fromkeys([*(OmegaConf.select(base, section) or {}), *added]))
         for key in OmegaConf.select(cfg, section) or {}:
-            path = f"{section}.{key}"
-            if key not in known and not any(path == name or name.startswith(f"{path}.") for name in added):
+            if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise ConfigError(f"{path}: no such key; {hint} (+{path}=... on the command line adds it all the same)")
+                raise ConfigError(f"{section}.{key}: no such key; {hint}")

@@ -5,6 +5,7 @@ What NeMo, Lightning or Megatron would refuse after the model is loaded, or neve
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -221,9 +222,20 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "PolynomialHoldDecayAnnealing": (*_WARMUP, *_HOLD, "min_lr", "power", "cycle"),
 }
 """NeMo's learning-rate schedules that need nothing but these keys of ``model.optim.sched``."""
+_DECAYS_AFTER_HOLD = ("PolynomialHoldDecayAnnealing",)
 
-_OPTIONAL: dict[str, Rule | SameAs] = {
+OPTIONAL: dict[str, Rule | SameAs] = {
+    "trainer.deterministic": _FLAG,
+    "trainer.benchmark": _FLAG,
     "model.optim.eps": _POSITIVE,
+    "model.optim.overlap_grad_sync": _FLAG,
+    "model.optim.overlap_param_sync": _FLAG,
+    "model.optim.align_grad_reduce": _FLAG,
+    "model.optim.align_param_gather": _FLAG,
+    "model.optim.average_in_collective": _FLAG,
+    "model.optim.check_for_nan_in_grad": _FLAG,
+    "model.optim.grad_sync_dtype": Choice(("fp32", "bf16")),
+    "model.optim.ddp_bucket_size": Range(1, or_else=(None,)),
     "model.optim.sched.name": Choice(tuple(SCHEDULES)),
     "model.optim.sched.max_steps": Range(1),
     "model.optim.sched.min_lr": Range(0, whole=False),
@@ -238,6 +250,26 @@ _OPTIONAL: dict[str, Rule | SameAs] = {
 """Keys that may be missing or be added."""
 
 
+def check_added(cfg: DictConfig, stage: str, stored: Mapping[str, Any]) -> None:
+    """What else stands in ``model`` must be a key of the checkpoint: NeMo never reads others, or reads what was not tested.
+
+    Args:
+        cfg: composed config.
+        stage: ``bc`` or ``ampo``.
+        stored: NeMo model config of the checkpoint.
+
+    Raises:
+        ConfigError: naming the key and the one that may be meant.
+    """
+    known = {*NEMO[stage], *OPTIONAL, *(key for key, _ in _leaves("model", stored))}
+    for key, _ in _flat(cfg, "model"):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ConfigError(
+                f"{key}: neither this stage nor the checkpoint has such a key{f'; did you mean {near[0]}?' if near else ''}"
+            )
+
+
 def check_nemo(cfg: DictConfig, stage: str) -> None:
     """Hold NeMo's sections of a composed config to the stage's table; a number without a rule must be finite.
 
@@ -245,7 +277,7 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
         ConfigError: naming the first key whose value is not allowed, and what would be.
     """
     given = {key: value for section in ("trainer", "model", "exp_manager") for key, value in _flat(cfg, section)}
-    rules = NEMO[stage] | {key: rule for key, rule in _OPTIONAL.items() if key in given}
+    rules = NEMO[stage] | {key: rule for key, rule in OPTIONAL.items() if key in given}
     # A key that others follow is held to its own range first.
     for key, rule in sorted(rules.items(), key=lambda pair: isinstance(pair[1], SameAs)):
         if key not in given:
@@ -260,6 +292,11 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
             rule = rule.rule or Only(value, "")
         if not rule.holds(value):
             raise ConfigError(f"{key}: must be {told(rule, value)}")
+    steps, laid = given["trainer.max_steps"], given.get("model.optim.sched.max_steps")
+    if laid is not None and steps > 0:
+        raise ConfigError(
+            f"model.optim.sched.max_steps: {laid} has no effect beside trainer.max_steps={steps}; leave it out"
+        )
     for key, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: must be a finite number, got {value}")
@@ -274,7 +311,11 @@ def _flat(cfg: DictConfig, section: str) -> Iterator[tuple[str, Any]]:
         value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or section}: {str(error).splitlines()[0]}") from None
-    pending = [(section, value)]
+    yield from _leaves(section, value)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    pending = [(key, value)]
     while pending:
         key, value = pending.pop(0)
         if isinstance(value, dict) and value:
@@ -313,12 +354,12 @@ def check_schedule(optim: Mapping[str, Any], max_steps: int | None) -> None:
     laid = sched.get("max_steps") or max_steps
     if laid is None:
         return
-    part = {steps: _steps(sched, steps, ratio, laid) for steps, ratio in (_WARMUP, _CONSTANT, _HOLD)}
-    if part["constant_steps"] and part["constant_steps"] + part["warmup_steps"] >= laid:
-        raise ConfigError(
-            f"{section}.constant_steps: {part['constant_steps']} and {part['warmup_steps']} of warm-up leave none of the "
-            f"{laid} steps"
-        )
+    warmup, constant, hold = (_steps(sched, *names, laid) for names in (_WARMUP, _CONSTANT, _HOLD))
+    for name, length in (("constant_steps", constant), ("hold_steps", hold if sched["name"] in _DECAYS_AFTER_HOLD else 0)):
+        if length and length + warmup >= laid:
+            raise ConfigError(f"{section}.{name}: {length} and {warmup} of warm-up leave none of the {laid} steps")
+    if constant and least == optim["lr"]:
+        raise ConfigError(f"{section}.constant_steps: {constant} need a min_lr below model.optim.lr={optim['lr']}")
 
 
 def _steps(sched: Mapping[str, Any], steps: str, ratio: str, laid: int) -> int:

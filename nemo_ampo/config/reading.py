@@ -109,7 +109,7 @@ def _section(name: str, section: Any, given: Any) -> Any:
         # YAML reads a bare `off` as false.
         given |= {key: "off" for key in ("kl", "mismatch") if given.get(key) is False}
     typed = OmegaConf.create({name: OmegaConf.structured(section)})
-    _refuse_numbers_as_text(name, section if isinstance(section, type) else type(section), given)
+    _refuse_other_texts(name, section if isinstance(section, type) else type(section), given)
     # Frozen classes come out read-only; they are frozen again once they are objects.
     OmegaConf.set_readonly(typed[name], False)
     merged = OmegaConf.merge(typed, {name: given})
@@ -119,20 +119,23 @@ def _section(name: str, section: Any, given: Any) -> Any:
     return OmegaConf.to_object(merged)[name]  # type: ignore[index, call-overload]
 
 
-def _refuse_numbers_as_text(name: str, section: Any, given: Any) -> None:
-    """YAML reads ``2024_01`` as 202401 and ``yes`` as true, which as text are other words than those that were written."""
+def _refuse_other_texts(name: str, section: Any, given: Any) -> None:
+    """YAML reads ``2024_01`` as 202401 and ``yes`` as true, which as text are other words than those that were written; an
+    empty one is no path."""
     hints = get_type_hints(section)
     plain: Any = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     for key, value in plain.items() if isinstance(plain, dict) else ():
         hint = hints.get(str(key))
         if is_dataclass(hint):
-            _refuse_numbers_as_text(f"{name}.{key}", hint, value)
+            _refuse_other_texts(f"{name}.{key}", hint, value)
         elif (
             isinstance(value, int | float)
             and hint in (str, str | None)
             and not (isinstance(value, bool) and key in SWITCHES)
         ):
             raise ConfigError(f"{name}.{key}: YAML reads {as_yaml(value)} where text is expected; put quotes around it")
+        elif value == "" and hint == str | None:
+            raise ConfigError(f"{name}.{key}: must not be empty; null stands for none")
 
 
 def _resolved(schema: type[Any]) -> type[Any]:

@@ -17,12 +17,12 @@ from nemo_ampo.algo.algorithm import AggregateOver, AlgorithmConfig, JudgeFailur
 from nemo_ampo.algo.guard import GuardConfig
 from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.config.nemo_keys import check_nemo, check_schedule
+from nemo_ampo.config.nemo_keys import check_added, check_nemo, check_schedule
 from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.files import check_folder, file_name_problem, is_file, is_folder, missing, no_model_folder
-from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig, check_judge
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
 from nemo_ampo.rollout.config import RolloutConfig, check_rollout
@@ -90,6 +90,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     check_schedule(nemo.model.optim, nemo.trainer.reinforce.max_steps)
     check_algorithm(config.algorithm)
     check_rollout(config.rollout)
+    check_judge(config.judge)
     check_start(config.run.init_from)
     if (config.data.train is None) == (config.data.sotopia_dir is None):
         raise ConfigError("data.train, data.sotopia_dir: give exactly one of the two")
@@ -198,6 +199,7 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
             f"model.megatron_amp_O2: keeps the weights in half precision; set it to false with "
             f"trainer.precision={nemo.trainer.precision}"
         )
+    check_precision(nemo, run.device)
     if nemo.model.sequence_parallel and nemo.model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: needs model.tensor_model_parallel_size of at least 2")
     granularity, method, layers = (
@@ -214,6 +216,23 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
                 f"model.activations_checkpoint_{key}: {value} is for model.activations_checkpoint_granularity=full, "
                 f"got {granularity}"
             )
+
+
+def check_precision(nemo: DictConfig, device: str) -> None:
+    """Would the precision asked for be that of the arithmetic?
+
+    Args:
+        nemo: the whole composed config.
+        device: ``cpu``, ``gpu``, or ``auto`` while that is not known.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    if device == "cpu" and str(nemo.trainer.precision).startswith("bf16") and not nemo.model.megatron_amp_O2:
+        raise ConfigError(
+            f"trainer.precision: on a CPU, {nemo.trainer.precision} computes in 32 bits without model.megatron_amp_O2=true; "
+            "set that, or trainer.precision=32"
+        )
 
 
 def check_steps(nemo: DictConfig, steps_per_epoch: int | None) -> None:
@@ -274,6 +293,7 @@ def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
         _file("data.system_prompt", config.data.system_prompt)
     if not is_file(Path(config.run.checkpoint) / "config.json"):
         raise ConfigError(f"run.checkpoint: {no_model_folder(config.run.checkpoint)}")
+    check_judge(config.judge)
     problem = bias_problem(config.generate.mode_bias or {})
     if problem is not None:
         raise ConfigError(f"generate.mode_bias: {problem}")
@@ -308,13 +328,20 @@ def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str
     Raises:
         ConfigError: naming the key.
     """
+    check_added(nemo, "ampo" if isinstance(config, AmpoConfig) else "bc", model)
     check_parallel_layout(model, nemo.model.tensor_model_parallel_size, nemo.model.pipeline_model_parallel_size)
+    layers = int(model["num_layers"]) // nemo.model.pipeline_model_parallel_size
+    recomputed = nemo.model.activations_checkpoint_num_layers
+    if nemo.model.activations_checkpoint_method == "uniform" and layers % recomputed:
+        raise ConfigError(
+            f"model.activations_checkpoint_num_layers: {recomputed} does not divide the {layers} layers of a pipeline stage"
+        )
     if isinstance(config, AmpoConfig):
         longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-        if longest > model["max_position_embeddings"]:
+        positions = nemo.model.get("max_position_embeddings", model["max_position_embeddings"])
+        if longest > positions:
             raise ConfigError(
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
-                f"{model['max_position_embeddings']} positions"
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's {positions} positions"
             )
 
 

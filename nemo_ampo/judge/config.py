@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.config import EndpointConfig, check_reply_files
+from nemo_ampo.prompts import load_prompt, require_judge_placeholders
 from nemo_ampo.ranges import LARGEST_SEED, number
 
 
@@ -69,3 +70,14 @@ class JudgeConfig(EndpointConfig):
 @dataclass(frozen=True)
 class _SecondJudge(JudgeConfig):
     section: ClassVar[str] = "judge.second"
+
+
+def check_judge(config: JudgeConfig) -> None:
+    """The files it names, which are to be asked for before a model is loaded.
+
+    Raises:
+        ConfigError: naming the key or the prompt.
+    """
+    check_reply_files(config)
+    for prompt in (config.prompt, *([config.second_judge().prompt] if config.second else [])):
+        require_judge_placeholders(load_prompt(prompt))

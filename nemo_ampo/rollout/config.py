@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from nemo_ampo.chat.config import is_http
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranges import number, seconds
 
@@ -123,6 +124,9 @@ def check_rollout(rollout: RolloutConfig) -> None:
     server = rollout.trtllm_server
     if rollout.engine == "trtllm_server" and not server.url:
         raise ConfigError("rollout.trtllm_server.url: a value is required with rollout.engine=trtllm_server")
+    urls = [url.strip() for url in server.url.split(",") if url.strip()]
+    if server.url and not (urls and all(map(is_http, urls))):
+        raise ConfigError("rollout.trtllm_server.url: must be URLs like http://host:8000, separated by commas")
     _check_filters(rollout)
 
 

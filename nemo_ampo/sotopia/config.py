@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.config import EndpointConfig, check_reply_files
 from nemo_ampo.dialogue.config import LeaveRule, PartnerConfig, PolicyConfig, ViewName
 from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.errors import ConfigError
@@ -147,6 +147,8 @@ def check_sotopia(config: SotopiaConfig) -> None:
         if folder is not None and not (folder and is_folder(folder)):
             raise ConfigError(f"{key}: no such folder: {folder}{look_alike(folder)}")
     check_pairing(episode.pairing, config.policy, config.partner)
+    for endpoint in (config.policy, config.partner, config.judge):
+        check_reply_files(endpoint)
     check_serve(config.serve)
     local = [agent.checkpoint for agent in (config.policy, config.partner) if agent.checkpoint]
     if local or config.serve.engine is not ServeEngine.auto:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from tiny_hf import make_config
 
+from converters.model_config import nemo_config
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.config.nemo_keys import NEMO, SCHEDULES, check_schedule
 from nemo_ampo.config.reading import read_config, read_section
-from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate
+from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate, check_model, check_precision
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.model_folder.facts import facts_of
 from nemo_ampo.sotopia.config import check_sotopia
 
 ODD: tuple[Any, ...] = (
@@ -155,6 +159,77 @@ def names(key: str, message: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_keys_of_the_model_are_those_of_the_stage_and_of_the_checkpoint(stage: str, tmp_path: Path) -> None:
+    model = nemo_config(facts_of(json.loads(make_config("llama", tied=True).to_json_string(use_diff=False))), tmp_path)
+    # A checkpoint of two layers and 2,048 positions.
+    recomputed = {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"}
+    for changes, message in (
+        ({"hidden_dropout": 0.1, **recomputed, "activations_checkpoint_num_layers": 2}, None),
+        ({"hidden_dropuot": 0.1}, r"model\.hidden_dropuot: neither .* did you mean model\.hidden_dropout\?"),
+        ({"data": {"reset_positions": True}}, r"model\.data\.reset_positions: neither"),
+        ({"sharp": True}, r"model\.sharp: neither this stage nor the checkpoint has such a key"),
+        (recomputed | {"activations_checkpoint_num_layers": 3}, r"num_layers: 3 does not divide the 2 layers"),
+        ({"max_position_embeddings": 64}, r"exceeds the model's 64 positions" if stage == "ampo" else None),
+    ):
+        cfg = composed(stage, tmp_path)
+        OmegaConf.set_struct(cfg, False)
+        cfg.model = OmegaConf.merge(cfg.model, changes)
+        config = check(stage, cfg)
+        with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+            check_model(config, cfg, model)
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_a_precision_that_a_cpu_does_not_compute_in_is_refused(stage: str, tmp_path: Path) -> None:
+    cfg = composed(stage, tmp_path)
+    for precision in ("bf16", "bf16-mixed"):
+        cfg.trainer.precision = precision
+        with pytest.raises(ConfigError, match=r"trainer\.precision: on a CPU, .* model\.megatron_amp_O2=true"):
+            check(stage, cfg)
+        with changed(cfg, "run.device", "auto"):
+            check(stage, cfg)
+            with pytest.raises(ConfigError, match=r"trainer\.precision: on a CPU"):
+                check_precision(cfg, "cpu")
+        with changed(cfg, "model.megatron_amp_O2", True):
+            check(stage, cfg)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        *(
+            (stage, "judge.replay", "absent", r"judge\.replay: no such file: absent")
+            for stage in ("ampo", "evaluate", "sotopia")
+        ),
+        *((stage, "judge.cache", ".", r"judge\.cache: \. is a folder") for stage in ("ampo", "evaluate", "sotopia")),
+        *((stage, "judge.prompt", "teacher", r"prompt teacher: placeholder") for stage in ("ampo", "evaluate", "sotopia")),
+        ("sotopia", "policy.replay", "absent", r"policy\.replay: no such file"),
+        (
+            "ampo",
+            "judge.second",
+            {"base_url": "http://x:1", "model": "m", "prompt": "teacher"},
+            r"prompt teacher: placeholder",
+        ),
+        ("ampo", "rollout.trtllm_server.url", "http://x:1, y:2", r"rollout\.trtllm_server\.url: must be URLs"),
+        ("ampo", "rollout.trtllm.engine_dir", "", r"rollout\.trtllm\.engine_dir: must not be empty"),
+        ("bc", "checkpoint.dir", "", r"checkpoint\.dir: must not be empty; null stands for none"),
+        ("evaluate", "data.system_prompt", "", r"data\.system_prompt: must not be empty"),
+        ("sotopia", "episode.prompts", "", r"episode\.prompts: must not be empty"),
+    ],
+)
+def test_what_a_stage_would_stumble_over_later_is_refused(
+    stage: str, key: str, value: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(stage, tmp_path)
+    OmegaConf.set_struct(cfg, False)
+    check(stage, cfg)
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(ConfigError, match=message):
+        check(stage, cfg)
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
 def test_what_nemo_would_never_read_is_refused(stage: str, tmp_path: Path) -> None:
     good = composed(stage, tmp_path)
     for key, value in {
@@ -213,6 +288,9 @@ def test_what_is_saved_must_have_been_validated(every: float, save: int, limit: 
         {"name": "CosineAnnealing", "constant_steps": 10},
         {"name": "WarmupPolicy", "constant_steps": 0},
         {"name": "NoamAnnealing", "warmup_steps": 1},
+        {"name": "PolynomialHoldDecayAnnealing", "hold_ratio": 0.5, "warmup_ratio": 0.5},
+        {"name": "CosineAnnealing", "constant_steps": 1, "min_lr": 2e-4},
+        {"name": "CosineAnnealing", "max_steps": 5},
     ],
 )
 def test_a_schedule_that_nemo_would_not_make_is_refused(sched: dict[str, Any], tmp_path: Path) -> None:

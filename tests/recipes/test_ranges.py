@@ -108,9 +108,12 @@ def test_a_misspelt_key_of_nemo_in_a_file_is_refused(tmp_path: Path, before: str
         compose("ampo", "mine", [], tmp_path)
 
 
-def test_one_more_key_can_be_added_on_purpose() -> None:
+def test_only_a_key_that_something_reads_can_be_added() -> None:
     assert compose("ampo", "tiny", ["+model.optim.sched.name=CosineAnnealing"]).model.optim.sched.name == "CosineAnnealing"
-    assert compose("ampo", "tiny", ["+model.optim.amsgrad=true"]).model.optim.amsgrad is True
+    assert compose("ampo", "tiny", ["+trainer.deterministic=true"]).trainer.deterministic is True
+    for key in ("model.optim.amsgrad", "trainer.strategy", "trainer.reinforce.foo", "exp_manager.create_mlflow_logger"):
+        with pytest.raises(ConfigError, match=f"{key}: no such key"):
+            compose("ampo", "tiny", [f"+{key}=true"])
 
 
 def test_a_key_of_a_list_is_named_with_its_section(tmp_path: Path) -> None:

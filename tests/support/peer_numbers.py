@@ -1,9 +1,9 @@
 """``peer_numbers.py vllm|transformers JOB OUT``: what a reader of an exported folder makes of it, as JSON.
 
 Runs in an environment that may hold nothing of this project. The job names the folder, conversations, a text as tokens, how
-many tokens a reply may have and tokens to force. Answered are the prompts' tokens by the folder's own tokenizer and template,
-the greedy replies with the log-probability of each of their tokens, that of each token of the text after its first, and how
-long a reply is when a token is forced.
+many tokens a reply may have and tokens to force. Answered are the prompts' tokens by the folder's own tokenizer and
+template, the greedy replies with the log-probability of each of their tokens, that of each token of the text but the first,
+and how long a reply is when a token is forced.
 """
 
 from __future__ import annotations

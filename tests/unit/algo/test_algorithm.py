@@ -104,7 +104,10 @@ def test_nothing_in_the_library_asks_for_a_presets_name() -> None:
         (["algorithm.kl=off"], "algorithm.kl_coef: 0.001 has no effect with algorithm.kl=off"),
         (["algorithm.preset=dapo", "algorithm.kl_coef=0.1"], "algorithm.kl_coef"),
         (["algorithm.tie_tolerance=0.1"], "algorithm.tie_tolerance: 0.1 has no effect with algorithm.advantage=ampo;"),
-        (["algorithm.preset=ampo-robust", "algorithm.tie_tolerance=0"], "algorithm.tie_tolerance: must be a number above 0"),
+        (
+            ["algorithm.preset=ampo-robust", "algorithm.tie_tolerance=0"],
+            "algorithm.tie_tolerance: must be a number of at least 1e-06",
+        ),
         (["algorithm.preset=grpo", "algorithm.mode_credit=mode_tokens"], "algorithm.mode_credit: .*needs? ampo or"),
         (["algorithm.preset=ampo-paper", "algorithm.scale=none"], "algorithm.advantage: ampo_paper knows only"),
         (["algorithm.mismatch_high=3"], "algorithm.mismatch_high: 3.0 has no effect with algorithm.mismatch=off"),
