@@ -48,7 +48,7 @@ def _with_existing_files(config: Any) -> Iterator[Any]:
     stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt", "replay")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        file.touch()
+        file.write_text("{}")
 
         def section(values: Any) -> Any:
             given = {f.name for f in fields(values) if getattr(values, f.name)}
