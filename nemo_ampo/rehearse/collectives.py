@@ -101,7 +101,12 @@ class Recorder:
 
         group = given.get("group")
         ranks = tuple(sorted(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)))
-        detail = [f"{key}={given[key]}" for key in _PEERS if given.get(key) is not None]
+        detail = []
+        for key in _PEERS:
+            if (peer := given.get(key)) is not None:
+                within = key.startswith("group_") and group is not None
+                rank = dist.get_global_rank(group, peer) if within else peer
+                detail.append(f"{key.removeprefix('group_')}={rank}")
         if name in OBJECT_CALLS:
             return Call(name, ranks, (), " ".join(detail))
         tensors = [t for value in given.values() for t in _tensors(value)]
