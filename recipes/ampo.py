@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model, check_precision
+from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_device, check_model
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers, open_trackers
@@ -125,7 +125,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         from nemo_ampo import compat
 
         device = compat.setup(config.run.device, config.run.verbose)
-        check_precision(cfg, device)
+        check_device(cfg, device)
 
         import torch
 

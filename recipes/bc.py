@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_precision, check_steps
+from nemo_ampo.config.stages import BcConfig, check_bc, check_device, check_model, check_steps, positions
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers, open_trackers
 from nemo_ampo.run.watchdog import watch_ranks
@@ -61,12 +61,18 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     system_prompt = system_prompt_of(rows)
     train = encode_bc_rows(rows, tokenizer, data.max_tokens, data.on_too_long.value)
     heldout = encode_bc_rows(read_bc_rows(data.heldout), tokenizer, data.max_tokens, data.on_too_long.value)
-    positions = int(model_config["max_position_embeddings"])
+    most = positions(cfg, model_config)
     longest = max(len(example.tokens) for example in (*train.examples, *heldout.examples))
-    if longest > positions:
+    if longest > most:
         raise ConfigError(
-            f"data.max_tokens: {data.max_tokens} lets rows of up to {longest} tokens through, the model has {positions} "
-            f"positions; set it to {positions}"
+            f"data.max_tokens: {data.max_tokens} lets rows of up to {longest} tokens through, the model has {most} "
+            f"positions; set it to {most}"
+        )
+    prompt = max((example.prompt_len for example in heldout.examples[: data.heldout_replies]), default=0)
+    if prompt and prompt + data.max_new_tokens > most:
+        raise ConfigError(
+            f"data.max_new_tokens: {data.max_new_tokens} after a held-out prompt of {prompt} tokens exceed the model's {most} "
+            f"positions; set it to {most - prompt}"
         )
     if len(train.examples) < cfg.model.global_batch_size:
         raise ConfigError(
@@ -82,7 +88,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo import compat
 
     device = compat.setup(config.run.device, config.run.verbose)
-    check_precision(cfg, device)
+    check_device(cfg, device)
     watch_ranks(config.run.rank_timeout_s)
 
     import torch

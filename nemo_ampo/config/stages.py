@@ -199,7 +199,7 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
             f"model.megatron_amp_O2: keeps the weights in half precision; set it to false with "
             f"trainer.precision={nemo.trainer.precision}"
         )
-    check_precision(nemo, run.device)
+    check_device(nemo, run.device)
     if nemo.model.sequence_parallel and nemo.model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: needs model.tensor_model_parallel_size of at least 2")
     granularity, method, layers = (
@@ -218,8 +218,8 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
             )
 
 
-def check_precision(nemo: DictConfig, device: str) -> None:
-    """Would the precision asked for be that of the arithmetic?
+def check_device(nemo: DictConfig, device: str) -> None:
+    """Can the device do, and would it do, what NeMo's keys ask of it?
 
     Args:
         nemo: the whole composed config.
@@ -233,6 +233,8 @@ def check_precision(nemo: DictConfig, device: str) -> None:
             f"trainer.precision: on a CPU, {nemo.trainer.precision} computes in 32 bits without model.megatron_amp_O2=true; "
             "set that, or trainer.precision=32"
         )
+    if device == "cpu" and nemo.model.sequence_parallel:
+        raise ConfigError("model.sequence_parallel: needs Transformer Engine's layers, which a CPU has not; set it to false")
 
 
 def check_steps(nemo: DictConfig, steps_per_epoch: int | None) -> None:
@@ -338,11 +340,16 @@ def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str
         )
     if isinstance(config, AmpoConfig):
         longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-        positions = nemo.model.get("max_position_embeddings", model["max_position_embeddings"])
-        if longest > positions:
+        most = positions(nemo, model)
+        if longest > most:
             raise ConfigError(
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's {positions} positions"
+                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's {most} positions"
             )
+
+
+def positions(nemo: DictConfig, model: dict[str, Any]) -> int:
+    """Tokens that a sequence may have, given the composed config and the checkpoint's."""
+    return int(nemo.model.get("max_position_embeddings", model["max_position_embeddings"]))
 
 
 def check_start(path: str) -> None:

@@ -92,6 +92,13 @@ def test_prompt_longer_than_the_limit(quickstart: Quickstart, tmp_path: Path) ->
     assert "rollout.max_prompt_tokens=8" in ampo(quickstart, tmp_path, "rollout.max_prompt_tokens=8")
 
 
+def test_held_out_replies_beyond_the_models_positions(quickstart: Quickstart, tmp_path: Path) -> None:
+    line = one_line(
+        cloning(quickstart, tmp_path, "model.global_batch_size=1", "model.micro_batch_size=1", "data.max_new_tokens=2000")
+    )
+    assert "data.max_new_tokens: 2000 after a held-out prompt of" in line and "the model's 2048 positions" in line
+
+
 def test_more_positions_than_the_model_has(quickstart: Quickstart, tmp_path: Path) -> None:
     assert "positions" in ampo(quickstart, tmp_path, "rollout.max_new_tokens=100000")
 

@@ -19,7 +19,7 @@ from converters.model_config import nemo_config
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.config.nemo_keys import NEMO, SCHEDULES, check_schedule
 from nemo_ampo.config.reading import read_config, read_section
-from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate, check_model, check_precision
+from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_device, check_evaluate, check_model
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.model_folder.facts import facts_of
 from nemo_ampo.sotopia.config import check_sotopia
@@ -180,7 +180,7 @@ def test_keys_of_the_model_are_those_of_the_stage_and_of_the_checkpoint(stage: s
 
 
 @pytest.mark.parametrize("stage", ["bc", "ampo"])
-def test_a_precision_that_a_cpu_does_not_compute_in_is_refused(stage: str, tmp_path: Path) -> None:
+def test_what_a_cpu_does_not_do_is_refused(stage: str, tmp_path: Path) -> None:
     cfg = composed(stage, tmp_path)
     for precision in ("bf16", "bf16-mixed"):
         cfg.trainer.precision = precision
@@ -189,9 +189,14 @@ def test_a_precision_that_a_cpu_does_not_compute_in_is_refused(stage: str, tmp_p
         with changed(cfg, "run.device", "auto"):
             check(stage, cfg)
             with pytest.raises(ConfigError, match=r"trainer\.precision: on a CPU"):
-                check_precision(cfg, "cpu")
+                check_device(cfg, "cpu")
         with changed(cfg, "model.megatron_amp_O2", True):
             check(stage, cfg)
+    cfg.trainer.precision = 32
+    cfg.model.update({"sequence_parallel": True, "tensor_model_parallel_size": 1})
+    with pytest.raises(ConfigError, match=r"model\.sequence_parallel: needs Transformer Engine"):
+        check_device(cfg, "cpu")
+    check_device(cfg, "auto")
 
 
 @pytest.mark.parametrize(
