@@ -71,8 +71,8 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     prompt = max((example.prompt_len for example in heldout.examples[: data.heldout_replies]), default=0)
     if prompt and prompt + data.max_new_tokens > most:
         raise ConfigError(
-            f"data.max_new_tokens: {data.max_new_tokens} after a held-out prompt of {prompt} tokens exceed the model's {most} "
-            f"positions; set it to {most - prompt}"
+            f"data.max_new_tokens: {data.max_new_tokens} after a held-out prompt of {prompt} tokens exceed the model's "
+            f"{most} positions; set it to {most - prompt}"
         )
     if len(train.examples) < cfg.model.global_batch_size:
         raise ConfigError(

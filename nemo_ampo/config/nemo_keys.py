@@ -292,6 +292,8 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
             rule = rule.rule or Only(value, "")
         if not rule.holds(value):
             raise ConfigError(f"{key}: must be {told(rule, value)}")
+    if given.get("model.optim.overlap_param_sync") and not given.get("model.optim.overlap_grad_sync"):
+        raise ConfigError("model.optim.overlap_param_sync: needs model.optim.overlap_grad_sync=true")
     steps, laid = given["trainer.max_steps"], given.get("model.optim.sched.max_steps")
     if laid is not None and steps > 0:
         raise ConfigError(

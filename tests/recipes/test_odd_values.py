@@ -217,6 +217,7 @@ def test_what_a_cpu_does_not_do_is_refused(stage: str, tmp_path: Path) -> None:
         ),
         ("ampo", "rollout.trtllm_server.url", "http://x:1, y:2", r"rollout\.trtllm_server\.url: must be URLs"),
         ("ampo", "rollout.trtllm.engine_dir", "", r"rollout\.trtllm\.engine_dir: must not be empty"),
+        ("ampo", "model.optim.overlap_param_sync", True, r"overlap_param_sync: needs model\.optim\.overlap_grad_sync=true"),
         ("bc", "checkpoint.dir", "", r"checkpoint\.dir: must not be empty; null stands for none"),
         ("evaluate", "data.system_prompt", "", r"data\.system_prompt: must not be empty"),
         ("sotopia", "episode.prompts", "", r"episode\.prompts: must not be empty"),
