@@ -166,7 +166,7 @@ def test_vllm_behind_our_own_command_says_the_same(
 
     async def ask(url: str, model: str) -> list[Any]:
         async with ChatClient(EndpointConfig(url, model, timeout_s=300)) as client:
-            asked = [client.complete(m, temperature=0.0, max_tokens=MAX_NEW_TOKENS) for m in CONVERSATIONS]
+            asked = [client.complete(client.question(m, temperature=0.0, max_tokens=MAX_NEW_TOKENS)) for m in CONVERSATIONS]
             return list(await asyncio.gather(*asked))
 
     with served(exported.folder, ServeConfig(engine=ServeEngine.vllm, extra_args=small)) as server:
