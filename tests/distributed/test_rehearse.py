@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,17 @@ def test_a_rehearsal_is_what_real_ranks_do(layout: str, tmp_path: Path) -> None:
         assert len(expected["calls"]) > 10
         assert found["calls"] == expected["calls"]
         assert found["peaks"] == pytest.approx(expected["peaks"], rel=0.1)
+
+
+@pytest.mark.parametrize("layout", ["", "model.pipeline_model_parallel_size=2"])
+def test_the_arithmetic_of_the_plan_agrees_with_what_is_carried_out(layout: str) -> None:
+    command = "from nemo_ampo.commands.cli import main; raise SystemExit(main())"
+    words = [sys.executable, "-c", command, "rehearse", "ampo", "--config-name", "qwen2.5_7b", "--gpus", "8", "--rank", "0"]
+    done = subprocess.run(
+        [*words, *([layout] if layout else [])],
+        **{"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "timeout": 600},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (carried,) = re.findall(r"^fits: ([\d.]+) GB of 80", done.stdout, re.M)
+    (counted,) = re.findall(r"^by arithmetic .*: ([\d.]+) GB", done.stdout, re.M)
+    assert float(counted) == pytest.approx(float(carried), rel=0.05)
