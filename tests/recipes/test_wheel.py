@@ -88,22 +88,6 @@ def test_the_commands_that_need_no_framework_run_from_it(installed: Path, tmp_pa
     assert "check-config" in where
 
 
-def test_a_planning_python_needs_no_runtime(tmp_path: Path) -> None:
-    """The line of docs/slurm.md for a login node: its Python reads a recipe and shows what would be submitted."""
-    [packages] = re.findall(r"/plan/bin/pip install ([\w -]+?)\s+#", (ROOT / "docs/slurm.md").read_text(encoding="utf-8"))
-    python = tmp_path / "plan/bin/python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "plan"], check=True)
-    install = [python, "-m", "pip", "install", "-q", "-c", ROOT / "requirements.lock", *packages.split()]
-    subprocess.run(install, check=True, capture_output=True)
-    environment = {"PATH": "/usr/bin:/bin", "AMPO_PLAN_PYTHON": str(python), "AMPO_PYTHON": "/container/python"}
-    shown = subprocess.run(
-        ["bash", "slurm/ampo.sh", "--dry-run", "configs/pipeline/tiny.yaml", f"run_dir={tmp_path}/run"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    assert "/container/python -m recipes.ampo" in shown.stdout
-
-
 def test_the_list_of_packages_is_the_tree() -> None:
     found = {str(file.relative_to(ROOT).parent).replace("/", ".") for file in sources()}
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted({*found, "nemo_ampo.configs", "nemo_ampo.slurm"})
