@@ -72,13 +72,16 @@ def as_typed(given: str, is_text: Callable[[str], bool]) -> str:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     key, equals, text = given.partition("=")
     cure = f"{key}={quoted(_without_home(text))}"
     instead = f"{given}: cannot be read as key=value; quote the value: {shlex.quote(cure)}"
     try:
         parsed = OverridesParser.create().parse_override(given)
-    except HydraException:
+        OmegaConf.create([parsed.value()])
+    except (HydraException, OmegaConfBaseException):
         if not equals:
             raise ConfigError(f"{given}: expected key=value") from None
         raise ConfigError(instead) from None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from nemo_ampo.config.nemo_keys import OPTIONAL
 from nemo_ampo.config.reading import default_keys, fill_preset
 from nemo_ampo.config.stages import STAGES
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import shipped
-from nemo_ampo.overrides import as_typed
+from nemo_ampo.overrides import as_typed, override
 
 CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
 """Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. What else ``model``
@@ -28,7 +30,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
     """Hydra's composition of ``configs/<stage>/<name>.yaml`` and the command line.
 
     Raises:
-        ConfigError: unknown file or key.
+        ConfigError: unknown file or key, or a ``${...}`` that stands for nothing.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -49,6 +51,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
         raise ConfigError(" ".join(str(error).split())) from None
     _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"))
     fill_preset(cfg)
+    _refuse_dangling(cfg)
     return cfg
 
 
@@ -59,6 +62,30 @@ def _is_text(stage: str, key: str) -> bool:
     for name in rest.split("."):
         hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
     return hint is str or hint == str | None
+
+
+def _refuse_dangling(node: Any) -> None:
+    """Find what names a key or a resolver that is not there, which is often a path that only looks as if it did.
+
+    Raises:
+        ConfigError: naming the key, with the form in which the text means itself.
+    """
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        inner = node._get_node(key)
+        if OmegaConf.is_config(inner) and not (inner._is_none() or inner._is_missing() or inner._is_interpolation()):
+            _refuse_dangling(inner)
+        elif inner._is_interpolation():
+            try:
+                node[key]
+            except InterpolationToMissingValueError:
+                pass  # said where the missing value is asked for
+            except OmegaConfBaseException as error:
+                meant = shlex.quote(override(node._get_full_key(key), inner._value()))
+                raise ConfigError(f"{node._get_full_key(key)}: {_first_line(error)}; to mean it as it is: {meant}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _refuse_unknown_keys(cfg: DictConfig, base: Any) -> None:

@@ -47,7 +47,9 @@ def test_a_text_key_keeps_what_reads_as_a_number() -> None:
     assert compose("bc", "tiny", ["run.dir=x", "run.seed=7"]).run.seed == 7
 
 
-@pytest.mark.parametrize("path", ["DIR/lr=1e-4/run", "DIR/新加卷", "DIR/été", "DIR/run (2)", "DIR/a,b", "DIR/it's", 'a"b'])
+@pytest.mark.parametrize(
+    "path", ["DIR/lr=1e-4/run", "DIR/新加卷", "DIR/été", "DIR/run (2)", "DIR/a,b", "DIR/it's", 'a"b', "${..}", "${"]
+)
 def test_what_does_not_parse_is_told_with_the_form_to_use(path: str) -> None:
     try:
         cfg = compose("bc", "tiny", [f"run.dir={path}"])
@@ -56,6 +58,21 @@ def test_what_does_not_parse_is_told_with_the_form_to_use(path: str) -> None:
         assert name.startswith(f"run.dir={path}: ")
         cfg = compose("bc", "tiny", shlex.split(cure))
     assert cfg.run.dir == path
+
+
+@pytest.mark.parametrize("path", ["DIR/${x}", "$${x}", "${a.b}/c", "${no_such:1}", "${oc.env:NO_SUCH_VARIABLE}", "${.x}"])
+def test_what_stands_for_nothing_is_told_with_the_form_to_use(path: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        compose("bc", "tiny", [f"run.dir={path}"])
+    name, _, cure = str(told.value).partition("to mean it as it is: ")
+    assert name.startswith("run.dir: ") and "\n" not in str(told.value)
+    assert compose("bc", "tiny", shlex.split(cure)).run.dir == path
+
+
+def test_what_stands_for_another_key_is_its_value() -> None:
+    rest = ["run.init_from=x", "data.train=x", "data.heldout=x"]
+    assert compose("bc", "tiny", ["run.dir=r/${run.seed}", "run.seed=7", *rest]).run.dir == "r/7"
+    assert OmegaConf.is_missing(compose("bc", "tiny", []).run, "dir"), "what is missing is said where it is asked for"
 
 
 def test_a_home_folder_is_not_guessed() -> None:
