@@ -141,6 +141,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         from nemo_ampo.training.trainer import AmpoTrainer
 
         prepare_config(cfg, run_dir, config.run.init_from, assets, device)
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True)  # NeMo resolves it in place, which a path may not survive
         session = open_session(
             *(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.uses_reference),
             Keep(run_dir, config.checkpoint, settings),
@@ -149,7 +150,6 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         ranks = MegatronRanks()
         gpus = gpus_of_job(torch.cuda.get_device_name(), world_size(), facts) if device == "gpu" else None
         first_step = session.resumed.counters["step"] if session.resumed else 0
-        resolved: Any = OmegaConf.to_container(cfg, resolve=True)
 
         def describe() -> None:
             # Before the first step, so that a checkpoint packed on the way carries them too.

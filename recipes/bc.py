@@ -102,13 +102,13 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.training.session import Keep, open_session, prepare_config
 
     prepare_config(cfg, run_dir, config.run.init_from, assets, device)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)  # NeMo resolves it in place, which a path may not survive
     session = open_session(
         *(cfg, "sft", BcModel, config.run.init_from, len(train.examples), False),
         Keep(run_dir, config.checkpoint, settings),
     )
     ranks = MegatronRanks()
     gpus = gpus_of_job(torch.cuda.get_device_name(), world_size(), read_facts(assets)) if device == "gpu" else None
-    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
 
     def describe() -> None:
         # Before the first step, so that a checkpoint packed on the way carries them too.

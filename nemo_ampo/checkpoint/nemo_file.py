@@ -302,7 +302,7 @@ def tokenizer_config(folder: Path | str) -> dict[str, Any]:
     """NeMo's ``model.tokenizer`` for a Hugging Face tokenizer folder."""
     return {
         "library": "huggingface",
-        "type": _plain_name(Path(folder).resolve()),
+        "type": plain_name(Path(folder).resolve()),
         "model": None,
         "vocab_file": None,
         "merge_file": None,
@@ -310,7 +310,7 @@ def tokenizer_config(folder: Path | str) -> dict[str, Any]:
     }
 
 
-def _plain_name(folder: Path) -> str:
+def plain_name(folder: Path) -> str:
     """A name that OmegaConf, which NeMo resolves a config with more than once, does not take for an interpolation."""
     if "${" not in str(folder):
         return str(folder)

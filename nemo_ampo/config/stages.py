@@ -189,9 +189,6 @@ def _check_training(run: RunConfig, checkpoint: CheckpointConfig, nemo: DictConf
     check_nemo(nemo, stage)
     _device(run.device)
     check_folder("run.dir", run.dir)
-    for key, path in (("run.dir", run.dir), ("run.init_from", run.init_from)):
-        if "${" in path:
-            raise ConfigError(f"{key}: {path} holds ${{, which NeMo would take for an interpolation; choose another name")
     if checkpoint.dir is not None:
         check_folder("checkpoint.dir", checkpoint.dir)
     if nemo.model.megatron_amp_O2 and not str(nemo.trainer.precision).startswith("bf16"):

@@ -37,6 +37,7 @@ from nemo_ampo.checkpoint.nemo_file import (
     WEIGHTS_FOLDER,
     check_unpacked,
     load_overrides,
+    plain_name,
     read_model_config,
     temporary_files_in,
     unpack_weights,
@@ -133,7 +134,7 @@ def fill_config(cfg: DictConfig, run_dir: Path, stored: DictConfig, overrides: M
         cfg.trainer.devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cfg.trainer.num_nodes = int(os.environ.get("WORLD_SIZE", "1")) // cfg.trainer.devices
         # A folder of its own: on a resume NeMo moves every file it finds there out of the way, our logs included.
-        cfg.exp_manager.explicit_log_dir = str(run_dir / "nemo")
+        cfg.exp_manager.explicit_log_dir = f"{plain_name(run_dir)}/nemo"
         remove_overwritten_fields(stored, cfg.model.pop("overwrite_base_config", {}))
         cfg.model = OmegaConf.merge(stored, cfg.model, overrides)
 

@@ -12,6 +12,7 @@ from stage_runs import ROOT, Finished, Quickstart, run
 from tokenizers import Tokenizer
 
 from nemo_ampo.dialogue.opening import write_opening_rows
+from nemo_ampo.overrides import override
 
 pytestmark = pytest.mark.slow
 SOTOPIA = ROOT.parent / "shared" / "sotopia"
@@ -65,7 +66,7 @@ def cloning(quickstart: Quickstart, tmp_path: Path, *overrides: str, **changes: 
     return run(
         [
             *("recipes.bc", "--config-name", "tiny", f"run.dir={tmp_path / 'bc'}"),
-            *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"data.train={rows}"),
+            *(override("run.init_from", quickstart.folder / "nemo" / "base.nemo"), f"data.train={rows}"),
             *(f"data.heldout={world / 'bc_heldout.jsonl'}", *overrides),
         ]
     )

@@ -16,6 +16,7 @@ import pytest
 from stage_runs import ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.overrides import override
 from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = pytest.mark.slow
@@ -91,8 +92,8 @@ def test_a_full_disk_is_an_alarm_then_a_clean_stop_and_the_same_command_continue
     with demo_judge_process() as url:
         command = [
             *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={run_dir}", f"judge.base_url={url}"),
-            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
-            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
+            override("run.init_from", quickstart.folder / "bc" / "policy.nemo"),
+            override("data.train", quickstart.folder / "world" / "rl_train.jsonl"),
             *(f"checkpoint.dir={checkpoints}", f"checkpoint.max_failed_saves={FAILURES}"),
             *(f"trainer.reinforce.max_steps={STEPS}", "trainer.reinforce.save_interval=1"),
             *SMALL_STEPS,
@@ -130,7 +131,7 @@ def test_a_run_folder_that_fills_up_costs_no_training(quickstart: Quickstart, di
     world, run_dir, steps = quickstart.folder / "world", disk / "bc", 12
     command = [
         *(sys.executable, "-m", "recipes.bc", "--config-name", "tiny", f"run.dir={run_dir}"),
-        *(f"run.init_from={quickstart.folder / 'nemo' / 'base.nemo'}", f"checkpoint.dir={tmp_path / 'checkpoints'}"),
+        *(override("run.init_from", quickstart.folder / "nemo" / "base.nemo"), f"checkpoint.dir={tmp_path / 'checkpoints'}"),
         *(f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}"),
         *(f"trainer.sft.{name}={steps}" for name in ("max_steps", "val_check_interval", "save_interval")),
     ]

@@ -16,6 +16,7 @@ from stage_runs import AMPO, AMPO_STEPS, ROOT, SMALL_STEPS, Quickstart
 
 from nemo_ampo.data.episodes import read_turns
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.overrides import override
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.types import JudgeRequest
@@ -30,8 +31,16 @@ def test_faults_are_masked_an_outage_stops_and_the_same_command_goes_on(quicksta
     log = folder / "metrics.jsonl"
     with fault_judge(HALF) as judge:
         command = [
-            *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}", f"data.train={data}"),
-            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            *(
+                sys.executable,
+                "-m",
+                "recipes.ampo",
+                "--config-name",
+                "tiny",
+                f"run.dir={folder}",
+                override("data.train", data),
+            ),
+            override("run.init_from", quickstart.folder / "bc" / "policy.nemo"),
             *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.temperatures=[0.0]"),
             *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
             *("guard.max_failed_fraction=0.95", "guard.step_retries=1", "guard.retry_pause_s=0"),
@@ -87,8 +96,8 @@ def test_a_signal_ends_the_wait_for_a_judge_that_is_out(quickstart: Quickstart, 
     with fault_judge(ALL) as judge:
         command = [
             *(sys.executable, "-m", "recipes.ampo", "--config-name", "tiny", f"run.dir={folder}"),
-            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
-            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            override("data.train", quickstart.folder / "world" / "rl_train.jsonl"),
+            override("run.init_from", quickstart.folder / "bc" / "policy.nemo"),
             *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.temperatures=[0.0]"),
             *("judge.connection_retries=1", "judge.backoff_initial_s=0.01", "judge.backoff_max_s=0.02"),
             *("guard.step_retries=100", "guard.retry_pause_s=3600", *AMPO, *SMALL_STEPS),
@@ -131,8 +140,8 @@ def test_a_main_rank_that_stops_while_it_first_asks_the_judge_is_named(quickstar
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "recipes.ampo"),
             *("--config-name", "tiny", f"run.dir={tmp_path / 'ampo'}", "run.rank_timeout_s=5"),
-            f"data.train={quickstart.folder / 'world' / 'rl_train.jsonl'}",
-            f"run.init_from={quickstart.folder / 'bc' / 'policy.nemo'}",
+            override("data.train", quickstart.folder / "world" / "rl_train.jsonl"),
+            override("run.init_from", quickstart.folder / "bc" / "policy.nemo"),
             *(f"judge.base_url={judge.url}", f"judge.model={MODEL}", "judge.timeout_s=3600"),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

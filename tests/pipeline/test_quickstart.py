@@ -14,6 +14,7 @@ from stage_runs import AMPO_STEPS, BC_STEPS, Quickstart, quickstart_command, run
 
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.overrides import override
 from nemo_ampo.run.metrics import DESCRIPTIONS
 from nemo_ampo.world.judge_server import demo_judge_process
 
@@ -139,8 +140,12 @@ def test_the_mode_dial_moves_every_valid_reply_to_the_mode_it_is_turned_to(quick
         turned = run(
             [
                 *("recipes.evaluate", f"run.dir={tmp_path}", "run.name=turned", "generate.mode_bias={3: 50}"),
-                *(f"run.checkpoint={quickstart.folder / 'hf' / 'ampo'}", "data.limit=32", f"judge.base_url={judge_url}"),
-                f"data.turns={quickstart.folder / 'world' / 'rl_heldout.jsonl'}",
+                *(
+                    override("run.checkpoint", quickstart.folder / "hf" / "ampo"),
+                    "data.limit=32",
+                    f"judge.base_url={judge_url}",
+                ),
+                override("data.turns", quickstart.folder / "world" / "rl_heldout.jsonl"),
             ]
         )
     assert turned.status == 0, turned.err

@@ -18,6 +18,7 @@ from stage_runs import ROOT, Quickstart
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.files import read_jsonl
+from nemo_ampo.overrides import override
 from nemo_ampo.world.judge_server import demo_judge_process
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ class Job:
         rows = {"bc": "bc_train.jsonl", "ampo": "rl_train.jsonl"}[stage]
         self._command = [
             *(sys.executable, "-m", *torchrun, f"recipes.{stage}", "--config-name", "tiny", f"run.dir={folder}"),
-            *(f"run.init_from={start}", f"data.train={quickstart.folder / 'world' / rows}", *overrides),
+            *(override("run.init_from", start), override("data.train", quickstart.folder / "world" / rows), *overrides),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -231,7 +232,7 @@ def largest_gap(ours: Path, theirs: Path) -> dict[str, float]:
 def test_cloning_resumes_with_its_schedule_and_its_validations(quickstart: Quickstart, tmp_path: Path) -> None:
     steps, every = 40, 10
     overrides = [
-        *(f"data.heldout={quickstart.folder / 'world' / 'bc_heldout.jsonl'}", "data.heldout_replies=0"),
+        *(override("data.heldout", quickstart.folder / "world" / "bc_heldout.jsonl"), "data.heldout_replies=0"),
         *(f"trainer.sft.max_steps={steps}", f"trainer.sft.val_check_interval={every}", f"trainer.sft.save_interval={every}"),
     ]
     straight = Job(quickstart, tmp_path / "straight", "bc", overrides).start()

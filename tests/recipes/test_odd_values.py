@@ -248,7 +248,6 @@ def test_what_nemo_would_never_read_is_refused(stage: str, tmp_path: Path) -> No
         "exp_manager.explicit_log_dir": "elsewhere",
         "exp_manager.name": "../x",
         "exp_manager.max_time_per_run": "1:00:00",
-        "run.dir": "a\\${b}",
         "model.sequence_parallel": True,
         "model.megatron_amp_O2": True,
         "model.seed": 7,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from nemo_process import ROOT, Finished, run_nemo
 
+from nemo_ampo.overrides import override
+
 BC_STEPS, AMPO_STEPS = 240, 4
 BC = [
     f"trainer.sft.max_steps={BC_STEPS}",
@@ -51,8 +53,8 @@ class Quickstart:
         command = [
             *("recipes.ampo", "--config-name", "tiny", f"run.dir={run_dir}", f"judge.base_url={judge_url}"),
             *(
-                f"run.init_from={self.folder / 'bc' / 'policy.nemo'}",
-                f"data.train={self.folder / 'world' / 'rl_train.jsonl'}",
+                override("run.init_from", self.folder / "bc" / "policy.nemo"),
+                override("data.train", self.folder / "world" / "rl_train.jsonl"),
             ),
             *(*AMPO, *overrides),
         ]
