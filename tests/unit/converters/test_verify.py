@@ -13,6 +13,7 @@ from tiny_hf import edit_json, edit_nemo_config, edit_weights
 from converters import hf_to_nemo, nemo_to_hf, verify
 from converters.verify import shared_type
 from nemo_ampo.errors import UserError
+from nemo_ampo.output.lock import hold_output
 
 ROOT = Path(__file__).parents[3]
 
@@ -162,6 +163,20 @@ def test_output_name_and_absent_input(tmp_path: Path, capsys) -> None:
     assert nemo_to_hf.main(["--input", str(tmp_path / "no.nemo"), "--output", str(tmp_path / "hf")]) == 2
     assert "no such .nemo file" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_output_that_another_process_makes_is_left_alone(jobs, hf_folder, tmp_path: Path, capsys) -> None:
+    """Both would stage under one name, and the published file would hold tensors of two models."""
+    places = {
+        hf_to_nemo: (hf_folder("llama", tied=True), tmp_path / "m.nemo"),
+        nemo_to_hf: (jobs.folder / "llama-tied.nemo", tmp_path / "hf"),
+    }
+    for converter, (source, output) in places.items():
+        with hold_output(output, "--output"):
+            assert converter.main(["--input", str(source), "--output", str(output), "--no-verify"]) == 2
+            assert "--output: " in (said := capsys.readouterr().err) and "is in use by another job (process " in said
+    assert not any(output.exists() for _, output in places.values())
 
 
 @pytest.mark.slow
