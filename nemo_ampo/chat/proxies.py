@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from urllib.parse import unquote, urlsplit
 
+from nemo_ampo.text import one_line
+
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _PORTS = {"http": 80, "https": 443}
 _NUMBERS = re.compile(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}", re.IGNORECASE)
@@ -50,7 +52,7 @@ def passwords(proxy: str) -> Iterator[str]:
 def through(url: str) -> str:
     """For messages: which proxy an address was asked through; empty for none."""
     proxy = proxy_for(url)
-    return f" through the proxy {shown(proxy)}" if proxy is not None else ""
+    return f" through the proxy {one_line(shown(proxy))}" if proxy is not None else ""
 
 
 def opener_for(url: str) -> urllib.request.OpenerDirector:

@@ -66,7 +66,7 @@ class Wire:
         ca_file: PEM file of authorities to believe beside the system's or those of ``SSL_CERT_FILE``; None for none.
 
     Raises:
-        NoConnectionError: the certificates cannot be read, or there are no such proxies.
+        NoConnectionError: the certificates cannot be read, or there is no such proxy.
     """
 
     def __init__(self, key: str, headers: Mapping[str, str], proxy: str | None, ca_file: str | None) -> None:
@@ -78,6 +78,10 @@ class Wire:
             raise NoConnectionError(f"certificates of SSL_CERT_FILE, SSL_CERT_DIR or ca_file: {error}") from None
         if proxy is not None and not proxy.startswith(("http://", "https://")):
             raise NoConnectionError("only proxies of the kinds http:// and https:// can be used")
+        try:
+            between = None if proxy is None else httpx2.Proxy(proxy)
+        except (httpx2.InvalidURL, ValueError):
+            raise NoConnectionError("this is no address of a proxy") from None
         limits = httpx2.Limits(max_connections=_CONNECTIONS, keepalive_expiry=_KEEP_ALIVE_S)
         said = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         said["User-Agent"] = f"AsyncOpenAI/Python {openai.__version__}"
@@ -85,7 +89,7 @@ class Wire:
         http = _Http(
             {**said, **headers},
             verify=believed,
-            proxy=proxy,
+            proxy=between,
             trust_env=False,
             limits=limits,
             timeout=None,

@@ -280,6 +280,38 @@ def test_an_address_that_is_none_is_no_connection(url: str) -> None:
     assert error.value.kind == "connection"
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        *(
+            "http://[::1",
+            "http://a:b:c",
+            "http:127.0.0.1:9",
+            "http://x:99999",
+            "http://x:-1",
+            "http://",
+            "http://@",
+            "http://:@:",
+        ),
+        *(
+            "http://x\n:1",
+            "http://a b:1",
+            "http://\udcff:1",
+            "http://é.invalid:1",
+            "x" * 5000,
+            f"http://{'a' * 300}:1",
+            "\x1b[2J",
+        ),
+    ],
+)
+def test_a_proxy_that_is_none_is_no_connection(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(CallError) as error:
+        get("http://judge.invalid/v1")
+    said = str(error.value)
+    assert error.value.kind == "connection" and " through the proxy " in said and said.isprintable() and len(said) < 1000
+
+
 @pytest.mark.parametrize("proxy", ["socks5://user:p%40ss@127.0.0.1:9", "ftp://127.0.0.1:9"])
 def test_a_proxy_of_another_kind_is_no_connection(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
