@@ -5,6 +5,7 @@ Only this file knows the package and what it stands on. Loading them takes a sec
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import ssl
@@ -14,6 +15,10 @@ from typing import Any
 import aiohttp
 import httpx2
 import openai
+
+for _name in ("openai", "httpx2", "aiohttp"):
+    # What they would log of an exchange, such as the words beside a status, has not been searched for keys.
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 MAX_BODY_BYTES = 8 * 2**20
 """A longer answer, unpacked, is not read to its end."""

@@ -8,6 +8,7 @@ import datetime
 import gzip
 import http.server
 import ipaddress
+import os
 import socket
 import ssl
 import subprocess
@@ -50,6 +51,20 @@ def certificate(name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePriva
         .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
     )
     return made.sign(issuer[1] if issuer else key, hashes.SHA256()), key
+
+
+class Repeats(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        body = f"no {key}".encode()
+        self.send_response(500, f"Oops {key}")
+        self.send_header("X-Request-Id", key)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 class Hello(http.server.BaseHTTPRequestHandler):
@@ -221,6 +236,22 @@ def test_a_process_that_ends_right_after_a_call_ends_well() -> None:
         command = [sys.executable, "-c", code, str(Path(__file__).parent), url]
         ended = [subprocess.run(command, capture_output=True, text=True) for _ in range(4)]
     assert [(process.returncode, process.stderr) for process in ended] == [(0, "")] * len(ended)
+
+
+@pytest.mark.parametrize("level", ["", "debug"])
+def test_no_library_logs_what_was_not_searched_for_keys(level: str) -> None:
+    """The words beside a status are no part of the body; a training stage shows what others log."""
+    code = (
+        "import asyncio, logging, sys\nfrom nemo_ampo.chat.transport import Transport\n"
+        "logging.basicConfig(level=logging.DEBUG)\n"
+        "async def go():\n    await Transport(60, ('sk-secret',)).get(sys.argv[1], 'sk-secret', {})\n"
+        "asyncio.run(go())"
+    )
+    with serving(Repeats) as server:
+        command = [sys.executable, "-c", code, f"http://127.0.0.1:{server.server_port}/v1"]
+        environment = os.environ | {"OPENAI_LOG": level}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "CallError: status 500: no [API key]" in ended.stderr and "sk-secret" not in ended.stderr + ended.stdout
 
 
 @pytest.mark.parametrize("proxy", ["127.0.0.1:9", "http://user:p%40ss@127.0.0.1:9", "http://127.0.0.1:9/"])
