@@ -67,7 +67,7 @@ def cloning(quickstart: Quickstart, tmp_path: Path, *overrides: str, **changes: 
         [
             *("recipes.bc", "--config-name", "tiny", f"run.dir={tmp_path / 'bc'}"),
             *(override("run.init_from", quickstart.folder / "nemo" / "base.nemo"), f"data.train={rows}"),
-            *(f"data.heldout={world / 'bc_heldout.jsonl'}", *overrides),
+            *(override("data.heldout", world / "bc_heldout.jsonl"), *overrides),
         ]
     )
 

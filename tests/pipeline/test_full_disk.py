@@ -132,7 +132,7 @@ def test_a_run_folder_that_fills_up_costs_no_training(quickstart: Quickstart, di
     command = [
         *(sys.executable, "-m", "recipes.bc", "--config-name", "tiny", f"run.dir={run_dir}"),
         *(override("run.init_from", quickstart.folder / "nemo" / "base.nemo"), f"checkpoint.dir={tmp_path / 'checkpoints'}"),
-        *(f"data.train={world / 'bc_train.jsonl'}", f"data.heldout={world / 'bc_heldout.jsonl'}"),
+        *(override("data.train", world / "bc_train.jsonl"), override("data.heldout", world / "bc_heldout.jsonl")),
         *(f"trainer.sft.{name}={steps}" for name in ("max_steps", "val_check_interval", "save_interval")),
     ]
     full = Stage(command)
