@@ -12,6 +12,10 @@ from nemo_ampo.files import is_file, is_folder, missing
 from nemo_ampo.ranges import check_numbers, number, seconds
 
 STRUCTURED = ("auto", "on", "off")
+_OWN_FIELDS = ("messages", "model", "n", "stream", "stream_options")
+"""Of a request: what makes it the question that is asked."""
+_KEYED_FIELDS = ("temperature", "max_tokens", "seed")
+"""Of a request: what keys of ours decide."""
 
 
 # Not frozen, unlike the section itself: OmegaConf makes entries of a list or dict read-only while it still fills them.
@@ -90,7 +94,7 @@ class EndpointConfig:
             above ``backoff_max_s``.
         structured: ``auto`` sends a JSON schema and does without once the endpoint refuses it, ``on`` stops at the
             start if the endpoint lacks it, ``off`` never sends one.
-        extra_body: fields added to each request's body; one that is null is left out of it.
+        extra_body: fields added to each request's body; one that is null is left out of it. None that another key decides.
         price: model name to what its tokens cost.
         max_usd: dollars the job may spend, resumed runs included; null sets no limit.
         max_calls: HTTP calls the job may send, resumed runs included; null sets no limit.
@@ -144,6 +148,9 @@ class EndpointConfig:
             self.backoff_max_s >= self.backoff_initial_s,
             f"must not be less than {self.section}.backoff_initial_s ({self.backoff_initial_s})",
         )
+        for name, value in self.extra_body.items():
+            rule = "is sent from another key" + ("" if name in _OWN_FIELDS else "; set that, or null to leave the field out")
+            self._check(f"extra_body.{name}", name not in _OWN_FIELDS and (value is None or name not in _KEYED_FIELDS), rule)
         self._check_budget()
         self._check(
             "replay", not (self.cache and self.replay), f"give {self.section}.cache or {self.section}.replay, not both"
@@ -220,13 +227,14 @@ def is_http(address: str) -> bool:
         return False
 
 
-def check_reply_files(config: EndpointConfig) -> None:
-    """The file that is to answer is there, and the one that is to keep replies can be one.
+def check_endpoint_files(config: EndpointConfig) -> None:
+    """The files that are to be read are there, and the one that is to keep replies can be one.
 
     Raises:
         ConfigError: naming the key.
     """
-    if config.replay is not None and not is_file(config.replay):
-        raise ConfigError(f"{config.section}.replay: {missing(config.replay)}")
+    for key, path in (("replay", config.replay), ("ca_file", config.ca_file)):
+        if path is not None and not is_file(path):
+            raise ConfigError(f"{config.section}.{key}: {missing(path)}")
     if config.cache is not None and is_folder(config.cache):
         raise ConfigError(f"{config.section}.cache: {config.cache} is a folder; give the name of a file")

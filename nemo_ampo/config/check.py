@@ -45,7 +45,7 @@ def check_stage(stage: str, cfg: DictConfig, world_size: int, *, files: bool = T
 @contextmanager
 def _with_existing_files(config: Any) -> Iterator[Any]:
     """The same config with paths that exist, so that all other rules still apply."""
-    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt", "replay")
+    stand_ins = ("init_from", "train", "heldout", "turns", "system_prompt", "replay", "ca_file")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text("{}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from nemo_ampo.chat.config import EndpointConfig, check_reply_files
+from nemo_ampo.chat.config import EndpointConfig, check_endpoint_files
 from nemo_ampo.prompts import load_prompt, require_judge_placeholders
 from nemo_ampo.ranges import LARGEST_SEED, number
 
@@ -78,6 +78,6 @@ def check_judge(config: JudgeConfig) -> None:
     Raises:
         ConfigError: naming the key or the prompt.
     """
-    check_reply_files(config)
+    check_endpoint_files(config)
     for prompt in (config.prompt, *([config.second_judge().prompt] if config.second else [])):
         require_judge_placeholders(load_prompt(prompt))

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from nemo_ampo.chat.config import EndpointConfig, check_reply_files
+from nemo_ampo.chat.config import EndpointConfig, check_endpoint_files
 from nemo_ampo.dialogue.config import LeaveRule, PartnerConfig, PolicyConfig, ViewName
 from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.errors import ConfigError
@@ -148,7 +148,7 @@ def check_sotopia(config: SotopiaConfig) -> None:
             raise ConfigError(f"{key}: no such folder: {folder}{look_alike(folder)}")
     check_pairing(episode.pairing, config.policy, config.partner)
     for endpoint in (config.policy, config.partner, config.judge):
-        check_reply_files(endpoint)
+        check_endpoint_files(endpoint)
     check_serve(config.serve)
     local = [agent.checkpoint for agent in (config.policy, config.partner) if agent.checkpoint]
     if local or config.serve.engine is not ServeEngine.auto:

@@ -208,6 +208,7 @@ def test_what_a_cpu_does_not_do_is_refused(stage: str, tmp_path: Path) -> None:
         ),
         *((stage, "judge.cache", ".", r"judge\.cache: \. is a folder") for stage in ("ampo", "evaluate", "sotopia")),
         *((stage, "judge.prompt", "teacher", r"prompt teacher: placeholder") for stage in ("ampo", "evaluate", "sotopia")),
+        ("ampo", "judge.ca_file", "absent", r"judge\.ca_file: no such file"),
         ("sotopia", "policy.replay", "absent", r"policy\.replay: no such file"),
         (
             "ampo",

@@ -47,6 +47,8 @@ def test_a_bad_value_is_refused_naming_its_key(key: str, value: object) -> None:
     [
         ({"endpoints": [PoolMember("http://a/v1"), PoolMember("b")]}, r"endpoints\[1\]\.base_url"),
         ({"endpoints": [PoolMember("http://sk-secret@a/v1")]}, r"endpoints\[0\]\.base_url"),
+        ({"extra_body": {"messages": None}}, r"extra_body\.messages"),
+        ({"extra_body": {"top_p": 0.5, "temperature": 0.0}}, r"extra_body\.temperature"),
         ({"price": {"m": Price(-1.0, 1.0)}}, r"price\.m\.input_per_million"),
         ({"price": {"m": Price(1.0, float("nan"))}}, r"price\.m\.output_per_million"),
         ({"price": {"m": Price(1.0, 1.0)}, "endpoints": [PoolMember("http://a/v1", model="n")]}, "price"),
