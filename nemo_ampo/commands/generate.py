@@ -23,13 +23,17 @@ FIRST_TEMPERATURES, LATER_TEMPERATURE = (0.7, 0.7), 1.0
 RANGES = {
     "world": Range(1, 1_000_000),
     "seed": Range(0, LARGEST_SEED),
-    **dict.fromkeys(("limit", "rollouts", "max_tokens", "max_calls"), Range(1)),
-    **dict.fromkeys(("max_turns", "tries"), Range(1, 1000)),
+    **dict.fromkeys(("limit", "max_tokens", "max_calls"), Range(1)),
+    **dict.fromkeys(("rollouts", "max_turns", "tries"), Range(1, 1000)),
     "max_concurrency": Range(1, 65536),
     "timeout_s": Range(0, YEAR_S, whole=False, above=True),
     "max_usd": Range(0, whole=False, above=True),
 }
 """What the options may be."""
+_OF_FOLDER = {"limit": None, "rollouts": 1, "max_turns": 20, "view": "sotopia"}
+_OF_JUDGE = {"judge_model": None, "judge_key_env": "", "judge_price": None}
+_OF_BC = {"modes_per_turn": 1}
+"""Options that only one source or kind of rows has, with their defaults."""
 
 
 @printable_output()
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write training rows from scenarios. Exit status 75 when situations ended early, 2 when a limit cut them short."""
     args = _parser().parse_args(argv)
     try:
+        _check(args)
         situations = _situations(args)
         config = _config(args)
         _say(f"{len(situations.chosen)} situations, at most {most_calls(config, situations.chosen)} answers to ask for")
@@ -67,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         required = name == "teacher"
         group.add_argument(f"--{name}", metavar="URL", required=required, help=f"address of the {what}, ending in /v1")
         group.add_argument(f"--{name}-model", metavar="NAME", required=required, help="its name there")
-        group.add_argument(f"--{name}-key-env", default="", metavar="VARIABLE", help="environment variable with the key")
+        key = "environment variable with the key"
+        group.add_argument(f"--{name}-key-env", default="" if required else None, metavar="VARIABLE", help=key)
         group.add_argument(
             f"--{name}-price",
             type=float,
@@ -78,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--seed", type=int, default=0, help="of everything drawn (default %(default)s)")
     rows.add_argument("--limit", type=int, help="draw at most so many pairings of the folder")
-    rows.add_argument("--rollouts", type=int, default=1, help="dialogues per pairing (default %(default)s)")
-    rows.add_argument("--max-turns", type=int, default=20, help="of a dialogue (default %(default)s)")
-    rows.add_argument("--modes-per-turn", type=int, default=1, help="bc: rows per turn, 1..4 (default %(default)s)")
-    rows.add_argument("--view", choices=get_args(View), default="sotopia", help="what a speaker sees of the partner")
+    rows.add_argument("--rollouts", type=int, help="dialogues per pairing of the folder (default 1)")
+    rows.add_argument("--max-turns", type=int, help="of a dialogue of the folder (default 20)")
+    rows.add_argument("--modes-per-turn", type=int, help="bc: rows per turn, 1..4 (default 1)")
+    rows.add_argument("--view", choices=get_args(View), help="what a speaker sees of the folder's partner (default sotopia)")
     rows.add_argument(
         "--system-prompt", default="modes_system", help="of the rows: shipped name or file (default %(default)s)"
     )
@@ -96,17 +102,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _situations(args: argparse.Namespace) -> Situations:
+def _check(args: argparse.Namespace) -> None:
+    """Hold the options to their ranges, refuse one that nothing would read, and fill in the others' defaults."""
     for name, allowed in RANGES.items():
         value = getattr(args, name)
         if value is not None and not allowed.holds(value):
             raise ConfigError(f"--{name.replace('_', '-')}: must be {told(allowed, value)}")
+    for defaults, there, needed in (
+        (_OF_FOLDER, args.sotopia_dir is not None, "--sotopia-dir"),
+        (_OF_JUDGE, args.judge is not None, "--judge"),
+        (_OF_BC, args.kind == "bc", "bc rows"),
+    ):
+        for name, default in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif not there:
+                raise ConfigError(f"--{name.replace('_', '-')}: has no effect without {needed}")
+
+
+def _situations(args: argparse.Namespace) -> Situations:
     if args.world is not None:
         return from_world(args.world, args.seed)
     return from_sotopia(args.sotopia_dir, args.rollouts, args.max_turns, args.view, args.limit, args.seed)
 
 
 def _config(args: argparse.Namespace) -> JobConfig:
+    system = load_prompt(args.system_prompt)
+    system.require(())  # nothing fills a placeholder in it
     temperatures = (*FIRST_TEMPERATURES, *[LATER_TEMPERATURE] * args.tries)[: args.tries]
     if args.judge is not None and args.judge_model is None:
         raise ConfigError("--judge-model: needed with --judge")
@@ -133,7 +155,7 @@ def _config(args: argparse.Namespace) -> JobConfig:
             price=_price(args.teacher_model, args.teacher_price),
         ),
         judge=judge,
-        system=load_prompt(args.system_prompt).text,
+        system=system.text,
         seed=args.seed,
         temperatures=temperatures,
         modes_per_turn=args.modes_per_turn,

@@ -24,7 +24,7 @@ class EvaluateDataConfig:
 
     turns: str = MISSING
     limit: int = number(-1, least=1, or_else=(-1,))
-    samples: int = number(1, least=1)
+    samples: int = number(1, least=1, most=1000)
     system_prompt: str | None = None
 
 

@@ -88,7 +88,7 @@ class EpisodeConfig:
     pairing: Pairing = Pairing.self_play
     view: ViewName = ViewName.sotopia
     leave_rule: LeaveRule = LeaveRule.strict
-    max_turns: int = number(20, least=1)
+    max_turns: int = number(20, least=1, most=1000)
     max_prompt_tokens: int = number(6144, least=1)
     prompts: str | None = None
 

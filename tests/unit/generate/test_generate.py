@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def arguments(kind: str, out: Path, teacher: RuleTeacher, *more: object, judge: bool | None = None) -> list[str]:
-    line = [kind, "--out", out, "--teacher", teacher.base_url, "--teacher-model", MODEL, "--max-turns", 6]
+    line = [kind, "--out", out, "--teacher", teacher.base_url, "--teacher-model", MODEL]
+    if "--sotopia-dir" in more:
+        line += ["--max-turns", 6]
     if kind == "rl" if judge is None else judge:
         line += ["--judge", teacher.base_url, "--judge-model", MODEL]
     return [*map(str, line), *map(str, more)]
@@ -216,6 +218,8 @@ def test_asked_to_stop_it_keeps_the_answers_under_way_and_asks_no_more(tmp_path,
         assert set(teacher.answered.values()) == {1}
 
 
+OF_A_FOLDER = (("--limit", 2), ("--rollouts", 2), ("--max-turns", 20), ("--view", "reference"))
+OF_A_JUDGE = (("--judge-model", "m"), ("--judge-key-env", "HOME"), ("--judge-price", 1, 1))
 ODD_OPTIONS = [
     *(("--max-usd", value) for value in ("nan", "inf", "0", "-1", "1e400")),
     *(("--timeout-s", value) for value in ("nan", "inf", "0", "-1", "1e308")),
@@ -235,6 +239,9 @@ ODD_OPTIONS = [
         (("--world", 3, "--max-usd", 1), "--max-usd: nothing says what rules costs"),
         (("--world", 3, "--judge", "http://localhost:1/v1"), "--judge-model: needed"),
         (("--world", 3, "--system-prompt", "no_such"), "no such file"),
+        (("--world", 3, "--system-prompt", "judge"), "prompt judge: unknown placeholder"),
+        *((("--world", 3, *option), f"{option[0]}: has no effect without --sotopia-dir") for option in OF_A_FOLDER),
+        *((("--world", 3, *option), f"{option[0]}: has no effect without --judge") for option in OF_A_JUDGE),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_asked(tmp_path, teacher, capsys, more, problem):
@@ -247,6 +254,8 @@ def test_rl_needs_a_judge_and_bc_has_none(tmp_path, teacher, capsys):
     assert main(arguments("rl", tmp_path / "rl.jsonl", teacher, "--world", 3, judge=False)) == 2
     assert main(arguments("bc", tmp_path / "bc.jsonl", teacher, "--world", 3, judge=True)) == 2
     assert capsys.readouterr().err.count("--judge: needed for rl rows") == 2
+    assert main(arguments("rl", tmp_path / "rl.jsonl", teacher, "--world", 3, "--modes-per-turn", 2)) == 2
+    assert "--modes-per-turn: has no effect without bc rows" in capsys.readouterr().err
 
 
 def test_an_endpoint_that_is_down_is_named_and_nothing_is_written(tmp_path, capsys):
