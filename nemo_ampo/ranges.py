@@ -20,6 +20,8 @@ LARGEST_INT = 2**31 - 1
 LARGEST_SEED = LARGEST_INT - 2**20
 """Ranks and purposes add small numbers to a seed, which numpy and Megatron must still take."""
 LARGEST_PORT = 65535
+SMALLEST_DRAW = 1e-5
+"""Of a temperature that is not 0, and of ``top_p``: below, a reply is as good as greedy and numbers leave their range."""
 YEAR_S = 365 * 24 * 3600.0
 """No wait is longer; the system's clocks overflow at a few hundred of them."""
 

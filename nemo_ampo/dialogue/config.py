@@ -10,7 +10,7 @@ from typing import ClassVar
 from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import is_file, is_folder, look_alike, missing, no_model_folder
-from nemo_ampo.ranges import check_numbers, number, seconds
+from nemo_ampo.ranges import SMALLEST_DRAW, check_numbers, number, seconds
 from nemo_ampo.reply.modes import bias_problem
 
 
@@ -58,8 +58,8 @@ class AgentConfig(EndpointConfig):
     modes: bool = False
     system_prompt: str | None = None
     tokenizer: str = ""
-    temperature: float = number(0.7, least=0, most=2)
-    top_p: float = number(1.0, least=0, most=1, above=True)
+    temperature: float = number(0.7, least=SMALLEST_DRAW, most=2, or_else=(0,))
+    top_p: float = number(1.0, least=SMALLEST_DRAW, most=1)
     mode_bias: dict[int, float] | None = number(None, least=-1e6, most=1e6, whole=False)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.judge.config import JudgeConfig
-from nemo_ampo.ranges import LARGEST_SEED, number
+from nemo_ampo.ranges import LARGEST_SEED, SMALLEST_DRAW, number
 
 
 @dataclass
@@ -40,7 +40,7 @@ class GenerateConfig:
     """
 
     max_new_tokens: int = number(2048, least=1)
-    temperature: float = number(0.7, least=0, most=100)
+    temperature: float = number(0.7, least=SMALLEST_DRAW, most=100, or_else=(0,))
     batch_size: int = number(64, least=1)
     mode_bias: dict[int, float] | None = number(None, least=-1e6, most=1e6, whole=False)
 

@@ -39,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (args.checkpoint / "config.json").is_file():
             raise UserError(f"CHECKPOINT: {no_model_folder(args.checkpoint)}")
 
-        import torch
+        from nemo_ampo.compat import resolve_device
+
+        device = "cuda" if resolve_device(args.device) == "gpu" else "cpu"
 
         from nemo_ampo.serve.app import create_app
         from nemo_ampo.serve.engine import Engine
 
-        gpu = args.device == "gpu" or (args.device == "auto" and torch.cuda.is_available())
-        engine = Engine(args.checkpoint, device="cuda" if gpu else "cpu", dtype=args.dtype, max_batch=args.max_batch)
+        engine = Engine(args.checkpoint, device=device, dtype=args.dtype, max_batch=args.max_batch)
         try:
             run_app(
                 create_app(engine, name),

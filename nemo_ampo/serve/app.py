@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from starlette.requests import ClientDisconnect
 
 from nemo_ampo.errors import EngineError, UserError
+from nemo_ampo.ranges import SMALLEST_DRAW
 from nemo_ampo.reply.modes import MAX_BIAS
 from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
 from nemo_ampo.text import one_line
@@ -42,8 +43,6 @@ _MAX_OPEN = 1024
 _MAX_OPEN_BYTES = 16 * MAX_BODY_BYTES
 _READERS = 2
 """Threads that read and tokenise requests."""
-SMALLEST = 1e-5
-"""Of a temperature that is not 0, and of ``top_p``: below, a reply is as good as greedy and numbers leave their range."""
 _MOST_VALUES = 20_000
 """Values in a body. Of millions that are wrong each would be looked at and told, which takes minutes and gigabytes."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
@@ -53,8 +52,8 @@ _MAX_STOP_LENGTH = 1000
 
 
 def _temperature(value: float | None) -> float | None:
-    if value and value < SMALLEST:
-        raise ValueError(f"must be 0, or at least {SMALLEST:g}")
+    if value and value < SMALLEST_DRAW:
+        raise ValueError(f"must be 0, or at least {SMALLEST_DRAW:g}")
     return value
 
 
@@ -93,7 +92,7 @@ class ChatRequest(BaseModel):
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     temperature: Annotated[float | None, Field(ge=0, le=2), AfterValidator(_temperature)] = None
-    top_p: Annotated[float | None, Field(ge=SMALLEST, le=1)] = None
+    top_p: Annotated[float | None, Field(ge=SMALLEST_DRAW, le=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None

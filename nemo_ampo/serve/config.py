@@ -60,6 +60,8 @@ def check_serve(config: ServeConfig) -> None:
         if getattr(config, key) not in allowed:
             raise ConfigError(f"serve.{key}: expected one of {', '.join(allowed)}, got {getattr(config, key)!r}")
     check_numbers("serve", config)
+    if not config.host.strip():
+        raise ConfigError("serve.host: must not be empty; 0.0.0.0 listens on every address")
     if config.extra_args and config.engine is ServeEngine.embedded:
         raise ConfigError("serve.extra_args: the embedded server takes none")
 

@@ -493,6 +493,18 @@ def test_a_batch_of_no_rows_is_refused_by_the_command(rows: int, tiny_checkpoint
     assert "serve.max_batch: must be a whole number of at least 1" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "gpu"), "device: gpu was asked for, but torch sees no GPU"),
+        (("--host", ""), "serve.host: must not be empty"),
+    ],
+)
+def test_where_it_cannot_be_served_is_one_line(options: tuple[str, str], said: str, tiny_checkpoint: Path, caplog) -> None:
+    assert main([str(tiny_checkpoint), "--engine", "embedded", "--port", "0", *options]) == 2
+    assert said in caplog.text
+
+
 def test_text_in_parts_is_the_text_they_make(server) -> None:
     whole = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello there"}]
     parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]
