@@ -6,13 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import no_model_folder
 from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.serve.__main__ import main as embedded
-from nemo_ampo.serve.config import ServeConfig, ServeEngine, choose_engine
+from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
 from nemo_ampo.serve.launch import foreign_command
 
 
@@ -28,14 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not (args.checkpoint / "config.json").is_file():
             raise UserError(f"CHECKPOINT: {no_model_folder(args.checkpoint)}")
-        config = ServeConfig(engine=ServeEngine(args.engine), host=args.host, extra_args=others)
+        config = ServeConfig(engine=ServeEngine(args.engine), host=args.host)
+        check_serve(config)
         engine = choose_engine(config, checkpoints=[args.checkpoint])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if engine is ServeEngine.embedded:
         return embedded([str(args.checkpoint), "--host", args.host, "--port", str(args.port), *others])
-    command, model = foreign_command(engine, args.checkpoint, config, args.port)
+    command, model = foreign_command(engine, args.checkpoint, replace(config, extra_args=others), args.port)
     sys.stderr.write(f"{' '.join(command)}  (model={model})\n")
     sys.stderr.flush()
     os.execvp(command[0], command)

@@ -62,8 +62,6 @@ def check_serve(config: ServeConfig) -> None:
     check_numbers("serve", config)
     if not config.host.strip():
         raise ConfigError("serve.host: must not be empty; 0.0.0.0 listens on every address")
-    if config.extra_args and config.engine is ServeEngine.embedded:
-        raise ConfigError("serve.extra_args: the embedded server takes none")
 
 
 def choose_engine(config: ServeConfig, mode_dial: bool = False, checkpoints: Sequence[str | Path] = ()) -> ServeEngine:
@@ -78,15 +76,22 @@ def choose_engine(config: ServeConfig, mode_dial: bool = False, checkpoints: Seq
         ConfigError: the one asked for is not installed or cannot do it.
     """
     misread = next(filter(None, (note_for_transformers_5(Path(folder)) for folder in checkpoints)), None)
-    if config.engine is ServeEngine.auto:
-        if mode_dial or misread:
-            return ServeEngine.embedded
-        return next((engine for engine, program in PROGRAMS.items() if shutil.which(program)), ServeEngine.embedded)
-    if mode_dial and config.engine is not ServeEngine.embedded:
-        raise ConfigError(f"policy.mode_bias: serve.engine={config.engine.value} cannot bias the mode; take embedded")
-    if misread and config.engine is ServeEngine.vllm:
+    engine = config.engine
+    if engine is ServeEngine.auto:
+        installed = [] if mode_dial or misread else [engine for engine, program in PROGRAMS.items() if shutil.which(program)]
+        engine = next(iter(installed), ServeEngine.embedded)
+    if engine is ServeEngine.embedded and config.extra_args:
+        raise ConfigError("serve.extra_args: the embedded server takes none")
+    for key in ("device", "dtype", "max_batch"):
+        if engine is not ServeEngine.embedded and getattr(config, key) != getattr(ServeConfig(), key):
+            raise ConfigError(
+                f"serve.{key}: is for the embedded server; give {PROGRAMS[engine]} its own option in serve.extra_args"
+            )
+    if mode_dial and engine is not ServeEngine.embedded:
+        raise ConfigError(f"policy.mode_bias: serve.engine={engine.value} cannot bias the mode; take embedded")
+    if misread and engine is ServeEngine.vllm:
         raise ConfigError(f"serve.engine: vllm reads text with transformers 5, take embedded; {misread}")
-    program = PROGRAMS.get(config.engine)
+    program = PROGRAMS.get(engine)
     if program is not None and shutil.which(program) is None:
-        raise ConfigError(f"serve.engine: {config.engine.value} needs the command {program}, which is not on the PATH")
-    return config.engine
+        raise ConfigError(f"serve.engine: {engine.value} needs the command {program}, which is not on the PATH")
+    return engine

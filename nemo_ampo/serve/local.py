@@ -21,6 +21,7 @@ import uvicorn
 
 from nemo_ampo.chat.proxies import opener_for
 from nemo_ampo.errors import Stopped, UserError
+from nemo_ampo.files import disk_errors, write_once
 
 _PARENT_POLL_S = 0.5
 SHUTDOWN_S = 2
@@ -204,15 +205,11 @@ def _announced(ready_file: Path | None) -> Iterator[Callable[[str], None]]:
         yield lambda url: None
         return
 
-    def announce(url: str) -> None:
-        partial = ready_file.with_name(f"{ready_file.name}.{os.getpid()}.tmp")
-        partial.write_text(url + "\n", encoding="utf-8")
-        partial.replace(ready_file)
-
-    ready_file.parent.mkdir(parents=True, exist_ok=True)
-    ready_file.unlink(missing_ok=True)
+    with disk_errors(f"--ready-file: cannot write {ready_file}"):
+        ready_file.parent.mkdir(parents=True, exist_ok=True)
+        ready_file.unlink(missing_ok=True)
     try:
-        yield announce
+        yield lambda url: write_once(ready_file, url + "\n")
     finally:
         ready_file.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from nemo_ampo.dialogue.prompts import load_texts
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import check_folder, is_folder, look_alike
 from nemo_ampo.ranges import LARGEST_SEED, number
-from nemo_ampo.serve.config import ServeConfig, ServeEngine, check_serve, choose_engine
+from nemo_ampo.serve.config import ServeConfig, check_serve, choose_engine
 from nemo_ampo.sotopia.dimensions import PROMPT, TEMPERATURES, load_score_prompt
 from nemo_ampo.sotopia.pairings import Pairing, Subset, check_pairing
 
@@ -151,7 +151,11 @@ def check_sotopia(config: SotopiaConfig) -> None:
         check_endpoint_files(endpoint)
     check_serve(config.serve)
     local = [agent.checkpoint for agent in (config.policy, config.partner) if agent.checkpoint]
-    if local or config.serve.engine is not ServeEngine.auto:
+    if local:
         choose_engine(config.serve, bool(config.policy.mode_bias and config.policy.checkpoint), local)
+    elif config.serve != ServeConfig():
+        raise ConfigError(
+            "serve: nothing is served here without policy.checkpoint or partner.checkpoint; leave its keys out"
+        )
     load_texts(*([Path(episode.prompts)] if episode.prompts is not None else []))
     load_score_prompt(config.judge.prompt)

@@ -221,6 +221,7 @@ def test_what_a_cpu_does_not_do_is_refused(stage: str, tmp_path: Path) -> None:
         ("ampo", "model.optim.overlap_param_sync", True, r"overlap_param_sync: needs model\.optim\.overlap_grad_sync=true"),
         ("bc", "checkpoint.dir", "", r"checkpoint\.dir: must not be empty; null stands for none"),
         ("evaluate", "data.system_prompt", "", r"data\.system_prompt: must not be empty"),
+        ("sotopia", "serve.max_batch", 8, r"serve: nothing is served here without policy\.checkpoint"),
         ("sotopia", "episode.prompts", "", r"episode\.prompts: must not be empty"),
     ],
 )

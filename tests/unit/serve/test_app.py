@@ -468,12 +468,17 @@ def test_the_command_line_of_trtllm() -> None:
         (ServeConfig(device="tpu"), "serve.device"),
         (ServeConfig(dtype="int3"), "serve.dtype"),
         (ServeConfig(max_batch=0), "serve.max_batch"),
+        (ServeConfig(host=""), "serve.host"),
         (ServeConfig(engine=ServeEngine.embedded, extra_args=["--x"]), "serve.extra_args"),
+        (ServeConfig(extra_args=["--x"]), "serve.extra_args"),
+        (ServeConfig(engine=ServeEngine.vllm, dtype="float32"), "serve.dtype"),
+        (ServeConfig(engine=ServeEngine.trtllm, max_batch=8), "serve.max_batch"),
     ],
 )
-def test_bad_values_name_their_key(config: ServeConfig, key: str) -> None:
+def test_bad_values_name_their_key(config: ServeConfig, key: str, no_servers_installed: Path) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         check_serve(config)
+        choose_engine(config)
 
 
 def test_the_command_serves_in_the_foreground(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -498,11 +503,14 @@ def test_a_batch_of_no_rows_is_refused_by_the_command(rows: int, tiny_checkpoint
     [
         (("--device", "gpu"), "device: gpu was asked for, but torch sees no GPU"),
         (("--host", ""), "serve.host: must not be empty"),
+        (("--ready-file", "/proc"), "--ready-file: cannot write /proc: Is a directory"),
     ],
 )
-def test_where_it_cannot_be_served_is_one_line(options: tuple[str, str], said: str, tiny_checkpoint: Path, caplog) -> None:
+def test_where_it_cannot_be_served_is_one_line(
+    options: tuple[str, str], said: str, tiny_checkpoint: Path, caplog, capsys
+) -> None:
     assert main([str(tiny_checkpoint), "--engine", "embedded", "--port", "0", *options]) == 2
-    assert said in caplog.text
+    assert said in caplog.text + capsys.readouterr().err
 
 
 def test_text_in_parts_is_the_text_they_make(server) -> None:
