@@ -39,6 +39,15 @@ def _path(text: str) -> Path:
         raise typer.BadParameter(str(problem)) from None
 
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")]
+ConfigName = Annotated[str, typer.Option(help="A file of configs/STAGE.")]
+ConfigDir = Annotated[Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")]
+OtherModel = Annotated[Path | None, typer.Option(parser=_path, help="Hugging Face folder or .nemo file, for another model.")]
+Nodes = Annotated[int, typer.Option(min=1)]
+GpusPerNode = Annotated[int, typer.Option(help="Per node.", min=1)]
+GpuKind = Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")]
+
+
 def doctor(
     compat: Annotated[bool, typer.Option("--compat", help="List what is replaced upstream on a CPU, and why.")] = False,
     judge_key_env: Annotated[
@@ -62,11 +71,9 @@ def doctor(
 
 def check_config(
     stage: Annotated[str, typer.Argument(help="bc, ampo, evaluate or sotopia")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
-    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[
-        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
-    ] = None,
+    overrides: Overrides = None,
+    config_name: ConfigName = "tiny",
+    config_dir: ConfigDir = None,
     no_files: Annotated[bool, typer.Option("--no-files", help="Do not ask whether the files it names exist.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes the job will have.", envvar="WORLD_SIZE", min=1)] = 1,
 ) -> None:
@@ -217,14 +224,12 @@ def _report_training(run_dir: Path, out: Path | None) -> None:
 
 def plan(
     stage: Annotated[str, typer.Argument(help="bc or ampo")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
-    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    model: Annotated[
-        Path | None, typer.Option(parser=_path, help="Hugging Face folder or .nemo file, for another model.")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
+    overrides: Overrides = None,
+    config_name: ConfigName = "tiny",
+    model: OtherModel = None,
+    nodes: Nodes = 1,
+    gpus: GpusPerNode = 1,
+    gpu: GpuKind = "h100",
 ) -> None:
     """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
     from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, model_of
@@ -236,14 +241,12 @@ def plan(
 
 def rehearse(
     stage: Annotated[str, typer.Argument(help="bc or ampo")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
-    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    model: Annotated[
-        Path | None, typer.Option(parser=_path, help="Hugging Face folder or .nemo file, for another model.")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus: Annotated[int, typer.Option(help="Per node.", min=1)] = 1,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU: h100, h200 or a100.")] = "h100",
+    overrides: Overrides = None,
+    config_name: ConfigName = "tiny",
+    model: OtherModel = None,
+    nodes: Nodes = 1,
+    gpus: GpusPerNode = 1,
+    gpu: GpuKind = "h100",
     rank: Annotated[str | None, typer.Option(help="all, or one rank. [default: those that differ]")] = None,
     search: Annotated[bool, typer.Option("--search", help="Instead, list the layouts that fit, by arithmetic.")] = False,
 ) -> None:
@@ -323,11 +326,9 @@ def serve(arguments: PassedOn = None) -> None:
 
 def estimate(
     stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
-    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[
-        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
-    ] = None,
+    overrides: Overrides = None,
+    config_name: ConfigName = "tiny",
+    config_dir: ConfigDir = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(parser=_path, help="Hugging Face folder of the judge's tokenizer; 4 characters a token without it."),
@@ -346,11 +347,9 @@ def estimate(
 
 def check_judge(
     stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides.")] = None,
-    config_name: Annotated[str, typer.Option(help="A file of configs/STAGE.")] = "tiny",
-    config_dir: Annotated[
-        Path | None, typer.Option(parser=_path, help="Read configs from here instead of configs/STAGE.")
-    ] = None,
+    overrides: Overrides = None,
+    config_name: ConfigName = "tiny",
+    config_dir: ConfigDir = None,
     turns: Annotated[int, typer.Option(help="Dialogues of the stage's data to try each attack on.", min=1)] = 8,
     max_gain: Annotated[float, typer.Option(help="Mean gain of an attack that is still fine, points of 10.")] = 1.0,
 ) -> None:

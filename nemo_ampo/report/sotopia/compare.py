@@ -12,7 +12,7 @@ from nemo_ampo.errors import DataError
 from nemo_ampo.report.sotopia.figures import RANGES, Bar, mode_colour
 from nemo_ampo.report.sotopia.overview import check_same_view, unlike
 from nemo_ampo.report.sotopia.page import Written, judge_title, render_template, write_files
-from nemo_ampo.report.sotopia.titles import COLUMN_TITLES, mode_title
+from nemo_ampo.report.sotopia.titles import COLUMN_TITLES, dimension_table, mode_title
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan
 from nemo_ampo.sotopia.tally import MODE_IDS, shares
@@ -94,21 +94,13 @@ def compare_runs(first: RunSummary, second: RunSummary, seed: int = 0, resamples
 
 def comparison_table(comparison: RunComparison) -> Table:
     """Means, difference, interval and p of each dimension, for a terminal. A star marks p < 0.05."""
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(
-        title=f"SOTOPIA {escape(comparison.second.name)} against {escape(comparison.first.name)} ({comparison.role})",
-        caption="difference: second minus first, of pairs; * p < 0.05, not corrected",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
+    table = dimension_table(
+        f"SOTOPIA {escape(comparison.second.name)} against {escape(comparison.first.name)} ({comparison.role})",
+        "difference: second minus first, of pairs; * p < 0.05, not corrected",
+        ("first", "second", "difference", "95 % interval", "p"),
     )
-    for heading in ("dimension", "first", "second", "difference", "95 % interval", "p"):
-        table.add_column(heading, justify="left" if heading == "dimension" else "right", no_wrap=True)
     for name, subset in comparison.subsets.items():
         differences: dict[str, Difference] = getattr(subset, comparison.role)
         table.add_row(f"[bold]{name}: {subset.pairs} pairs[/]")

@@ -37,7 +37,15 @@ from nemo_ampo.report.sotopia.figures import (
     mode_colour,
     switch_rows,
 )
-from nemo_ampo.report.sotopia.titles import ABSENT, COLUMN_TITLES, PAIRING_TITLES, VIEW_NOTES, mode_title, with_interval
+from nemo_ampo.report.sotopia.titles import (
+    ABSENT,
+    COLUMN_TITLES,
+    PAIRING_TITLES,
+    VIEW_NOTES,
+    dimension_table,
+    mode_title,
+    with_interval,
+)
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
@@ -116,23 +124,15 @@ def table_csv(summary: RunSummary) -> str:
 
 def score_table(summary: RunSummary) -> Table:
     """Mean and interval of every dimension, all and hard, for a terminal of 80 columns."""
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     pairing = PAIRING_TITLES.get(summary.pairing, summary.pairing)
-    table = Table(
-        title=f"SOTOPIA {escape(summary.name)} ({pairing}, view: {summary.view}, judge: {summary.judge or ABSENT})",
-        caption="95 % intervals by scenario",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
     roles = (summary.role,) if summary.role == "average" else ("actor", "partner")
-    for heading in ("dimension", *roles):
-        table.add_column(heading, justify="left" if heading == "dimension" else "right", no_wrap=True)
+    table = dimension_table(
+        f"SOTOPIA {escape(summary.name)} ({pairing}, view: {summary.view}, judge: {summary.judge or ABSENT})",
+        "95 % intervals by scenario",
+        roles,
+    )
     for name in SUBSETS:
         subset = summary.subsets[name]
         table.add_row(f"[bold]{name}: {subset.episodes} episodes[/]")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from nemo_ampo.report.training.charts import BROKEN
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.statistics import Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLUMN_TITLES = {
     OVERALL: "overall",
@@ -34,3 +40,22 @@ def with_interval(e: Estimate) -> str:
 def mode_title(mode: int) -> str:
     """For legends and badges."""
     return f"mode {mode}" if mode else BROKEN
+
+
+def dimension_table(title: str, caption: str, headings: Sequence[str]) -> Table:
+    """An empty table for a terminal: dimensions on the left, numbers under these headings."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    for heading in ("dimension", *headings):
+        table.add_column(heading, justify="left" if heading == "dimension" else "right", no_wrap=True)
+    return table
