@@ -21,8 +21,8 @@ from nemo_ampo.config.check import check_stage
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.plan import compose_for_plan, model_of
 from nemo_ampo.model_folder.facts import ModelFacts
-from nemo_ampo.rehearse.report import Question, RankReport, fits, lines
-from nemo_ampo.rehearse.sizes import HARDWARE, Hardware, check_layout, layout_of, longest_row, memory_of
+from nemo_ampo.rehearse.report import Question, RankReport, disagreement, fits, lines
+from nemo_ampo.rehearse.sizes import Hardware, check_layout, hardware_of, layout_of, longest_row, memory_of
 from nemo_ampo.text import one_line
 
 T = TypeVar("T")
@@ -53,10 +53,9 @@ def read_job(
     Raises:
         UserError: naming the key or option.
     """
-    if gpu not in HARDWARE:
-        raise ConfigError(f"--gpu: expected one of {', '.join(HARDWARE)}, got {gpu!r}")
+    hardware = hardware_of(gpu)
     cfg = compose_for_plan(stage, config_name, list(overrides))
-    job = Job(stage, cfg, model_of(model, config_name), nodes, gpus, HARDWARE[gpu])
+    job = Job(stage, cfg, model_of(model, config_name), nodes, gpus, hardware)
     check_layout(
         job.facts, int(cfg.model.tensor_model_parallel_size), int(cfg.model.pipeline_model_parallel_size), job.ranks
     )
@@ -172,7 +171,7 @@ def run(job: Job, rank: str | None, show: Callable[[str], Any]) -> bool:
         counted=counted,
     )
     reports = rehearse(job, chosen)
-    told = lines(reports, question)
-    for line in told:
+    wrong = disagreement(reports)
+    for line in lines(reports, question, wrong):
         show(line)
-    return fits(reports, question) and not any(line.startswith("COLLECTIVES DIFFER") for line in told)
+    return fits(reports, question) and wrong is None

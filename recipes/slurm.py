@@ -417,11 +417,11 @@ def memory_command(args: argparse.Namespace) -> None:
     """Print what each training stage fills of a GPU. Status 2 when one does not fit."""
     from nemo_ampo.config.compose import compose
     from nemo_ampo.job.plan import model_of
-    from nemo_ampo.rehearse.sizes import GB, HARDWARE, MODELS, check_layout, layout_of, memory_of
+    from nemo_ampo.rehearse.sizes import GB, MODELS, check_layout, hardware_of, layout_of, memory_of
 
+    hardware, too_large = hardware_of(args.gpu), []
     recipe = read_recipe(args.recipe, args.overrides)
     facts = MODELS["tiny"] if recipe.data.world else model_of(start_of(recipe), "")
-    hardware, too_large = HARDWARE[args.gpu], []
     for name in TRAINING:
         if args.only and name not in args.only:
             continue
@@ -535,7 +535,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sub.add_argument("--ranks", type=int, default=1, help="processes of a training stage")
             sub.add_argument("--only", nargs="*", help="stages, exports and evaluations without their policy's name")
         if name == "memory":
-            sub.add_argument("--gpu", default="h100", choices=("h100", "h200", "a100"), help="kind of GPU")
+            sub.add_argument("--gpu", default="h100", help="kind of GPU")
         if name == "plan":
             sub.add_argument("--judge-url", default="", help="of a judge inside the job")
             sub.add_argument("--rollout-url", default="", help="of a rollout server inside the job")

@@ -120,9 +120,7 @@ class Duration:
 _FLAG = Choice((True, False))
 _OURS = "our run log and trackers do this"
 _LAYOUT = "torchrun and run.device decide it"
-_UNREAD = "nothing reads it here"
 _POSITIVE = Range(0, whole=False, above=True)
-_FRACTION = Range(0, 1, whole=False)
 
 _TRAINING: dict[str, Rule | SameAs] = {
     "trainer.num_nodes": Only(1, _LAYOUT),

@@ -28,10 +28,12 @@ from nemo_ampo.rehearse.sizes import (
     Hardware,
     Memory,
     check_layout,
+    hardware_of,
     layout_of,
     longest_row,
     memory_of,
     parameters_of,
+    scoring_passes,
 )
 from nemo_ampo.run.clock import Gpus
 
@@ -152,8 +154,7 @@ def make_plan(
     Raises:
         ConfigError: the layout does not fit the ranks or the model.
     """
-    if gpu not in HARDWARE:
-        raise ConfigError(f"--gpu: expected one of {', '.join(HARDWARE)}, got {gpu!r}")
+    hardware = hardware_of(gpu)
     model = cfg.model
     tensor, pipeline = int(model.tensor_model_parallel_size), int(model.pipeline_model_parallel_size)
     check_layout(facts, tensor, pipeline, ranks)
@@ -162,7 +163,7 @@ def make_plan(
     layout = layout_of(stage, cfg, ranks)
     full, weights_only = checkpoint_bytes(facts, layout.half)
     memory = memory_of(stage, cfg, facts, layout)
-    seconds = _seconds(stage, cfg, facts, work, HARDWARE[gpu], ranks, tensor, data, assume)
+    seconds = _seconds(stage, cfg, facts, work, hardware, ranks, tensor, data, assume)
     slow, fast = assume.disk_bytes_per_s
     return Plan(
         stage=stage,
@@ -253,14 +254,13 @@ def _seconds(
     read = (element * parameters_of(facts) + cache * int(cfg.rollout.batch_size) / 2) / tensor
     decode = batches * int(cfg.rollout.max_new_tokens) * read / hardware.bandwidth
     prefill = compute(2, work.prompt_tokens)
-    passes = 2 if cfg.algorithm.kl_coef and str(cfg.algorithm.kl) != "off" else 1
     waves = math.ceil(work.judge_calls / data / int(cfg.judge.max_concurrency))
     phases["rollout"] = (
         decode / assume.decode_efficiency[0] + prefill[0],
         decode / assume.decode_efficiency[1] + prefill[1],
     )
     phases["judge"] = (waves * assume.judge_latency_s[0], waves * assume.judge_latency_s[1])
-    phases["logprobs"] = compute(2 * passes, tokens)
+    phases["logprobs"] = compute(2 * scoring_passes(stage, cfg), tokens)
     return phases
 
 
@@ -293,8 +293,9 @@ def lines(plan: Plan) -> list[str]:
     """The plan as text."""
     m, w = plan.memory, plan.work
     slow, fast = plan.step_seconds
-    limit = HARDWARE[plan.gpu].memory
-    verdict = "fits" if m.total < HARDWARE[plan.gpu].room else "is tight" if m.total < limit else "DOES NOT FIT"
+    hardware = hardware_of(plan.gpu)
+    limit = hardware.memory
+    verdict = "fits" if m.total < hardware.room else "is tight" if m.total < limit else "DOES NOT FIT"
     out = [
         f"{plan.stage}: {parameters_of(plan.facts) / 1e9:.3g} G parameters on {plan.ranks} x {plan.gpu} "
         f"(tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data})",

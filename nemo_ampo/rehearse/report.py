@@ -110,8 +110,13 @@ def fits(reports: Sequence[RankReport], question: Question) -> bool:
     return fullest(reports).largest()[1] + question.stays <= question.hardware.room
 
 
-def lines(reports: Sequence[RankReport], question: Question) -> list[str]:
-    """The report as text."""
+def disagreement(reports: Sequence[RankReport]) -> str | None:
+    """The first collective that not all of these ranks enter alike, in words; None when they agree."""
+    return first_disagreement({report.rank: report.calls() for report in reports})
+
+
+def lines(reports: Sequence[RankReport], question: Question, wrong: str | None) -> list[str]:
+    """The report as text; ``wrong`` is the ranks' :func:`disagreement`."""
     out = [
         f"rank {r.rank}: {r.parameters / 1e9:.3f} G parameters, {len(r.calls())} collectives, {r.seconds:.0f} s, "
         f"{r.own_bytes / GB:.1f} GB here"
@@ -147,7 +152,6 @@ def lines(reports: Sequence[RankReport], question: Question) -> list[str]:
         f"largest micro-batch that fits: {int(share * question.tokens):,} tokens",
         f"by arithmetic (nemo-ampo plan): {question.counted.total / GB:.1f} GB",
     ]
-    wrong = first_disagreement({report.rank: report.calls() for report in reports})
     if wrong:
         out.append(f"COLLECTIVES DIFFER: {wrong}")
     elif len(reports) > 1:

@@ -18,6 +18,7 @@ from nemo_ampo.rehearse.sizes import (
     longest_row,
     memory_of,
     parameters_of,
+    scoring_passes,
 )
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def step_flops(stage: str, cfg: Any, facts: ModelFacts, layout: Layout) -> float
     longest = longest_row(stage, cfg)
     tokens = int(cfg.model.global_batch_size) * longest
     per_token = 6 * parameters_of(facts) + 12 * facts.num_layers * facts.q_width * longest / 2
-    passes = 0 if stage == "bc" else 2 if cfg.algorithm.kl_coef and str(cfg.algorithm.kl) != "off" else 1
-    shares = (4 / 3 if layout.recompute else 1) + passes / 3
+    shares = (4 / 3 if layout.recompute else 1) + scoring_passes(stage, cfg) / 3
     return per_token * tokens * shares / (layout.tensor * layout.pipeline * layout.data)
 
 

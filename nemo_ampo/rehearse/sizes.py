@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from nemo_ampo.algo.algorithm import AlgorithmConfig
+from nemo_ampo.config.reading import read_section
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.megatron import STRETCH_ELEMENTS
 from nemo_ampo.model_folder.facts import ModelFacts, facts_of
@@ -41,6 +43,17 @@ HARDWARE: dict[str, Hardware] = {
     "h200": Hardware(141e9, 989e12, 4.8e12),
     "a100": Hardware(80e9, 312e12, 2.0e12),
 }
+
+
+def hardware_of(gpu: str) -> Hardware:
+    """The device of a name of :data:`HARDWARE`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if gpu not in HARDWARE:
+        raise ConfigError(f"--gpu: expected one of {', '.join(HARDWARE)}, got {gpu!r}")
+    return HARDWARE[gpu]
 
 
 _SIZES = (
@@ -264,6 +277,13 @@ def longest_row(stage: str, cfg: Any) -> int:
     if stage == "bc":
         return int(cfg.data.max_tokens)
     return int(cfg.rollout.max_prompt_tokens) + int(cfg.rollout.max_new_tokens)
+
+
+def scoring_passes(stage: str, cfg: Any) -> int:
+    """Passes without gradients over the rows of a step: of the policy, and of the reference where one is read."""
+    if stage == "bc":
+        return 0
+    return 2 if read_section("algorithm", AlgorithmConfig, cfg.algorithm).uses_reference else 1
 
 
 def layout_of(stage: str, cfg: Any, ranks: int) -> Layout:
