@@ -70,13 +70,15 @@ class NemoWeights:
 
     def load(self, key: str) -> Tensor:
         """One tensor as stored: ``[num_layers, ...]`` for those of the layers."""
-        from torch.distributed.checkpoint import FileSystemReader, load
+        from torch.distributed.checkpoint import FileSystemReader, load_state_dict
 
         meta = self._tensors[key]
         tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
-            load({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder))
+            warnings.simplefilter("ignore", FutureWarning)  # its successor cannot read alone with the container's torch 2.6
+            # Alone: this rank of a job may be the only one that reads.
+            load_state_dict({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder), no_dist=True)
         return tensor
 
     def hf_tensors(self, bindings: Iterable[Binding], shape: ModelFacts) -> Iterator[tuple[str, Tensor]]:

@@ -127,7 +127,7 @@ def damaged_tensors(folder: Path) -> int:
         for key, entry in reader.read_metadata().state_dict_metadata.items()
         if hasattr(entry, "size")
     }
-    checkpoint.load(state, storage_reader=reader, no_dist=True)
+    checkpoint.load_state_dict(state, storage_reader=reader, no_dist=True)
     assert state
     return sum(not bool(tensor.isfinite().all()) for tensor in state.values())
 
