@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 import sys
 import traceback
 from collections.abc import Callable
-
-from nemo_ampo.serve.local import free_port
 
 
 def fork(function: Callable[[], None]) -> int:
@@ -29,13 +29,28 @@ def fork(function: Callable[[], None]) -> int:
 
 def fork_ranks(function: Callable[[], None], ranks: int) -> list[int]:
     """Pids of children that run ``function``, each in the environment that torchrun would give it."""
-    port = free_port("127.0.0.1")
+    port = meeting_port()
 
     def as_rank(rank: int) -> None:
         os.environ |= torchrun_environment(rank, ranks, port)
         function()
 
     return [fork(lambda rank=rank: as_rank(rank)) for rank in range(ranks)]  # type: ignore[misc]
+
+
+def meeting_port() -> int:
+    """A free port for the ranks of a job to meet at, which nothing else will be given before they do.
+
+    Whoever asks for any port, as each connection and each of gloo's listeners does, gets one from 32768 on (Linux' default).
+    """
+    while True:
+        port = 20000 + secrets.randbelow(12768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

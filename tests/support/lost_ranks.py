@@ -88,10 +88,12 @@ def job(at: Callable[[str], None]) -> None:
     from megatron.core import parallel_state
 
     from nemo_ampo.ranks import MegatronRanks
-    from nemo_ampo.run.watchdog import watch_ranks
+    from nemo_ampo.run import watchdog
 
-    watch_ranks(silence_s=4.0)
+    watchdog.watch_ranks(silence_s=4.0)
     torch.distributed.init_process_group("gloo")
+    while len(watchdog._watchdog._signs) < torch.distributed.get_world_size():  # type: ignore[union-attr]
+        time.sleep(0.05)  # a rank is missed once it has been heard; these phases take no time, those of a run do
     parallel_state.initialize_model_parallel()
     at("load")
     ranks = MegatronRanks()

@@ -22,9 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from forking import torchrun_environment
-
-from nemo_ampo.serve.local import free_port
+from forking import meeting_port, torchrun_environment
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -149,7 +147,7 @@ def main() -> None:
     added = {name: text for name, text in os.environ.items() if before.get(name) != text}
     for line in sys.stdin:
         command = Command(**json.loads(line))
-        port, pids = free_port("127.0.0.1"), []
+        port, pids = meeting_port(), []
         for rank in range(command.ranks):
             sys.stdout.flush()
             pid = os.fork()
