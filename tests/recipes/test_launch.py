@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from forking import torchrun_environment
@@ -18,14 +17,6 @@ from recipes.launch import main
 CAPS = Caps("raw", 8, 5, 9, 300, False)
 SAMPLING = SamplingSpec(max_new_tokens=4, stop_token_ids=(0,))
 STAGE = ["run.name=x", "run.checkpoint=c", "run.dir=r", "data.turns=t"]
-
-
-@pytest.fixture(autouse=True)
-def _sigterm_as_before() -> Iterator[None]:
-    """A stage that stopped ignores it until its process ends, which is the one of the tests here."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def raising(error: BaseException) -> Callable[[DictConfig], bool]:
