@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,8 +73,8 @@ def ranks_that_differ(tensor: int, pipeline: int, data: int) -> list[int]:
     return sorted(t + tensor * (d + data * p) for p in range(pipeline) for t, d in corners)
 
 
-def rehearse(job: Job, ranks: Sequence[int]) -> list[RankReport]:
-    """Carry the stage out as each of these ranks.
+def rehearse(job: Job, ranks: Sequence[int]) -> Iterator[RankReport]:
+    """Carry the stage out as each of these ranks, one after the other.
 
     Raises:
         UserError: what stopped a rank, and where.
@@ -94,7 +94,8 @@ def rehearse(job: Job, ranks: Sequence[int]) -> list[RankReport]:
         micro_batches=max(2, pipeline),
     )
     prepare(plan.on_gpu)
-    return [in_a_fork(f"rank {rank}", lambda rank=rank: rehearse_rank(plan, rank)) for rank in ranks]  # type: ignore[misc]
+    for rank in ranks:
+        yield in_a_fork(f"rank {rank}", lambda rank=rank: rehearse_rank(plan, rank))  # type: ignore[misc]
 
 
 def in_a_fork(name: str, work: Callable[[], T], verbose: bool = False) -> T:
@@ -170,7 +171,11 @@ def run(job: Job, rank: str | None, show: Callable[[str], Any]) -> bool:
         stays=counted.engine if counted.engine_stays else 0.0,
         counted=counted,
     )
-    reports = rehearse(job, chosen)
+    show(f"rehearsing {', '.join(f'rank {rank}' for rank in chosen)} of {job.ranks}, one after the other")
+    reports = []
+    for report in rehearse(job, chosen):
+        show(report.line())
+        reports.append(report)
     wrong = disagreement(reports)
     for line in lines(reports, question, wrong):
         show(line)

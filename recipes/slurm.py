@@ -419,7 +419,7 @@ def memory_command(args: argparse.Namespace) -> None:
     from nemo_ampo.job.plan import model_of
     from nemo_ampo.rehearse.sizes import GB, MODELS, check_layout, hardware_of, layout_of, memory_of
 
-    hardware, too_large = hardware_of(args.gpu), []
+    hardware, too_large = hardware_of(args.gpu), {}
     recipe = read_recipe(args.recipe, args.overrides)
     facts = MODELS["tiny"] if recipe.data.world else model_of(start_of(recipe), "")
     for name in TRAINING:
@@ -432,12 +432,11 @@ def memory_command(args: argparse.Namespace) -> None:
         total = memory_of(name, cfg, facts, layout).total
         print(f"{name}: {total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {args.gpu}")
         if total > hardware.room:
-            too_large.append(name)
-    if too_large:
+            too_large[name] = stage.config
+    for name, config in too_large.items():
         raise ConfigError(
-            f"stage {too_large[0]}: does not fit a GPU with a tenth to spare; lower "
-            f"{too_large[0]}.model.tokens_per_micro_batch, or see `nemo-ampo rehearse {too_large[0]} --search`; "
-            "--force submits all the same"
+            f"stage {name}: does not fit a GPU with a tenth to spare; lower {name}.model.tokens_per_micro_batch, or see "
+            f"`nemo-ampo rehearse {name} --config-name {config} --search`; --force submits all the same"
         )
 
 

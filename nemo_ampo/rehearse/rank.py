@@ -8,6 +8,7 @@ import time
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,9 @@ def prepare(on_gpu: bool) -> None:
     recorder.install()
     compat.setup("cpu")
 
-    from nemo_ampo.megatron import forward
     from nemo_ampo.rehearse import gpu_layers, stage
 
     assert stage  # imported for the forks
-    forward.needed_tokens = lambda mask_BT: [mask_BT.size(1) + 1] * len(mask_BT)  # all of every row count
     if on_gpu:
         gpu_layers.install()
 
@@ -94,6 +93,7 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
 
     from nemo_ampo.config.reading import read_config
     from nemo_ampo.config.stages import STAGES
+    from nemo_ampo.megatron import forward
     from nemo_ampo.rehearse import stage
     from nemo_ampo.rehearse.ledger import Ledger
     from nemo_ampo.training.actor import AmpoActor
@@ -125,6 +125,8 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
         trainer: Any = stage.ampo_trainer(session, cfg, config) if is_ampo else None
         for share in plan.shares:
             tokens = int(plan.tokens * share)
+            # What it would find out from a mask, which has no values here: of each row all tokens count.
+            forward.needed_tokens = partial(_all_tokens, tokens)
             if plan.cfg.model.tokens_per_micro_batch:
                 with open_dict(model.cfg):
                     model.cfg.tokens_per_micro_batch = plan.rows * tokens
@@ -139,3 +141,7 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
     parameters = sum(p.numel() for module in model.get_model_module_list() for p in module.parameters())
     own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return RankReport(rank, parameters, passes, decoding, time.process_time() - began, own_bytes)
+
+
+def _all_tokens(tokens: int, mask_BT: Any) -> list[int]:
+    return [tokens] * len(mask_BT)

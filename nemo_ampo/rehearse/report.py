@@ -58,6 +58,11 @@ class RankReport:
         (low, below), (high, above) = ((s, p.peaks[name]) for s, p in sorted(self.passes.items()))
         return {part: below[part] + (above[part] - below[part]) * (share - low) / (high - low) for part in below}
 
+    def line(self) -> str:
+        """What the rank is and took, as text."""
+        found = f"rank {self.rank}: {self.parameters / 1e9:.3f} G parameters, {len(self.calls())} collectives"
+        return f"{found}, {self.seconds:.0f} s, {self.own_bytes / GB:.1f} GB here"
+
     def names(self) -> list[str]:
         """Of the passes whose rows may be longer or shorter."""
         return list(next(iter(self.passes.values())).peaks)
@@ -116,15 +121,10 @@ def disagreement(reports: Sequence[RankReport]) -> str | None:
 
 
 def lines(reports: Sequence[RankReport], question: Question, wrong: str | None) -> list[str]:
-    """The report as text; ``wrong`` is the ranks' :func:`disagreement`."""
-    out = [
-        f"rank {r.rank}: {r.parameters / 1e9:.3f} G parameters, {len(r.calls())} collectives, {r.seconds:.0f} s, "
-        f"{r.own_bytes / GB:.1f} GB here"
-        for r in reports
-    ]
+    """What the ranks showed together, as text; ``wrong`` is their :func:`disagreement`."""
     worst = fullest(reports)
     room, limit = question.hardware.room - question.stays, question.hardware.memory
-    out.append(f"memory of rank {worst.rank}, GB, rows of {question.longest} tokens")
+    out = [f"memory of rank {worst.rank}, GB, rows of {question.longest} tokens"]
     parts = [
         part
         for part in worst.peak(UPDATE)

@@ -99,7 +99,7 @@ def ampo_passes(trainer: AmpoTrainer, rows: int, tokens: int, watch: Watch) -> P
 
 def bc_trainer(session: Any, cfg: Any, config: Any, tokens: int) -> BcTrainer:
     """The stage's trainer with rows of this many tokens."""
-    examples = [BcExample(f"row {i}", (FIRST_TOKEN,) * (tokens + 1), 1, 1) for i in range(int(cfg.model.global_batch_size))]
+    examples = [BcExample(f"row {i}", (FIRST_TOKEN,) * tokens, 1, 1) for i in range(int(cfg.model.global_batch_size))]
     ranks = MegatronRanks()
     return BcTrainer(
         parts=BcParts(examples, examples, None, None, ranks, None, config.data, (), 0, 0),  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def bc_passes(trainer: BcTrainer, watch: Watch) -> Passes:
     with watch.watched(passes, "validation"):
         trainer._heldout_loss()
     with watch.watched(passes, UPDATE):
-        optimise(trainer, trainer._batch_of_step(), trainer.cfg.gradient_clip_val)
+        optimise(trainer, trainer._batch(trainer._rows_of_step()), trainer.cfg.gradient_clip_val)
     return passes
 
 

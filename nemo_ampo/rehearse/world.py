@@ -8,6 +8,7 @@ group is torch's own ``fake`` one: a collective returns at once and changes noth
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import types
 from collections.abc import Iterator
@@ -124,6 +125,8 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         kwargs = kwargs or {}
+        if function.overloadpacket in _products():
+            _check_types(function, args)
         if function is aten._to_copy.default and torch.device(kwargs.get("device") or args[0].device).type == GPU:
             copy = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=GPU)
             copy.known = _known(args[0])  # type: ignore[attr-defined]
@@ -142,6 +145,26 @@ class Answers(TorchDispatchMode):
         if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = (args[0], _without_masks(args[1]), *args[2:])
         return function(*args, **kwargs)
+
+
+@functools.cache
+def _products() -> frozenset[Any]:
+    """Operations that take factors of one type only."""
+    aten = torch.ops.aten
+    names = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
+    attention = [n for n in dir(aten) if n.startswith("_scaled_dot_product") and not n.endswith("_backward")]
+    return frozenset(getattr(aten, name) for name in (*names, *attention))
+
+
+def _check_types(function: Any, args: Any) -> None:
+    """What a device refuses, and fake tensors let pass.
+
+    Raises:
+        TypeError: factors of several types.
+    """
+    types = {str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    if len(types) > 1:
+        raise TypeError(f"{function.overloadpacket}: {' and '.join(sorted(types, reverse=True))} in one product")
 
 
 def _known(tensor: torch.Tensor) -> Any:

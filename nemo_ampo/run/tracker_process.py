@@ -2,7 +2,8 @@
 
 Their libraries retry for minutes, wait without a limit at the end of a process, and start processes of their own. Here they
 may: the main thread reads what the run says (JSON lines on stdin, the first one a :class:`Setup`), a second one talks to the
-service, and when the run has ended the process does so too after :data:`END_S`, whatever is under way, with all it started.
+service, and when the run has ended the process does so too within :attr:`Setup.end_s`, whatever is under way, with all it
+started.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from typing import Any, Protocol
 PROJECT = "nemo-ampo"
 PARAMS_PER_CALL = 100
 """MLflow takes no more parameters at once."""
-END_S = 8.0
-"""What is left may be sent for so long after the run has ended, seconds."""
 _KILL_S, _PR_SET_CHILD_SUBREAPER = 2.0, 36
 MOST_WAITING = 10_000
 """Steps kept for a service that does not answer."""
@@ -42,6 +41,7 @@ class Setup:
         name: of the tracked run.
         run_id: of the tracked run that is continued; None lets the service choose one.
         config: resolved configuration, kept with a new run.
+        end_s: what is left may be sent for so long after the run has ended, seconds.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Setup:
     name: str
     run_id: str | None
     config: dict[str, Any]
+    end_s: float
 
 
 class Service(Protocol):
@@ -135,11 +136,10 @@ class MLflow:
 
 
 SERVICES: dict[str, type[WeightsAndBiases | MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}
 
 
 def main() -> None:
-    """Copy until the run ends; the process ends here, at the latest :data:`END_S` after it."""
+    """Copy until the run ends; the process ends here, at the latest :attr:`Setup.end_s` after it."""
     # Whatever a library prints must not reach the run through the pipe that answers it.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -160,10 +160,9 @@ def main() -> None:
             inbox.put_nowait(message)
     with contextlib.suppress(queue.Full):
         inbox.put_nowait(ended)
-    worker.imported.wait(60.0)
-    worker.join(END_S)
+    worker.join(setup.end_s)
     if worker.is_alive():
-        worker.say(problem=f"it did not take everything within {END_S:g} s of the run's end")
+        worker.say(problem=f"it did not take everything within {setup.end_s:g} s of the run's end")
     _end()
 
 
@@ -172,16 +171,11 @@ class _Worker(threading.Thread):
 
     def __init__(self, setup: Setup, inbox: queue.Queue[dict[str, Any]], answers: Any) -> None:
         super().__init__(daemon=True)
-        self.imported = threading.Event()
         self._setup, self._inbox, self._answers = setup, inbox, answers
         self._has_problem = False
 
     def run(self) -> None:
         try:
-            try:
-                __import__(PACKAGES[self._setup.kind])
-            finally:
-                self.imported.set()
             service: Service = SERVICES[self._setup.kind](self._setup)
             self.say(run_id=service.run_id)
         except BaseException as error:

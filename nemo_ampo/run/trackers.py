@@ -37,6 +37,8 @@ from nemo_ampo.text import one_line
 IDS_FILE = "trackers.json"
 END_S = 10.0
 """A run that is done waits so long for its copies, seconds, for all of them together."""
+_LEAVING_S = 2.0
+"""Of these, what a copy's process may need to end itself and all it started."""
 
 
 class Tracker(Protocol):
@@ -94,7 +96,7 @@ def open_trackers(run: RunConfig, stage: str, first_step: int, config: Mapping[s
     trackers: list[Tracker] = [TensorBoard(folder / "tensorboard", first_step)]
     for kind, wanted, new_id in (("wandb", run.wandb, secrets.token_hex(4)), ("mlflow", run.mlflow, None)):
         if wanted:
-            setup = Setup(kind, str(folder), name, ids.get(kind) or new_id, dict(config))
+            setup = Setup(kind, str(folder), name, ids.get(kind) or new_id, dict(config), END_S - _LEAVING_S)
             try:
                 trackers.append(Copy(setup, ids, run.verbose))
             except OSError as error:

@@ -168,6 +168,7 @@ def test_the_small_python_of_the_documentation_is_enough(tmp_path: Path) -> None
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+JUDGE = ["judge.mode=external", "judge.base_url=http://judge:8000/v1"]
 STUB_SRUN = """#!/bin/bash
 echo "$(ps -o comm= -p $PPID) $*" >>"$SRUN_LOG"
 [[ $* != *--job-name=preflight* ]] || exit 3
@@ -180,8 +181,7 @@ def test_images_are_imported_before_the_clock_of_the_preflight_runs_and_go_with_
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = Case(2, "external", "pyxis").environment(tmp_path) | {"SRUN_LOG": str(tmp_path / "log")}
-    judge = ["judge.mode=external", "judge.base_url=http://judge:8000/v1"]
-    command = ["slurm/ampo.sh", f"run_dir={tmp_path / 'run'}", *SMALL, "ampo.model.micro_batch_size=1", *judge]
+    command = ["slurm/ampo.sh", f"run_dir={tmp_path / 'run'}", *SMALL, "ampo.model.micro_batch_size=1", *JUDGE]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     started = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
@@ -193,6 +193,38 @@ def test_images_are_imported_before_the_clock_of_the_preflight_runs_and_go_with_
     assert all("--nodes=2" in words for words in started)
     assert ["--container-name=ampo-77" in words for words in started] == [True, True, False]
     assert started[-1][-4:] == ["enroot", "remove", "--force", "pyxis_ampo-77"]
+
+
+def test_what_does_not_fit_a_gpu_is_submitted_with_force_only(tmp_path: Path) -> None:
+    """Both stages of the 7B recipe on a single GPU; sbatch is played by a script that writes down its arguments."""
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "$*" >>"$SBATCH_LOG"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "AMPO_"))}
+    machine = {"AMPO_PYTHON": sys.executable, "AMPO_GPUS_PER_NODE": "1", "AMPO_RANKS_PER_NODE": "1"}
+    log = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SBATCH_LOG": str(tmp_path / "log")}
+    alone = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
+    shape = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+    shape |= {"intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "qwen2"}))
+    recipe = ["configs/pipeline/qwen2.5_7b.yaml", f"run_dir={tmp_path}", f"checkpoint={tmp_path}", *JUDGE]
+    (tmp_path / "rows").write_text("[]")
+    recipe += [f"data.{key}={tmp_path / 'rows'}" for key in ("bc_train", "bc_heldout", "rl_train", "heldout")]
+    recipe += [f"{stage}.{key}" for stage in ("bc", "ampo") for key in alone]
+
+    def submit(*options: str) -> subprocess.CompletedProcess[str]:
+        command = ["slurm/ampo.sh", *options, *recipe]
+        return subprocess.run(command, cwd=ROOT, env=inherited | machine | log, capture_output=True, text=True, check=False)
+
+    refused = submit()
+    assert refused.returncode == 2 and not (tmp_path / "log").exists()
+    assert re.search(r"^bc: \d{3}\.\d GB of 80 GB on the fullest h100$", refused.stderr, re.M)
+    assert (
+        "error: stage bc: does not fit a GPU with a tenth to spare; lower bc.model.tokens_per_micro_batch" in refused.stderr
+    )
+    assert "nemo-ampo rehearse bc --config-name qwen2.5_7b --search" in refused.stderr
+    forced = submit("--force")
+    assert forced.returncode == 0, forced.stderr
+    assert (tmp_path / "log").read_text().split()[-len(recipe) :] == recipe
 
 
 def test_only_a_run_that_draws_from_a_server_of_its_own_gets_one() -> None:

@@ -19,6 +19,16 @@ def rss(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field))
 
 
+def torch_s_own_count() -> Any:
+    """``MemTracker``, without its figures by module, which it cannot keep of modules that are called again and again."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    for hook in ("_pre_fw_hook", "_post_fw_hook", "_pre_bw_hook", "_post_bw_hook"):
+        setattr(tracker, hook, lambda *_: None)
+    return tracker
+
+
 def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, overrides: list[str]) -> None:
     from converters.model_config import nemo_config
     from nemo_ampo.job.plan import compose_for_plan
@@ -35,7 +45,7 @@ def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, ov
     if how == "rehearsed":
         rehearsal.prepare(on_gpu=False)
         report = rehearsal.rehearse_rank(plan, rank)
-        grown = 0
+        peak, grown = report.largest()[1], 0
     else:
         from nemo_ampo import compat
 
@@ -47,11 +57,13 @@ def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, ov
         with tempfile.TemporaryDirectory() as folder:
             before = rss("VmRSS")
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            report = rehearsal.carried_out(plan, rank, "cpu", Path(folder), 0.0)
+            with torch_s_own_count() as tracked:
+                report = rehearsal.carried_out(plan, rank, "cpu", Path(folder), 0.0)
             grown = rss("VmHWM") - before
+        (peak,) = (kinds["Total"] for device, kinds in tracked.get_tracker_snapshot("peak").items() if device.type == "cpu")
     result: dict[str, Any] = {
         "rss": grown,
-        "peak": report.largest()[1],
+        "peak": peak,
         "peaks": {
             f"{share} {pass_}": sum(p.values()) for share, ps in report.passes.items() for pass_, p in ps.peaks.items()
         },
