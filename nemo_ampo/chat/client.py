@@ -627,7 +627,7 @@ class ChatClient:
             cure = "the account behind the key has nothing left: top it up, or give another key or address"
         elif failure.status in (400, 422) and asked is not None:
             cure = f"{_sent(endpoint, asked)}; change these ({section}.extra_body={{FIELD: null}} leaves one out)"
-        elif failure.status is not None:
+        elif failure.status is not None or failure.kind == "parse":  # somebody is there
             cure = f"check {section}.model ({endpoint.model}) and the address, which often ends in /v1"
         else:
             cure = f"start the {section} or correct the address"

@@ -573,10 +573,10 @@ def test_check_names_the_variable_of_a_refused_key(tools: Any, monkeypatch: pyte
     assert server.calls == []
 
 
-def test_check_refuses_a_web_page(tools: Any) -> None:
-    page = tools.Answer("<html>welcome</html>", headers={"Content-Type": "text/html"})
-    server = tools.serve(page, models=page)
-    with pytest.raises(UserError, match="not a chat completion"):
+@pytest.mark.parametrize("body", ["<html>welcome</html>", "null", '{"error": {"message": "not in your country"}}'])
+def test_check_refuses_an_answer_that_is_none_and_sends_nobody_to_start_what_runs(tools: Any, body: str) -> None:
+    server = tools.serve(tools.Answer(body), models=tools.Answer(body))
+    with pytest.raises(UserError, match=r"not a chat completion: .*; check judge\.model \(\S+\) and the address"):
         check(tools.config(server.base_url))
 
 
