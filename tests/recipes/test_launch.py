@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.rollout.engine import Caps, Request, SamplingSpec, UnavailableError
 from nemo_ampo.rollout.engine import check_requests as refuse
-from recipes import launch
+from recipes import launch, rollout_doctor
 from recipes.launch import main
 
 CAPS = Caps("raw", 8, 5, 9, 300, False)
@@ -63,6 +64,22 @@ def test_a_prompt_too_long_for_the_engine_is_the_user_s_a_repeated_request_id_ou
     )
     with pytest.raises(EngineError, match="distinct"):
         main("evaluate", repeated, STAGE)
+
+
+@pytest.mark.parametrize("program", ["stage", "rollout-doctor"])
+def test_started_alone_in_an_allocation_it_is_one_process(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "3", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, text)
+    seen: set[str] = set()
+
+    def run(cfg: DictConfig) -> bool:
+        """Look around."""
+        seen.update(os.environ)
+        return True
+
+    monkeypatch.setattr(rollout_doctor, "run", run)
+    assert (main("evaluate", run, STAGE) if program == "stage" else rollout_doctor.main([])) == 0
+    assert seen and not seen & {"SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_PROCID", "WORLD_SIZE"}
 
 
 @pytest.mark.parametrize(
