@@ -14,9 +14,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from functools import lru_cache
+from contextvars import ContextVar
+from datetime import datetime
+from functools import lru_cache, wraps
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +28,21 @@ from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from jinja2.compiler import CodeGenerator
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_DATE = "26 Jul 2024"
 """The ``date_string`` of every prompt. Llama 3 templates write the current date into the system message, some
 from the clock; a fixed one (their own default) keeps the prompts of a resumed or repeated run the same."""
+_PROMPT_DAY = datetime(2024, 7, 26)
+"""The same day, for templates that ask the clock."""
 RENDER_S = 5.0
 """Processor time a template may take; real ones need a thousandth of it."""
 _RENDERED = 2**20
 _RENDERED_PER_CHARACTER = 16
 """Characters a template may write: some, and a multiple of what it is given."""
+_most: ContextVar[int] = ContextVar("_most", default=_RENDERED)
+"""Of characters or items that any value of the template at work may have."""
 _LOOKS_LIKE_CONTROL = re.compile(
     r"<[|\uff5c][^<>\s]{1,60}[|\uff5c]>|</?s>|<</?SYS>>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?[A-Z_]{4,30}\]"
 )
@@ -85,6 +92,7 @@ def render_prompt(messages: Sequence[dict[str, str]], tokenizer: PreTrainedToken
     values: dict[str, Any] = {**tokenizer.special_tokens_map, "date_string": PROMPT_DATE, "tools": None, "documents": None}
     most = _RENDERED + _RENDERED_PER_CHARACTER * sum(len(message["content"]) for message in messages)
     pieces, size = [], 0
+    allowed = _most.set(most)
     try:
         source = tokenizer.get_chat_template(None, None)
         with _processor_time(RENDER_S):
@@ -100,6 +108,8 @@ def render_prompt(messages: Sequence[dict[str, str]], tokenizer: PreTrainedToken
         said = one_line(str(error)) or type(error).__name__
         roles = " + ".join(message["role"] for message in messages[:4])
         raise UserError(f"tokenizer {name}: its chat_template fails on {roles}: {said}") from None
+    finally:
+        _most.reset(allowed)
     return "".join(pieces)
 
 
@@ -109,21 +119,76 @@ class _EndlessError(Exception):
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Template:
-    """The template in transformers' own environment, with products and powers that cannot grow without bound."""
+    """The template in transformers' own environment, without a clock or chance, and with values that cannot grow without
+    bound."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    usual: Any = _compile_jinja_template(source).environment
-    bounded: Any = usual.overlay()
-    bounded.intercepted_binops = frozenset(("*", "**"))
-    bounded.binop_table = usual.binop_table | {"*": _product, "**": _power}
+    usual: Any = _compile_jinja_template("").environment
+    bounded: Any = usual.overlay(optimized=False)  # what is worked out while compiling is not bounded
+    bounded.intercepted_binops = frozenset(("+", "*", "**"))
+    bounded.binop_table = usual.binop_table | {"+": _sum, "*": _product, "**": _power}
+    bounded.concat, bounded.code_generator_class = _joined, _joining_generator()
+    bounded.call = _bounded(bounded.call)
+    bounded.filters = {name: _bounded(use) for name, use in usual.filters.items() if name != "random"}
+    bounded.globals = {name: value for name, value in usual.globals.items() if name != "lipsum"}
+    bounded.globals["strftime_now"] = _PROMPT_DAY.strftime
     return bounded.from_string(source)
 
 
+def _joining_generator() -> type[CodeGenerator]:
+    """Compiles ``a ~ b`` to a call of the environment's ``concat``."""
+    from jinja2.compiler import CodeGenerator
+
+    class Joining(CodeGenerator):
+        def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802 - jinja2's name
+            self.write("environment.concat(map(str, (")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write(")))")
+
+    return Joining
+
+
+def _bounded(use: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is neither asked for too much nor gives too much."""
+
+    @wraps(use)
+    def within_bounds(*given: Any, **named: Any) -> Any:
+        if any(isinstance(value, int) and abs(value) > _most.get() for value in (*given, *named.values())):
+            raise _EndlessError("asks for text without bound")
+        result = use(*given, **named)
+        _check_size(_length(result))
+        return result
+
+    return within_bounds
+
+
+def _joined(parts: Iterable[str]) -> str:
+    texts = list(parts)
+    _check_size(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _length(value: Any) -> int:
+    """Of text or a collection; 0 of anything else."""
+    return len(value) if isinstance(value, Sized) else 0
+
+
+def _check_size(size: int) -> None:
+    if size > _most.get():
+        raise _EndlessError("makes text without bound")
+
+
+def _sum(left: Any, right: Any) -> Any:
+    _check_size(_length(left) + _length(right))
+    return left + right
+
+
 def _product(left: Any, right: Any) -> Any:
-    sizes = [len(factor) if hasattr(factor, "__len__") else abs(factor) for factor in (left, right)]
-    if sizes[0] * sizes[1] > 2**53:
-        raise _EndlessError("multiplies without bound")
-    if any(hasattr(factor, "__len__") for factor in (left, right)) and sizes[0] * sizes[1] > _RENDERED:
+    sized = any(isinstance(factor, Sized) for factor in (left, right))
+    sizes = [len(factor) if isinstance(factor, Sized) else abs(factor) for factor in (left, right)]
+    if sizes[0] * sizes[1] > (_most.get() if sized else 2**53):
         raise _EndlessError("multiplies without bound")
     return left * right
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from nemo_ampo.data.chat import PROMPT_DATE, build_messages, check_tokenizer, encode_prompt
+from nemo_ampo.data.chat import PROMPT_DATE, build_messages, check_tokenizer, encode_prompt, render_prompt
 from nemo_ampo.errors import UserError
 
 MESSAGES = build_messages("Choose a level.", "Say hello to Ada. \u00fc 1234")
@@ -33,6 +33,19 @@ def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(make_toke
         "{{ date_string }}\n{% for m in messages %}{{ m.content }}\n{% endfor %}"
     )
     assert dated.decode(encode_prompt(MESSAGES, dated)).startswith(f"{PROMPT_DATE}\n")
+
+
+def test_a_template_that_asks_only_the_clock_gets_that_date_too(make_tokenizer):
+    # As those of some models that were trained on Llama's.
+    dated = make_tokenizer("{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    assert dated.decode(encode_prompt(MESSAGES, dated)).startswith(f"{PROMPT_DATE}\n")
+
+
+@pytest.mark.parametrize("template", ["{{ ['a', 'b'] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_leaves_its_prompt_to_chance_is_refused(make_tokenizer, template):
+    drawn = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
+    with pytest.raises(UserError, match=r"its chat_template fails on system .*(random|lipsum)"):
+        encode_prompt(MESSAGES, drawn)
 
 
 def test_good_tokenizers_pass(tokenizer):
@@ -144,6 +157,33 @@ def test_a_template_without_end_is_one_line_that_names_the_tokenizer(make_tokeni
         thread.start()
         thread.join()
     assert len(errors) == 1 and "\n" not in errors[0]
+
+
+GROWING = [
+    "{% set x = 'a' * 2000000 %}",
+    "{% set x = 'a' | center(2000000) %}",
+    "{% set x = 'a'.center(2000000) %}",
+    "{% set x = 'a\n' | indent(2000000) %}",
+    "{% set x = '{:2000000}'.format(1) %}",
+    "{% set n = namespace(s='ab') %}{% for a in range(21) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n = namespace(s='ab') %}{% for a in range(21) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "{% set n = namespace(s='ab'*9999) %}{% for a in range(9) %}{% set t %}{{n.s}}{{n.s}}{% endset %}{%set n.s=t%}{% endfor %}",
+    "{% set n = namespace(s='ab') %}{% for a in range(8) %}{% set n.s = n.s | replace('a', 'aaaaaaaaaa') %}{% endfor %}",
+    "{% set n = namespace(s=[0]) %}{% for a in range(21) %}{% set n.s = n.s + n.s %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("template", GROWING)
+def test_a_value_that_grows_without_bound_is_refused_though_it_is_never_written(make_tokenizer, template):
+    growing = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}" + template)
+    with pytest.raises(UserError, match=r"its chat_template (multiplies|asks for text|makes text) without bound"):
+        check_tokenizer(growing)
+
+
+def test_long_messages_are_no_growth(make_tokenizer):
+    joining = make_tokenizer("{% for m in messages %}{{ (m.role ~ ': ' ~ m.content + '|') | trim }}{% endfor %}")
+    text = render_prompt([{"role": "user", "content": "a" * 3_000_000}], joining)
+    assert text == f"user: {'a' * 3_000_000}|"
 
 
 def test_a_template_may_raise_anything(make_tokenizer):
