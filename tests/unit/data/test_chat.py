@@ -167,7 +167,7 @@ GROWING = [
     "{% set x = '{:2000000}'.format(1) %}",
     "{% set n = namespace(s='ab') %}{% for a in range(21) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "{% set n = namespace(s='ab') %}{% for a in range(21) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "{% set n = namespace(s='ab'*9999) %}{% for a in range(9) %}{% set t %}{{n.s}}{{n.s}}{% endset %}{%set n.s=t%}{% endfor %}",
+    "{% set n = namespace(s='ab') %}{% for a in range(21) %}{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
     "{% set n = namespace(s='ab') %}{% for a in range(8) %}{% set n.s = n.s | replace('a', 'aaaaaaaaaa') %}{% endfor %}",
     "{% set n = namespace(s=[0]) %}{% for a in range(21) %}{% set n.s = n.s + n.s %}{% endfor %}",
 ]
