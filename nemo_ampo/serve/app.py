@@ -31,6 +31,8 @@ from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
 from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
     from nemo_ampo.serve.engine import Engine, Generated
 
 T = TypeVar("T")
@@ -226,11 +228,8 @@ class _Desk:
         try:
             asked = ChatRequest.model_validate_json(body)
         except ValidationError as error:
-            first = error.errors()[0]
-            # Of a union, pydantic also names the kind that was tried, such as list[...]: no part of the request.
-            places = [str(place) for place in first["loc"] if not re.search(r"[-\[]", str(place))] or ["body"]
-            said = f"{'.'.join(places)}: {first['msg'].removeprefix('Value error, ')}"
-            raise _RefusedError(400, one_line(said), param=one_line(places[0])) from None
+            param, said = _what_is_wrong(error)
+            raise _RefusedError(400, one_line(said), param=one_line(param)) from None
         if asked.model != self._model:
             problem = f"the model {one_line(asked.model)!r} does not exist; {self._model!r} is served"
             raise _RefusedError(404, problem, param="model", code="model_not_found")
@@ -261,6 +260,22 @@ class _Desk:
 def _num_values(body: bytes) -> int:
     """At least as many as there are values in a JSON text; exact where no string holds one of the marks."""
     return 1 + sum(body.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def _what_is_wrong(error: ValidationError) -> tuple[str, str]:
+    """The field and one line on it.
+
+    Of a union, pydantic tells what each kind of value finds wrong. The kind that was sent gets the furthest, or finds
+    something else wrong than the kind.
+    """
+
+    def places(one: ErrorDetails) -> list[str]:
+        # pydantic also names the kind that was tried, such as list[...]: no part of the request
+        return [str(place) for place in one["loc"] if not re.search(r"[-\[]", str(place))] or ["body"]
+
+    told = max(error.errors(), key=lambda one: (len(places(one)), not one["type"].endswith("_type")))
+    where = places(told)
+    return where[0], f"{'.'.join(where)}: {told['msg'].removeprefix('Value error, ')}"
 
 
 def _refused_by_engine(error: UserError) -> _RefusedError:

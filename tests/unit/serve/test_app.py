@@ -134,6 +134,20 @@ def test_a_value_that_cannot_be_served_is_a_400_that_names_its_field(server, fie
         assert named in said or body["error"]["param"] == field, (field, value, body)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stop": [""]}, "stop.0: String should have at least 1 character"),
+        ({"stop": ["a"] * 5}, "stop: List should have at most 4 items"),
+        ({"stop": [["a"]]}, "stop.0: Input should be a valid string"),
+        ({"stop": 3}, "stop: Input should be a valid string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content.0.type: Input should be"),
+    ],
+)
+def test_of_a_value_of_several_kinds_what_is_wrong_with_the_kind_that_was_sent(server, fields: dict, said: str) -> None:
+    assert post(server, **fields)[1]["error"]["message"].startswith(said)
+
+
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b'{"model":"\xff"}', b'{"model":' * 50_000, b"\x00" * 100])
 def test_a_body_that_is_no_request_is_a_400(server, raw: bytes) -> None:
     assert post_raw(server, raw)[0] == 400
