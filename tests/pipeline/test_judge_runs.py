@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from stage_runs import Quickstart
+from stage_runs import ENDS, Quickstart, ends_named, naming_one_end
 
 from nemo_ampo.checkpoint.nemo_file import unpack_assets
 from nemo_ampo.checkpoint.store import Store
@@ -33,12 +33,13 @@ def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_pat
     recorded, replayed, cache = tmp_path / "recorded", tmp_path / "replayed", tmp_path / "cache.sqlite"
     prompt = tmp_path / "prompt.txt"
     prompt.write_bytes((quickstart.folder / "hf" / "bc" / "system_prompt.txt").read_bytes() + b"\r\n")
-    small = [*SMALL, f"data.system_prompt={prompt}"]
+    policy = naming_one_end(quickstart.folder / "bc" / "policy.nemo", tmp_path)
+    small = [*SMALL, f"data.system_prompt={prompt}", f"run.init_from={policy}"]
     with demo_judge_process(DemoJudgeOptions(fail_rate=0.5)) as url:
         finished = quickstart.ampo(recorded, url, *small, f"judge.cache={cache}")
     assert finished.status == 0, finished.err
     # The replay starts from the same policy, unpacked; where it lies nothing is written, and nothing of it is removed.
-    unpacked = unpack(quickstart.folder / "bc" / "policy.nemo", tmp_path / "policy")
+    unpacked = unpack(policy, tmp_path / "policy")
     before = {path: path.read_bytes() for path in unpacked.rglob("*") if path.is_file()}
     given = (f"judge.replay={cache}", f"run.init_from={unpacked}")
     finished = quickstart.ampo(replayed, "http://127.0.0.1:9/v1", *small, *given)
@@ -47,6 +48,7 @@ def test_a_replay_is_the_same_run_without_a_call(quickstart: Quickstart, tmp_pat
     assert not [path.name for path in replayed.iterdir() if path.name.startswith(".init-")]
     packed = unpack_assets(recorded / "policy.nemo", tmp_path / "assets")
     assert (packed / "system_prompt.txt").read_bytes() == prompt.read_bytes(), "what it was trained on travels along"
+    assert ends_named(recorded / "policy.nemo", tmp_path) == ENDS, "and where its replies end"
     retries = [name for name in read_jsonl(recorded / "metrics.jsonl")[-1] if name.startswith("judge/retries/")]
     assert retries, "the judge did fail now and then"
     assert read_jsonl(replayed / "metrics.jsonl")[-1]["judge/calls"] == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from plan_check import plan_error
-from stage_runs import ROOT, Quickstart
+from stage_runs import ENDS, ROOT, Quickstart, ends_named, naming_one_end
 
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.files import read_jsonl
@@ -234,6 +234,7 @@ def test_cloning_resumes_with_its_schedule_and_its_validations(quickstart: Quick
     overrides = [
         *(override("data.heldout", quickstart.folder / "world" / "bc_heldout.jsonl"), "data.heldout_replies=0"),
         *(f"trainer.sft.max_steps={steps}", f"trainer.sft.val_check_interval={every}", f"trainer.sft.save_interval={every}"),
+        f"run.init_from={naming_one_end(quickstart.folder / 'nemo' / 'base.nemo', tmp_path)}",
     ]
     straight = Job(quickstart, tmp_path / "straight", "bc", overrides).start()
     broken = Job(quickstart, tmp_path / "broken", "bc", overrides).start()
@@ -257,3 +258,6 @@ def test_cloning_resumes_with_its_schedule_and_its_validations(quickstart: Quick
     best = [c for c in Store(straight.folder / "checkpoints").scan()[0] if c.manifest.score is not None]
     losses = {r["step"]: r["bc/val_loss"] for r in timeless[0] if r["kind"] == "val"}
     assert all(c.manifest.score == losses[c.step] for c in best) and best
+    assert ends_named(straight.folder / "policy.nemo", tmp_path) == ENDS, (
+        "whoever draws from it stops where it was taught to"
+    )

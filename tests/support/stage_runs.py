@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from nemo_process import ROOT, Finished, run_nemo
 
+from nemo_ampo.checkpoint.nemo_file import add_assets, unpack_assets
 from nemo_ampo.overrides import override
 
 BC_STEPS, AMPO_STEPS = 240, 4
@@ -59,3 +62,23 @@ class Quickstart:
             *(*AMPO, *overrides),
         ]
         return run_nemo(command, ranks)
+
+
+ENDS = [0, 2]
+"""What ends a reply of the embedded model: ``<|endoftext|>`` and ``<|im_end|>``, its tokenizer's own end."""
+
+
+def naming_one_end(policy: Path, folder: Path) -> Path:
+    """A copy of a ``.nemo`` file whose ``generation_config.json`` lacks the tokenizer's own end, as a base model's does."""
+    assets = unpack_assets(policy, folder / "naming-one-end")
+    path = assets / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": ENDS[0]}))
+    copy = Path(shutil.copy(policy, folder / "naming-one-end.nemo"))
+    add_assets(copy, assets)
+    return copy
+
+
+def ends_named(policy: Path, folder: Path) -> list[int]:
+    """``eos_token_id`` in the ``generation_config.json`` of a ``.nemo`` file."""
+    named = json.loads((unpack_assets(policy, folder / "of-the-policy") / "generation_config.json").read_text())
+    return sorted(named["eos_token_id"])
