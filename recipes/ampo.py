@@ -7,13 +7,14 @@ Starts from the cloned policy, which is also the reference; ends with ``policy.n
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_device, check_model
+from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers, open_trackers
@@ -21,6 +22,13 @@ from nemo_ampo.run.watchdog import watch_ranks
 from nemo_ampo.step import Parts
 from nemo_ampo.types import DialogueTurn, Prompt
 from recipes.launch import is_main_process, main, world_size
+from recipes.start import Start, read_start
+
+if TYPE_CHECKING:
+    from nemo_ampo.judge.background import JudgeThread
+    from nemo_ampo.run.clock import Gpus
+    from nemo_ampo.training.session import Session
+    from nemo_ampo.training.trainer import AmpoTrainer
 
 
 def read_training_turns(config: AmpoConfig) -> tuple[list[DialogueTurn], dict[str, str]]:
@@ -77,38 +85,19 @@ def run(cfg: DictConfig) -> bool:
 
 
 def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
-    from converters.model_config import check_architecture
-    from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.checkpoint.run_identity import check_resume, identity, inputs, verdict_identity
-    from nemo_ampo.data.chat import check_tokenizer
-    from nemo_ampo.job.plan import gpus_of_job
     from nemo_ampo.judge.job import open_judge
-    from nemo_ampo.model_folder.facts import read_facts
-    from nemo_ampo.model_folder.loading import load_tokenizer
-    from nemo_ampo.model_folder.policy_files import (
-        check_vocabulary,
-        record_stop_tokens,
-        record_system_prompt,
-        stop_token_ids,
-        system_prompt,
-    )
+    from nemo_ampo.model_folder.policy_files import system_prompt
     from nemo_ampo.rehearse.sizes import parameters_of
     from nemo_ampo.rollout import require_engine_room
 
     run_dir = Path(config.run.dir)
-    model_config = read_model_config(config.run.init_from)
-    check_model(config, cfg, model_config)
-    assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
-    check_architecture(config.run.init_from, assets, cfg.model)
-    facts = read_facts(assets)
+    start = read_start(config.run, cfg, lambda model: check_model(config, cfg, model))
     if config.rollout.engine == "trtllm":
-        require_engine_room(config.rollout.trtllm, parameters_of(facts), cfg.model.tensor_model_parallel_size)
-    tokenizer = load_tokenizer(assets)
-    check_tokenizer(tokenizer)
-    check_vocabulary(tokenizer, model_config)
-    system = system_prompt(assets, config.data.system_prompt)
+        require_engine_room(config.rollout.trtllm, parameters_of(start.facts), cfg.model.tensor_model_parallel_size)
+    system = system_prompt(start.assets, config.data.system_prompt)
     turns, data_hashes = read_training_turns(config)
-    prompts = encode_turns(turns, tokenizer, system, config)
+    prompts = encode_turns(turns, start.tokenizer, system, config)
     read = inputs(data_hashes, config.run.init_from, [p.token_ids for p in prompts])
     settings = identity(cfg, read | verdict_identity(config.judge))
     check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
@@ -121,86 +110,84 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     watch_ranks(config.run.rank_timeout_s)
     with open_judge(config.judge, run_dir) as judge:
         judge.check()
+        device, resolved = start.load_frameworks(cfg)
 
-        from nemo_ampo import compat
-
-        device = compat.setup(config.run.device, config.run.verbose)
-        check_device(cfg, device)
-
-        import torch
-
-        from converters.live import publish_weights
-        from nemo_ampo.checkpoint.nemo_file import on_rank_zero, save_nemo
-        from nemo_ampo.judge.second import SecondJudge
-        from nemo_ampo.ranks import MegatronRanks
-        from nemo_ampo.rollout import EngineSetup, make_engine
-        from nemo_ampo.rollout.probe import Probe
-        from nemo_ampo.run.runlog import RunLog, write_provenance
+        from nemo_ampo.checkpoint.nemo_file import save_nemo
         from nemo_ampo.training.actor import AmpoActor
-        from nemo_ampo.training.session import Keep, open_session, prepare_config
-        from nemo_ampo.training.trainer import AmpoTrainer
+        from nemo_ampo.training.session import Keep, open_session
 
-        prepare_config(cfg, run_dir, config.run.init_from, assets, device)
-        resolved: Any = OmegaConf.to_container(cfg, resolve=True)  # NeMo resolves it in place, which a path may not survive
         session = open_session(
             *(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), config.algorithm.uses_reference),
             Keep(run_dir, config.checkpoint, settings),
         )
         session.model.algorithm = config.algorithm
-        ranks = MegatronRanks()
-        gpus = gpus_of_job(torch.cuda.get_device_name(), world_size(), facts) if device == "gpu" else None
-        first_step = session.resumed.counters["step"] if session.resumed else 0
-
-        def describe() -> None:
-            # Before the first step, so that a checkpoint packed on the way carries them too.
-            record_stop_tokens(assets, tokenizer)
-            record_system_prompt(assets, system)
-            write_provenance(run_dir, resolved, data_hashes)
-
-        on_rank_zero(describe, run_dir)
-        trackers = open_trackers(config.run, "ampo", first_step, resolved) if ranks.is_main else []
-        stops = stop_token_ids(assets, tokenizer)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        engine = make_engine(
-            EngineSetup(
-                model=session.model,
-                rollout=config.rollout,
-                decode=tokenizer.decode,
-                ranks=ranks,
-                run_dir=run_dir,
-                publish=lambda model, folder: publish_weights(model, assets, folder),
-            )
-        )
-        fixed = tuple(p.token_ids for p in prompts[: config.rollout.probe.prompts])
-        trainer = AmpoTrainer(
-            prompts=prompts,
-            parts=Parts(
-                engine=engine,
-                judge=judge,
-                tokenizer=tokenizer,
-                ranks=ranks,
-                rollout=config.rollout,
-                reward=config.reward,
-                algorithm=config.algorithm,
-                guard=config.guard,
-                stop_token_ids=stops,
-                pad_id=pad_id,
-                seed=config.run.seed,
-                gpus=gpus,
-                probe=Probe(fixed, config.rollout.probe.new_tokens, config.rollout.probe.max_gap, stops, pad_id),
-            ),
-            run_log=RunLog(run_dir, ranks.is_main, session.resumed.logs if session.resumed else None, trackers),
-            log_rollouts=config.run.log_rollouts,
-            second=SecondJudge(judge, config.judge.second, config.run.seed) if config.judge.second else None,
-            cfg=cfg.trainer.reinforce,
-            **session.trainer_arguments,
-        )
-        if session.resumed:
-            trainer.load_state_dict(session.resumed.counters)
-        if not trainer.fit():
+        start.record(system, resolved, data_hashes)
+        if not make_trainer(config, cfg, start, session, prompts, judge, start.gpus(device), resolved).fit():
             return False
-        save_nemo(session.model, run_dir / "policy.nemo", assets)
+        save_nemo(session.model, run_dir / "policy.nemo", start.assets)
     return True
+
+
+def make_trainer(
+    config: AmpoConfig,
+    cfg: DictConfig,
+    start: Start,
+    session: Session,
+    prompts: Sequence[Prompt],
+    judge: JudgeThread,
+    gpus: Gpus | None,
+    resolved: Any,
+) -> AmpoTrainer:
+    """The loop and all that a step needs, where the run begins or goes on."""
+    from converters.live import publish_weights
+    from nemo_ampo.judge.second import SecondJudge
+    from nemo_ampo.ranks import MegatronRanks
+    from nemo_ampo.rollout import EngineSetup, make_engine
+    from nemo_ampo.rollout.probe import Probe
+    from nemo_ampo.run.runlog import RunLog
+    from nemo_ampo.training.trainer import AmpoTrainer
+
+    run_dir, ranks, resumed, probe = Path(config.run.dir), MegatronRanks(), session.resumed, config.rollout.probe
+    trackers = (
+        open_trackers(config.run, "ampo", resumed.counters["step"] if resumed else 0, resolved) if ranks.is_main else []
+    )
+    engine = make_engine(
+        EngineSetup(
+            model=session.model,
+            rollout=config.rollout,
+            decode=start.tokenizer.decode,
+            ranks=ranks,
+            run_dir=run_dir,
+            publish=lambda model, folder: publish_weights(model, start.assets, folder),
+        )
+    )
+    fixed = tuple(p.token_ids for p in prompts[: probe.prompts])
+    trainer = AmpoTrainer(
+        prompts=prompts,
+        parts=Parts(
+            engine=engine,
+            judge=judge,
+            tokenizer=start.tokenizer,
+            ranks=ranks,
+            rollout=config.rollout,
+            reward=config.reward,
+            algorithm=config.algorithm,
+            guard=config.guard,
+            stop_token_ids=start.stop_token_ids,
+            pad_id=start.pad_id,
+            seed=config.run.seed,
+            gpus=gpus,
+            probe=Probe(fixed, probe.new_tokens, probe.max_gap, start.stop_token_ids, start.pad_id),
+        ),
+        run_log=RunLog(run_dir, ranks.is_main, resumed.logs if resumed else None, trackers),
+        log_rollouts=config.run.log_rollouts,
+        second=SecondJudge(judge, config.judge.second, config.run.seed) if config.judge.second else None,
+        cfg=cfg.trainer.reinforce,
+        **session.trainer_arguments,
+    )
+    if resumed:
+        trainer.load_state_dict(resumed.counters)
+    return trainer
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.run.config import RunConfig
 from recipes.launch import is_main_process, world_size
+from recipes.start import read_start
 
 QUESTIONS = (
     "Good morning.",
@@ -55,53 +56,38 @@ def run(cfg: DictConfig) -> bool:
     require_engine(config.rollout.engine)
     check_start(config.run.init_from)
 
-    from converters.model_config import check_architecture
-    from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
     from nemo_ampo.data.chat import encode_prompt
-    from nemo_ampo.model_folder.loading import load_tokenizer
-    from nemo_ampo.model_folder.policy_files import stop_token_ids
 
-    model = cfg.model
-    check_parallel_layout(
-        read_model_config(config.run.init_from), model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    )
-    run_dir = Path(config.run.dir)
-    assets = unpack_assets(config.run.init_from, run_dir / "hf_assets")
-    check_architecture(config.run.init_from, assets, model)
-    tokenizer = load_tokenizer(assets)
-    prompts = tuple(tuple(encode_prompt([{"role": "user", "content": q}], tokenizer)) for q in QUESTIONS)
-
-    from nemo_ampo import compat
-
-    device = compat.setup(config.run.device, config.run.verbose)
+    split = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    start = read_start(config.run, cfg, lambda model: check_parallel_layout(model, *split))
+    prompts = tuple(tuple(encode_prompt([{"role": "user", "content": q}], start.tokenizer)) for q in QUESTIONS)
+    start.load_frameworks(cfg)
 
     from converters.live import publish_weights
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.doctor import Patient, examine, findings_table, parameters_of, verdict
     from nemo_ampo.rollout.probe import Probe
     from nemo_ampo.training.actor import AmpoActor
-    from nemo_ampo.training.session import open_session, prepare_config
+    from nemo_ampo.training.session import open_session
 
-    prepare_config(cfg, run_dir, config.run.init_from, assets, device)
     session = open_session(cfg, "reinforce", AmpoActor, config.run.init_from, len(prompts), False)
     engine = make_engine(
         EngineSetup(
             model=session.model,
             rollout=config.rollout,
-            decode=tokenizer.decode,
+            decode=start.tokenizer.decode,
             ranks=MegatronRanks(),
-            run_dir=run_dir,
-            publish=lambda model, folder: publish_weights(model, assets, folder),
+            run_dir=Path(config.run.dir),
+            publish=lambda model, folder: publish_weights(model, start.assets, folder),
         )
     )
     limits = config.rollout.probe
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     patient = Patient(
         engine=engine,
         logprobs=lambda tokens_BT, lengths: session.model.get_inference_log_probs(tokens_BT.cuda(), lengths),
         parameters=lambda: parameters_of(session.model),
-        probe=Probe(prompts, limits.new_tokens, limits.max_gap, stop_token_ids(assets, tokenizer), pad_id),
-        decode=tokenizer.decode,
+        probe=Probe(prompts, limits.new_tokens, limits.max_gap, start.stop_token_ids, start.pad_id),
+        decode=start.tokenizer.decode,
         max_new_tokens=config.rollout.max_new_tokens,
     )
     findings = list(examine(patient))
