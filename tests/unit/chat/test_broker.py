@@ -184,6 +184,15 @@ def test_strangers_may_say_little_for_a_moment_and_disturb_nobody(
     assert not caplog.records and capfd.readouterr().err == ""
 
 
+def test_a_long_greeting_is_not_waited_for(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for is kept in memory, of every stranger at once."""
+    monkeypatch.setattr("nemo_ampo.chat.broker._GREETING_S", 10 * WAIT_S)
+    for greeting in (frame(b"", 62 * 2**20) + b"a" * 4096, frame(b"", 1025)):
+        with socket.create_connection(("127.0.0.1", broker.port)) as stranger:
+            stranger.sendall(greeting)
+            assert end_of(stranger) == b""
+
+
 def test_ranks_come_in_although_strangers_take_all_the_room_again_and_again(broker: Broker) -> None:
     strangers: list[socket.socket] = []
     over = threading.Event()
