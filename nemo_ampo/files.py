@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import tempfile
 import unicodedata
 from collections import Counter
@@ -99,11 +100,30 @@ def check_writable(folder: Path, option: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def place_of(path: Path) -> Path:
+    """Where what is written under a name comes to lie: a link stands for what it points to.
+
+    Raises:
+        OSError: a device, a pipe or a link in a circle bears the name; a finished file would take a device's place.
+    """
+    try:
+        place = path.resolve()
+    except RuntimeError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+    try:
+        kind = stat.S_IFMT(place.stat().st_mode)
+    except OSError:  # nothing is there, or whoever writes will hear why not
+        return place
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise OSError(errno.EINVAL, "there is something that is neither a file nor a folder")
+    return place
+
+
 def write_once(path: Path, content: str | bytes, *, private: bool = False) -> None:
     """Write through a temporary name of its own beside ``path``: a reader never sees half a file, two writers never mix.
 
     Args:
-        path: its folder is created if absent.
+        path: its folder is created if absent; a link stands for what it points to.
         content: text as UTF-8, without translating its line ends, or bytes.
         private: only the owner may read it (a token stands in it).
 
@@ -112,14 +132,15 @@ def write_once(path: Path, content: str | bytes, *, private: bool = False) -> No
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     with disk_errors(f"cannot write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        place = place_of(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{place.name[:100]}.", suffix=".tmp", dir=place.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
             if not private:
                 Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
+            Path(name).replace(place)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise

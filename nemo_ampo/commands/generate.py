@@ -10,7 +10,7 @@ from typing import get_args
 from nemo_ampo.chat.config import Price
 from nemo_ampo.dialogue.prompts import View
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.files import check_writable, full_or_read_only
+from nemo_ampo.files import check_writable, disk_errors, full_or_read_only, place_of
 from nemo_ampo.generate.job import JobConfig, TeacherConfig, most_calls, run
 from nemo_ampo.generate.situations import Situations, from_sotopia, from_world
 from nemo_ampo.judge.config import JudgeConfig
@@ -142,9 +142,11 @@ def _config(args: argparse.Namespace) -> JobConfig:
             max_concurrency=args.max_concurrency,
             price=_price(args.judge_model, args.judge_price),
         )
+    with disk_errors(f"--out: cannot write {args.out}"):
+        out = place_of(args.out)
     return JobConfig(
         kind=args.kind,
-        out=args.out.resolve(),  # what a symbolic link stands for
+        out=out,
         teacher=TeacherConfig(
             base_url=args.teacher,
             model=args.teacher_model,

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from nemo_ampo.errors import DataError
-from nemo_ampo.files import disk_errors, strict_json
+from nemo_ampo.files import disk_errors, place_of, strict_json
 from nemo_ampo.text import one_line, utf8_safe
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -240,12 +240,13 @@ def published(path: Path) -> Iterator[Path]:
 
     Several ranks may publish the same file at once: each writes a file of its own, the last one stays.
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     with disk_errors(f"cannot write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place = place_of(path)
+        part = place.with_name(f".{place.name}.{uuid4().hex}.part")
+        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            part.replace(path)
+            part.replace(place)
         finally:
             part.unlink(missing_ok=True)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nemo_ampo.errors import UserError
-from nemo_ampo.files import disk_errors
+from nemo_ampo.files import disk_errors, place_of
 
 RUN_PATIENCE_S = 30.0
 """Processes of a job that was just killed may take so long to go."""
@@ -169,8 +169,10 @@ def hold_output(output: Path, option: str, patience_s: float = 0.0) -> Lock:
 
     Raises:
         UserError: another command writes it.
+        DiskError: its name is that of a device.
     """
-    path = output.resolve()
+    with disk_errors(f"{option}: cannot write {output}"):
+        path = place_of(output)
     return Lock(path.with_name(f".{path.name}.lock"), f"{option}: {output}", patience_s, temporary=True)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemo_ampo.errors import DiskError, UserError
-from nemo_ampo.files import disk_errors
+from nemo_ampo.files import disk_errors, place_of
 from nemo_ampo.output.lock import Lock, hold_output
 
 _OWNER = ".running"
@@ -66,11 +66,12 @@ def staged(output: Path, option: str) -> Iterator[Path]:
 
     Raises:
         UserError: another command writes it.
-        DiskError: its folder cannot be written to.
+        DiskError: its folder cannot be written to, or its name is that of a device.
     """
-    place = output.resolve()
-    with hold_output(output, option), scratch_folder(place.parent, place.name) as folder:
-        yield folder / place.name
+    with hold_output(output, option):
+        place = place_of(output)
+        with scratch_folder(place.parent, place.name) as folder:
+            yield folder / place.name
 
 
 def publish(built: Path, output: Path) -> None:
@@ -79,8 +80,8 @@ def publish(built: Path, output: Path) -> None:
     Raises:
         DiskError: it cannot be done; what was there before is still there.
     """
-    target = output.resolve()
     with disk_errors(f"cannot write {output}"):
+        target = place_of(output)
         if not (built.is_dir() and target.is_dir()):
             built.replace(target)
         elif not _exchanged(built, target):
@@ -139,21 +140,14 @@ def _own_folder(place: Path, prefix: str) -> tuple[Lock, Path]:
 def _remove_left_behind(place: Path, prefix: str) -> None:
     for folder in [path for path in place.iterdir() if path.name.startswith(prefix)]:
         # Others may remove the same one at this moment, or it may belong to another user.
-        with contextlib.suppress(OSError, DiskError):
-            if not (folder / _OWNER).exists():
-                if time.time() - folder.stat().st_mtime > _GRACE_S:  # else it is just being made
-                    folder.rmdir()
-            elif _owner_is_gone(folder / _OWNER):
-                _remove(folder)
-
-
-def _owner_is_gone(file: Path) -> bool:
-    try:
-        lock = Lock(file, str(file))
-    except UserError:
-        return False
-    lock.release()
-    return lock.guards
+        with contextlib.suppress(OSError, UserError):
+            if (folder / _OWNER).exists():
+                # Held until the folder is gone: its owner may only be about to lock it.
+                with Lock(folder / _OWNER, str(folder)) as lock:
+                    if lock.guards:
+                        _remove(folder)
+            elif time.time() - folder.stat().st_mtime > _GRACE_S:  # else it is just being made
+                folder.rmdir()
 
 
 def _remove(folder: Path) -> None:

@@ -61,6 +61,37 @@ write_once(Path(sys.argv[1]), "x" * 100)
 """
 
 
+def test_a_link_stands_for_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    write_once(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "circle"])
+def test_no_file_takes_the_place_of_what_is_none(tmp_path: Path, kind: str) -> None:
+    """``--out /dev/null`` of a root user would leave the machine without that device."""
+    from nemo_ampo.data.rows import write_rows
+    from nemo_ampo.output.staging import publish, staged
+
+    place, built = tmp_path / "place.json", tmp_path / "built"
+    os.mkfifo(tmp_path / "pipe")
+    if kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / "pipe" if kind == "link to a pipe" else place)
+    before = place.lstat()
+
+    def enter() -> None:
+        with staged(place, "--output"):
+            pass
+
+    built.write_text("x")
+    for write in (lambda: write_once(place, "x"), lambda: write_rows([], place), enter, lambda: publish(built, place)):
+        with pytest.raises(DiskError, match=r"cannot write .*(neither a file nor a folder|symbolic links)"):
+            write()
+    assert os.path.samestat(before, place.lstat())
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_once(path, "before")

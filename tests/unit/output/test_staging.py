@@ -13,7 +13,7 @@ import pytest
 
 import nemo_ampo.output.staging
 from nemo_ampo.errors import DiskError, UserError
-from nemo_ampo.output.lock import hold_output
+from nemo_ampo.output.lock import Lock, hold_output
 from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
 
 BUILDER = """
@@ -162,6 +162,24 @@ def test_many_at_a_moment_get_folders_of_their_own(tmp_path: Path) -> None:
     pids = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(4)]
     assert [process.wait() for process in pids] == [0] * 4
     assert names(tmp_path) == []
+
+
+def test_what_is_removed_is_held_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    """Whoever made a folder and was about to lock it would work on in one that is being removed."""
+    left = tmp_path / ".m.tmp-left"
+    left.mkdir()
+    (left / ".running").touch()
+    remove, held = nemo_ampo.output.staging._remove, []
+
+    def removed(folder: Path) -> None:
+        with pytest.raises(UserError, match="in use by another job"):
+            Lock(folder / ".running", str(folder))
+        held.append(folder)
+        remove(folder)
+
+    monkeypatch.setattr(nemo_ampo.output.staging, "_remove", removed)
+    with scratch_folder(tmp_path, "m") as own:
+        assert held == [left] and not left.exists() and own.is_dir()
 
 
 def test_without_locks_nothing_of_others_is_removed(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -40,6 +40,29 @@ def test_an_encoding_that_lacks_a_letter_is_no_error(monkeypatch: pytest.MonkeyP
     assert raw.getvalue() == b"Zo\\xeb \\u4f60\n"
 
 
+@pytest.mark.parametrize("full", ["stdout", "stderr", "both"])
+def test_a_log_on_a_full_disk_ends_no_work_and_decides_no_exit_status(full: str) -> None:
+    work = (
+        "import sys\nfrom rich.table import Table\n"
+        "from nemo_ampo.output.terminal import printable_output, show, undisguised\n"
+        "table = Table('word')\ntable.add_row('x' * 100)\n"
+        "with printable_output():\n"
+        "    for _ in range(400):\n"
+        "        print('step', flush=True)\n        print('note', file=sys.stderr)\n        show(table)\n"
+        "        print('bar', file=undisguised(sys.stderr), flush=True)\n"
+        "sys.exit(75)\n"
+    )
+    with Path("/dev/full").open("w") as disk:
+        out = subprocess.PIPE if full == "stderr" else disk
+        err = subprocess.PIPE if full == "stdout" else disk
+        done = subprocess.run([sys.executable, "-c", work], stdout=out, stderr=err, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 75
+    heard = (done.stdout or "") + (done.stderr or "")
+    assert heard.count(f"{full}: No space left on device; what is said there is lost, the work goes on\n") == (
+        full != "both"
+    )
+
+
 def test_the_text_of_a_table_is_printable_and_its_style_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
