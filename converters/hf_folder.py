@@ -72,20 +72,13 @@ def asset_files(folder: Path) -> Iterator[Path]:
             yield relative
 
 
-def check_tokenizer(folder: Path, facts: ModelFacts, allow_base_tokenizer: bool) -> None:
-    """The tokenizer loads, fits the embedding, and is one to hold a dialogue with.
+def check_tokenizer(folder: Path, allow_base_tokenizer: bool) -> None:
+    """The tokenizer loads and is one to hold a dialogue with.
 
     Raises:
-        UserError: no tokenizer, ids beyond the embedding, or (unless ``allow_base_tokenizer``) no chat
-            template or end-of-sequence token.
+        UserError: no usable tokenizer, or (unless ``allow_base_tokenizer``) no chat template or end-of-sequence token.
     """
     tokenizer = load_tokenizer(folder)
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > facts.vocab:
-        raise UserError(
-            f"{folder}: the tokenizer has {num_ids} ids but the model's embedding only {facts.vocab} rows "
-            "(vocab_size in config.json)"
-        )
     lacking = [
         what
         for what, value in (

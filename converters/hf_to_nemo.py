@@ -56,7 +56,7 @@ def write_nemo(
     """
     hf = open_hf_folder(hf_dir)
     config = nemo_config(hf.facts, hf_dir)
-    check_tokenizer(hf_dir, hf.facts, allow_base_tokenizer)
+    check_tokenizer(hf_dir, allow_base_tokenizer)
     stored_type = dtype or hf.weights.dtype()
     if stored_type not in DTYPES.values():
         raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")

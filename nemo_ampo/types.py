@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 from nemo_ampo.speech import spoken
 
 Seat = Literal["agent1", "agent2"]
+ALL_TAGS = "all"
+"""Stands for all rows where numbers are split by their labels, so that no row may be labelled so."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from nemo_ampo.data.chat import build_messages
 from nemo_ampo.data.rows import Record, published, read_records, write_rows
 from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.types import DialogueTurn
+from nemo_ampo.types import ALL_TAGS, DialogueTurn
 
 STATE_MIN, STATE_MAX = 0.0, 10.0
 
@@ -174,6 +174,8 @@ def _turn(
     state.only(("agent1", "agent2", "step"))
     if state.has("step"):
         state.integer("step")
+    if tag == ALL_TAGS:
+        raise record.error("tag", f"{tag!r} stands for all rows in every table; give the row another label")
     dialog = dialog_of.texts("dialog")
     if not dialog:
         raise dialog_of.error("dialog", "is empty; it must end in the open line of the speaker to act")

@@ -212,6 +212,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a text in it is not UTF-8 ({error})") from None
 
 
 def write_json(value: Any, path: str | Path) -> None:

@@ -29,9 +29,11 @@ from nemo_ampo.reply.modes import MODES
 from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.metrics import mean
 from nemo_ampo.serve.dial import DialProcessor, ModeDial
-from nemo_ampo.types import DialogueTurn, JudgeRequest, RewardParts, Verdict
+from nemo_ampo.types import ALL_TAGS, DialogueTurn, JudgeRequest, RewardParts, Verdict
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_ampo.judge.background import JudgeThread
 
 
@@ -213,7 +215,7 @@ def _outcome(planned: int, answers: Sequence[Answered], stopped: str | None) -> 
 def summarise(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
     """Means over all answers and per tag. A failed judge call is left out of reward and goal, and counted."""
     tags = sorted({a.turn.tag for a in answers if a.turn.tag})
-    groups = {"all": list(answers)} | {tag: [a for a in answers if a.turn.tag == tag] for tag in tags}
+    groups = {ALL_TAGS: list(answers)} | {tag: [a for a in answers if a.turn.tag == tag] for tag in tags}
     return {name: _summary(group) for name, group in groups.items()}
 
 
@@ -375,7 +377,11 @@ def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
 def generate(
     model: Any, prompts: list[list[int]], stops: tuple[int, ...], config: EvaluateConfig, dial: ModeDial | None = None
 ) -> list[list[int]]:
-    """Reply tokens of a batch of prompts, each up to and including its stop token; ``dial`` applies the mode dial."""
+    """Reply tokens of a batch of prompts, each up to and including its stop token; ``dial`` applies the mode dial.
+
+    Raises:
+        UserError: the model computes nothing that could be drawn from.
+    """
     import torch
 
     width = max(map(len, prompts))
@@ -388,8 +394,9 @@ def generate(
         if sampled
         else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     )
+    options["logits_processor"] = [functools.partial(_finite, config.run.checkpoint)]
     if dial is not None:
-        options["logits_processor"] = [DialProcessor(dial, config.generate.mode_bias or {}, width)]
+        options["logits_processor"] += [DialProcessor(dial, config.generate.mode_bias or {}, width)]
     with torch.no_grad():
         out_BT = model.generate(
             input_ids=ids_BT,
@@ -400,6 +407,19 @@ def generate(
             **options,
         )
     return [_until_stop(row, stops) for row in out_BT[:, width:].tolist()]
+
+
+def _finite(checkpoint: str, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """The logits as they are.
+
+    Raises:
+        UserError: they are no numbers, so that nothing can be drawn.
+    """
+    if not logits_BV.isfinite().all():
+        raise UserError(
+            f"{checkpoint}: the model computes logits that are no finite numbers, as {logits_BV.dtype} holds them"
+        )
+    return logits_BV
 
 
 def _until_stop(ids: list[int], stops: tuple[int, ...]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import Stopped, UserError
 from nemo_ampo.files import read_text
-from nemo_ampo.model_folder.facts import ARCHITECTURES, ModelFacts, read_facts, read_object
+from nemo_ampo.model_folder.facts import ARCHITECTURES, CONFIG_NAME, ModelFacts, read_facts, read_object
 from nemo_ampo.model_folder.portable import TOKENIZER_CONFIG_NAME, is_of_transformers_5, portable_tokenizer_config
 from nemo_ampo.model_folder.weights import SafetensorsFolder
 from nemo_ampo.text import one_line
@@ -67,7 +67,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; where there is a tokenizer.json, it gives that file's ids.
 
     Raises:
-        UserError: there is none, it cannot be loaded, or its ids would not be those of tokenizer.json.
+        UserError: there is none, it cannot be loaded, its ids would not be those of tokenizer.json, or the model of the
+            folder has no embedding for one of them.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -100,6 +101,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             raise ValueError("unreadable vocabulary")
         if (folder / "tokenizer.json").is_file():
             _check_ids(folder, tokenizer)
+        _check_rows(folder, tokenizer)
     # Who asks for the length of a text decides what to make of it; the library's remark would stand beside our one line.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
@@ -123,6 +125,17 @@ def _check_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(
             f"{path}: transformers splits text otherwise than this file says; set tokenizer_class in its config "
             'to "PreTrainedTokenizerFast"'
+        )
+
+
+def _check_rows(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A folder of a policy's files without config.json has no model to compare with."""
+    path = folder / CONFIG_NAME
+    rows = read_object(path).get("vocab_size") if path.is_file() else None
+    ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and ids > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {ids} ids but the model's embedding only {rows} rows (vocab_size in {CONFIG_NAME})"
         )
 
 
@@ -168,7 +181,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrai
 
     Raises:
         UserError: config or weights are damaged or unsupported, do not fit together, or transformers would compute
-            something else than config.json says.
+            something else than config.json says; a weight holds a value that is no number.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -190,7 +203,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrai
         finally:
             torch.set_default_dtype(before)
         _check_tensors(folder, facts, weights, model)
-        state = {name: weights.load(name).to(kind, copy=True) for name in model.state_dict() if name in weights.names()}
+        state = {name: _finite(folder, weights, name, kind) for name in model.state_dict() if name in weights.names()}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         # Its frequencies are no weights, so that no file fills them in.
@@ -198,6 +211,15 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrai
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "every tensor was filled in"
     check_as_written(model, facts, folder)
     return model.eval()
+
+
+def _finite(folder: Path, weights: SafetensorsFolder, name: str, kind: torch.dtype) -> torch.Tensor:
+    """One weight in the type it is computed in. A training that came apart leaves others, which compute nothing."""
+    tensor = weights.load(name).to(kind, copy=True)
+    if not tensor.isfinite().all():
+        said = str(kind).removeprefix("torch.")
+        raise UserError(f"{folder}: weight {name} holds a value that is no finite number as {said}")
+    return tensor
 
 
 def _check_layers(folder: Path, facts: ModelFacts, weights: SafetensorsFolder) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import is_file
 from nemo_ampo.model_folder.facts import read_object
+from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +41,7 @@ class SafetensorsFolder:
         elif (folder / SINGLE_NAME).is_file():
             self._read_all([folder / SINGLE_NAME])
         else:
-            self._read_all(sorted(folder.glob("*.safetensors")))
+            self._read_all(sorted(file for file in folder.glob("*.safetensors") if file.is_file()))
         if not self._handles:
             other = sorted(p.name for p in folder.glob("*.bin"))
             hint = f" (found {other[0]}; save it again as safetensors)" if other else ""
@@ -53,7 +55,7 @@ class SafetensorsFolder:
         for name, file in places.items():
             if not isinstance(file, str) or Path(file).name != file or "\\" in file:
                 raise UserError(f"{index}: {name!r}: {file!r} is no file name")
-        absent = sorted({file for file in places.values() if not (folder / file).is_file()})
+        absent = sorted({one_line(file, 80) for file in places.values() if not is_file(folder / file)})
         if absent:
             raise UserError(f"{index}: names absent weight files: {', '.join(absent)}")
         opened = {file: _open(folder / file) for file in sorted(set(places.values()))}

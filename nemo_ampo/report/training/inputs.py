@@ -23,7 +23,6 @@ from nemo_ampo.reply.modes import MODES
 from nemo_ampo.report.training.metrics_log import DAMAGED, METRICS_FILE, MetricsLog, read_metrics
 from nemo_ampo.report.training.numbers import is_number, is_whole
 from nemo_ampo.report.training.samples import (
-    ALL_TAGS,
     ROLLOUTS_FILE,
     RolloutSamples,
     ShownSample,
@@ -32,6 +31,7 @@ from nemo_ampo.report.training.samples import (
 )
 from nemo_ampo.run.runlog import log_hashes
 from nemo_ampo.text import one_line
+from nemo_ampo.types import ALL_TAGS
 
 PROVENANCE_FILE = "provenance.json"
 EVALUATIONS_FOLDER = "evaluate"

@@ -21,8 +21,9 @@ from nemo_ampo.reply.modes import MODES, NO_MODE
 from nemo_ampo.report.plots import SMOOTH_FROM
 from nemo_ampo.report.training import alarms, charts, tables
 from nemo_ampo.report.training.inputs import Evaluation, Run, StageRun, read_run
-from nemo_ampo.report.training.samples import ALL_TAGS, NO_TAG, ShownSample
+from nemo_ampo.report.training.samples import NO_TAG, ShownSample
 from nemo_ampo.text import printable
+from nemo_ampo.types import ALL_TAGS
 
 REPORT_FILE = "report.html"
 CHECKPOINT_TITLES = {"base": "Before BC", "bc": "After BC", "ampo": "After AMPO"}

@@ -17,7 +17,6 @@ from nemo_ampo.report.training.numbers import is_number, is_whole
 from nemo_ampo.text import one_line
 
 ROLLOUTS_FILE = "rollouts.jsonl"
-ALL_TAGS = "all"
 NO_TAG = ""
 """Stands for the label of samples that have none."""
 

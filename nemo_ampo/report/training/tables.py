@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nemo_ampo.reply.modes import MODES
 from nemo_ampo.report.training.inputs import Evaluation
 from nemo_ampo.report.training.metrics_log import MetricsLog
-from nemo_ampo.report.training.samples import ALL_TAGS
+from nemo_ampo.types import ALL_TAGS
 
 if TYPE_CHECKING:
     from rich.table import Table

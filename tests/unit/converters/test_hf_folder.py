@@ -119,7 +119,7 @@ def test_assets_are_all_files_but_weights_and_hidden_ones(hf_folder) -> None:
 
 
 def check(folder: Path, allow: bool = False) -> None:
-    check_tokenizer(folder, open_hf_folder(folder).facts, allow)
+    check_tokenizer(folder, allow)
 
 
 def test_a_complete_tokenizer_passes(hf_folder) -> None:

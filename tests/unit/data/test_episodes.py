@@ -183,6 +183,7 @@ STATE = {"agent1": {"score": 4.0}, "agent2": {"score": 7.3}, "step": 1}
         ({"rollout": None}, "rollout", "is missing"),
         ({"agent1_avg_score": "high"}, "agent1_avg_score", "expected a number"),
         ({"tags": "hard"}, "tags", "unknown field"),
+        ({"tag": "all"}, "tag", "stands for all rows"),
     ],
 )
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

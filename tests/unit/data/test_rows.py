@@ -65,6 +65,16 @@ def test_an_unreadable_file_is_named_with_the_place(tmp_path, name, content, mes
     assert str(path) in str(error.value)
 
 
+def test_a_table_whose_texts_are_no_text_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    bytes_as_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"system": bytes_as_text}), tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=r"r\.parquet: a text in it is not UTF-8"):
+        read_records(tmp_path / "r.parquet")
+
+
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl", "r.parquet"])
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(DataError, match="no such file"):

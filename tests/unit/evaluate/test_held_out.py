@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fault_judge import MODEL, FaultJudge, fault_judge
-from tiny_hf import write_model
+from tiny_hf import edit_weights, write_model
 
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
@@ -249,6 +249,16 @@ def test_a_prompt_beyond_the_models_positions_is_named(
     err = capsys.readouterr().err
     assert f"row {row}: prompt of " in err and "generate.max_new_tokens=4000 exceeds the 4096 positions" in err
     assert not judge.asked
+
+
+def test_a_model_that_computes_no_numbers_is_one_line(policy: Path, judge: FaultJudge, tmp_path: Path, capsys) -> None:
+    """Each weight is a number, and what comes of them is none."""
+    hf = Path(shutil.copytree(policy / "hf", tmp_path / "hf"))
+    edit_weights(hf, lambda t: t["model.norm.weight"].fill_(3e38))
+    given = (f"run.dir={tmp_path}", "run.name=one", f"run.checkpoint={hf}", "run.device=cpu", f"judge.base_url={judge.url}")
+    turns = f"data.turns={policy / 'world' / 'rl_heldout.jsonl'}"
+    assert main("evaluate", recipe.run, ["--config-name", "tiny", *given, turns, f"judge.model={MODEL}"]) == 2
+    assert capsys.readouterr().err.endswith("logits that are no finite numbers, as torch.float32 holds them\n")
 
 
 def test_a_second_start_of_the_same_evaluation_is_refused(

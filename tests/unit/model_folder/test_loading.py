@@ -71,6 +71,23 @@ def test_weights_that_do_not_fit_the_config_are_named(folder_of, changes: dict, 
         load_model(folder)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (-float("inf"), "float32"), (1e6, "float16")])
+def test_a_weight_that_is_no_number_is_named(folder_of, value: float, dtype: str) -> None:
+    """A training that came apart leaves such; so does a type too narrow for a stored value."""
+    folder = folder_of("qwen2")
+    edit_weights(folder, lambda t: t["model.norm.weight"].__setitem__(3, value))
+    edit_json(folder / "config.json", torch_dtype=dtype)
+    with pytest.raises(UserError, match=rf"weight model\.norm\.weight holds .* no finite number as {dtype}"):
+        load_model(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder_of) -> None:
+    folder = folder_of("qwen2")
+    edit_json(folder / "config.json", vocab_size=258)
+    with pytest.raises(UserError, match="the tokenizer has 259 ids but the model's embedding only 258 rows"):
+        load_tokenizer(folder)
+
+
 def test_a_missing_weight_is_never_made_up(folder_of) -> None:
     folder = folder_of("llama")
     edit_weights(folder, lambda t: t.pop("lm_head.weight"))

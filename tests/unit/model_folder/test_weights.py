@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def test_shards_without_an_index_are_all_read_and_must_not_overlap(folder_of) ->
         ({NORM: "/etc/passwd"}, "is no file name"),
         ({NORM: 3}, "is no file name"),
         ({NORM: ".."}, "absent|is no file name"),
+        ({NORM: "x" * 5000}, r"absent weight files: x{70,80}\.\.\.$"),
         ({"no.such": "model.safetensors"}, "tensor no.such is not in model.safetensors, which it names"),
     ],
 )
@@ -86,6 +88,14 @@ def test_an_index_that_does_not_fit_is_refused(folder_of, weight_map: object, me
     folder = folder_of("qwen2")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=message):
+        SafetensorsFolder(folder)
+
+
+def test_a_pipe_with_the_name_of_weights_is_not_waited_for(folder_of) -> None:
+    folder = folder_of("qwen2")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no \*\.safetensors weights"):
         SafetensorsFolder(folder)
 
 
