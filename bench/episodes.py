@@ -33,14 +33,14 @@ from _server import chat_server
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
-from nemo_ampo.sotopia.plan import Plan, make_plan
+from nemo_ampo.sotopia.plan import EvaluationPlan, make_plan
 from nemo_ampo.sotopia.run import evaluate
 
 LONGEST_DIALOGUE = 20
 LIBRARIES = ("nemo_ampo.chat.wire", "uvloop")
 
 
-def plan(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> Plan:
+def plan(folder: str, url: str, args: argparse.Namespace, seeds: list[int]) -> EvaluationPlan:
     overrides = [
         *("episode.pairing=self_play", "partner.base_url=", "partner.model=", "policy.modes=true"),
         *(f"run.dir={folder}", f"run.seeds={seeds}", f"data.sotopia_dir={args.sotopia_dir}"),

@@ -72,7 +72,7 @@ def asset_files(folder: Path) -> Iterator[Path]:
             yield relative
 
 
-def check_tokenizer(folder: Path, allow_base_tokenizer: bool) -> None:
+def check_tokenizer_files(folder: Path, allow_base_tokenizer: bool) -> None:
     """The tokenizer loads and is one to hold a dialogue with.
 
     Raises:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from converters import cli
-from converters.hf_folder import HfFolder, asset_files, check_tokenizer, open_hf_folder
+from converters.hf_folder import HfFolder, asset_files, check_tokenizer_files, open_hf_folder
 from converters.model_config import nemo_config
 from converters.verify import report, verify
 from nemo_ampo.errors import UserError
 from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
 from nemo_ampo.overrides import typed_path
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def copy_assets(source: Path, target: Path) -> Path:
@@ -56,10 +56,10 @@ def write_nemo(
     """
     hf = open_hf_folder(hf_dir)
     config = nemo_config(hf.facts, hf_dir)
-    check_tokenizer(hf_dir, allow_base_tokenizer)
+    check_tokenizer_files(hf_dir, allow_base_tokenizer)
     stored_type = dtype or hf.weights.dtype()
-    if stored_type not in DTYPES.values():
-        raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(DTYPES)}")
+    if stored_type not in PRECISIONS.values():
+        raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(PRECISIONS)}")
     # Beside what NeMo writes lies what it packs of it.
     shown = shown or nemo_path
     place_with_room([shown.resolve().parent], 2 * _bytes_of(hf, stored_type), f"--output {shown}")
@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m converters.hf_to_nemo", description=__doc__)
     p.add_argument("--input", type=typed_path, required=True, metavar="DIR", help="Hugging Face model folder")
     p.add_argument("--output", type=typed_path, required=True, metavar="FILE.nemo", help="NeMo checkpoint to write")
-    p.add_argument("--dtype", choices=("keep", *DTYPES), default="keep", help="type of the stored weights (%(default)s)")
+    p.add_argument("--dtype", choices=("keep", *PRECISIONS), default="keep", help="type of the stored weights (%(default)s)")
     p.add_argument(
         "--allow-base-tokenizer",
         action="store_true",
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: convert(
             args.input,
             args.output,
-            dtype=DTYPES.get(args.dtype),
+            dtype=PRECISIONS.get(args.dtype),
             allow_base_tokenizer=args.allow_base_tokenizer,
             check=not args.no_verify,
             overwrite=args.overwrite,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from converters import cli
 from converters.families import FAMILIES
-from converters.hf_to_nemo import DTYPES
+from converters.hf_to_nemo import PRECISIONS
 from converters.mapping import bind
 from converters.model_config import check_architecture
 from converters.nemo_weights import NemoWeights
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=typed_path, required=True, metavar="DIR", help="Hugging Face folder to write")
     p.add_argument(
         "--dtype",
-        choices=("config", *DTYPES),
+        choices=("config", *PRECISIONS),
         default="config",
         help="type of the exported weights (%(default)s: torch_dtype of config.json)",
     )
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: convert(
             args.input,
             args.output,
-            dtype=DTYPES.get(args.dtype),
+            dtype=PRECISIONS.get(args.dtype),
             check=not args.no_verify,
             overwrite=args.overwrite,
         )

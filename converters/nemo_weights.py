@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converters.mapping import Binding, check_dims, check_names, stacked_dims
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
-from nemo_ampo.checkpoint.pickles import check_folder
+from nemo_ampo.checkpoint.pickles import check_pickles
 from nemo_ampo.model_folder.facts import ModelFacts
 
 PREFIX = "model."
@@ -41,7 +41,7 @@ class NemoWeights:
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self._folder = unpacked / WEIGHTS_FOLDER
-        check_folder(self._folder, nemo_file)
+        check_pickles(self._folder, nemo_file)
         stored = FileSystemReader(self._folder).read_metadata().state_dict_metadata
         self._tensors = {
             key.removeprefix(PREFIX): meta for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)

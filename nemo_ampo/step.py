@@ -18,7 +18,7 @@ from nemo_ampo.algo.guard import GuardConfig, small_groups
 from nemo_ampo.algo.mismatch import importance_weights, mismatch_metrics
 from nemo_ampo.algo.mode_choice import choice_metrics
 from nemo_ampo.algo.rewards import RewardConfig, score_reply
-from nemo_ampo.judge.verdicts import Judge, Judged, PendingVerdict, StopAsked, all_verdicts
+from nemo_ampo.judge.verdicts import Judged, PendingVerdict, StopAsked, VerdictSource, all_verdicts
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import NO_MODE
@@ -46,7 +46,7 @@ class Parts:
     """What a step works with besides the policy it improves."""
 
     engine: Engine
-    judge: Judge
+    judge: VerdictSource
     tokenizer: Tokenizer
     ranks: Ranks
     rollout: RolloutConfig

@@ -21,7 +21,7 @@ from nemo_ampo.config.check import check_stage
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.plan import compose_for_plan, model_of
 from nemo_ampo.model_folder.facts import ModelFacts
-from nemo_ampo.rehearse.report import Question, RankReport, disagreement, fits, lines
+from nemo_ampo.rehearse.report import RankReport, RehearsedJob, disagreement, fits, lines
 from nemo_ampo.rehearse.sizes import Hardware, check_layout, hardware_of, layout_of, longest_row, memory_of
 from nemo_ampo.text import one_line
 
@@ -164,7 +164,7 @@ def run(job: Job, rank: str | None, show: Callable[[str], Any]) -> bool:
     else:
         raise ConfigError(f"--rank: expected all or a number below {job.ranks}, got {rank!r}")
     counted = memory_of(job.stage, job.cfg, job.facts, layout)
-    question = Question(
+    question = RehearsedJob(
         longest=longest_row(job.stage, job.cfg),
         tokens=layout.tokens,
         hardware=job.hardware,

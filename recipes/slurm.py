@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_ampo.errors import ConfigError, UserError
-from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, write_plan
+from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Standing, write_plan
 from nemo_ampo.output.lock import RUN_PATIENCE_S
 from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import literal, override, typed_path
@@ -497,14 +497,14 @@ def get_command(args: argparse.Namespace) -> None:
 
 def begin_command(args: argparse.Namespace) -> None:
     """Note the start of an attempt; refuse one that would only repeat what failed."""
-    AttemptLog(Path(args.run_dir)).begin(args.job, args.restart, args.max_restarts, Progress.of(Path(args.run_dir)))
+    AttemptLog(Path(args.run_dir)).begin(args.job, args.restart, args.max_restarts, Standing.of(Path(args.run_dir)))
 
 
 def end_command(args: argparse.Namespace) -> None:
     """Note the end of an attempt and print ``requeue`` or why not."""
     folder = Path(args.run_dir)
     log = AttemptLog(folder)
-    log.end(args.status, args.reason, Progress.of(folder))
+    log.end(args.status, args.reason, Standing.of(folder))
     print(log.decide(args.max_restarts))
 
 

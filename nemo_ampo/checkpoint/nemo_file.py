@@ -36,7 +36,7 @@ from nemo_ampo.text import one_line
 
 ASSETS_FOLDER = "hf_assets"
 WEIGHTS_FOLDER = "model_weights"
-CONFIG_NAME = "model_config.yaml"
+MODEL_CONFIG_NAME = "model_config.yaml"
 HASHES_NAME = "hashes.json"
 MODEL_CLASSES = (
     "nemo.collections.nlp.models.language_modeling.",
@@ -176,11 +176,11 @@ def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
     Raises:
         UserError: no such file, not a ``.nemo`` file, no config in it, or one that would be executed.
     """
-    path, name = Path(nemo_path), PurePosixPath(CONFIG_NAME)
+    path, name = Path(nemo_path), PurePosixPath(MODEL_CONFIG_NAME)
     with disk_errors(f"cannot read {path}"), _opened(path) as files:
         if name not in files.openers:
-            raise UserError(f"{path}: not a .nemo file (no {CONFIG_NAME} in it)")
-        return _parse_config(files.read(name), f"{path}: {CONFIG_NAME}")
+            raise UserError(f"{path}: not a .nemo file (no {MODEL_CONFIG_NAME} in it)")
+        return _parse_config(files.read(name), f"{path}: {MODEL_CONFIG_NAME}")
 
 
 def check_model_config(path: Path) -> None:
@@ -276,7 +276,7 @@ def _loaded(files: _Files) -> list[PurePosixPath]:
     weights = files.below(WEIGHTS_FOLDER)
     if not weights:
         raise UserError(f"{files.path}: has no {WEIGHTS_FOLDER}/ folder; only distributed checkpoints are supported")
-    return [*weights, *(path for path in files.openers if path == PurePosixPath(CONFIG_NAME))]
+    return [*weights, *(path for path in files.openers if path == PurePosixPath(MODEL_CONFIG_NAME))]
 
 
 def content_hash(nemo_path: Path | str) -> str:
@@ -333,7 +333,7 @@ def load_overrides(nemo_path: Path | str, assets_dir: Path | str, device: str = 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; unpack the checkpoint's assets there first")
     if not read_model_config(nemo_path).get("mcore_gpt"):
-        raise UserError(f"{nemo_path}: not a Megatron-core GPT model (mcore_gpt is not true in {CONFIG_NAME})")
+        raise UserError(f"{nemo_path}: not a Megatron-core GPT model (mcore_gpt is not true in {MODEL_CONFIG_NAME})")
     return {"tokenizer": tokenizer_config(folder), "transformer_engine": device == "gpu"}
 
 
@@ -474,12 +474,12 @@ def pack_nemo(folder: Path | str, path: Path | str, assets_dir: Path | str) -> N
         UserError: the folder is no unpacked ``.nemo``, or ``assets_dir`` has no config.json.
     """
     source, target = Path(folder), Path(path).absolute()
-    for name in (CONFIG_NAME, WEIGHTS_FOLDER):
+    for name in (MODEL_CONFIG_NAME, WEIGHTS_FOLDER):
         if not (source / name).exists():
             raise UserError(f"{source}: has no {name}; expected a training checkpoint (step-...)")
     with staged(target, "--output") as built:
         with tarfile.open(built, "w:", dereference=True) as tar:
-            for file in (source / CONFIG_NAME, *sorted((source / WEIGHTS_FOLDER).rglob("*"))):
+            for file in (source / MODEL_CONFIG_NAME, *sorted((source / WEIGHTS_FOLDER).rglob("*"))):
                 tar.add(file, arcname=f"./{file.relative_to(source).as_posix()}", recursive=False, filter=_anonymous)
         add_assets(built, assets_dir, atomic=False)
         _publish(built, target.resolve())

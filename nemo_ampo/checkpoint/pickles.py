@@ -148,7 +148,7 @@ class _Reader(pickle.Unpickler):
         return _Inert()
 
 
-def check_folder(folder: Path, nemo_file: Path | None = None) -> None:
+def check_pickles(folder: Path, nemo_file: Path | None = None) -> None:
     """Every file of a distributed checkpoint that a framework would unpickle.
 
     Args:
@@ -180,7 +180,7 @@ def check_precision(folder: Path, nemo_file: Path) -> None:
     """Weights are copied into the model's type whatever they are: quantised ones would lose their scales without a word.
 
     Args:
-        folder: ``model_weights``, after :func:`check_folder`.
+        folder: ``model_weights``, after :func:`check_pickles`.
         nemo_file: which it was unpacked from.
 
     Raises:

@@ -22,7 +22,7 @@ from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 from omegaconf import OmegaConf
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.checkpoint.pickles import check_folder, check_torch_file
+from nemo_ampo.checkpoint.pickles import check_pickles, check_torch_file
 from nemo_ampo.checkpoint.sharded_files import (
     SaveFailedError,
     agree,
@@ -35,7 +35,7 @@ from nemo_ampo.checkpoint.store import (
     OPTIMIZER,
     WEIGHTS,
     Checkpoint,
-    Layout,
+    JobLayout,
     Manifest,
     Store,
     damaged,
@@ -260,8 +260,8 @@ class Saver:
         problem = None
         try:
             if self._rank == 0:
-                check_folder(checkpoint.path / WEIGHTS)
-                check_folder(checkpoint.path / OPTIMIZER)
+                check_pickles(checkpoint.path / WEIGHTS)
+                check_pickles(checkpoint.path / OPTIMIZER)
             if checkpoint.manifest.layout == layout():
                 check_torch_file(checkpoint.path / RANDOM_STATES / f"rank-{self._rank:05d}.pt")
         except UserError as error:
@@ -311,9 +311,9 @@ class Saver:
         return {"optimizer": optimizer, "scheduler": self._scheduler.state_dict() if has_schedule else None}
 
 
-def layout() -> Layout:
+def layout() -> JobLayout:
     """Of this job."""
-    return Layout(
+    return JobLayout(
         world=torch.distributed.get_world_size(),
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),

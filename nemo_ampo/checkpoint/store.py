@@ -32,7 +32,7 @@ _SAVING, _REMOVING = ".saving-", ".removing-"
 
 
 @dataclass(frozen=True)
-class Layout:
+class JobLayout:
     """How the job was spread: ranks in all, and the parallel sizes."""
 
     world: int
@@ -66,7 +66,7 @@ class Manifest:
     stage: str
     step: int
     counters: dict[str, int]
-    layout: Layout
+    layout: JobLayout
     config: dict[str, Any]
     score: float | None
     logs: dict[str, int]
@@ -104,7 +104,7 @@ class Manifest:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             stated = record.pop("config_hash")
-            manifest = cls(**record | {"layout": Layout(**record["layout"])})
+            manifest = cls(**record | {"layout": JobLayout(**record["layout"])})
         except FileNotFoundError:
             raise UserError(f"{path.parent}: no checkpoint here, {path.name} is missing") from None
         except (OSError, ValueError, TypeError, KeyError) as error:

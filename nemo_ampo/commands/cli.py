@@ -281,14 +281,15 @@ def pack(
     assets: Annotated[Path | None, typer.Option(parser=_path, help="Hugging Face files. [default: RUN/hf_assets]")] = None,
 ) -> None:
     """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
-    from nemo_ampo.checkpoint.nemo_file import CONFIG_NAME, check_model_config, pack_nemo
-    from nemo_ampo.checkpoint.pickles import check_folder
+    from nemo_ampo.checkpoint.nemo_file import MODEL_CONFIG_NAME, check_model_config, pack_nemo
+    from nemo_ampo.checkpoint.pickles import check_pickles
     from nemo_ampo.checkpoint.store import MANIFEST, WEIGHTS, Manifest, check_content
 
     manifest = Manifest.load(checkpoint / MANIFEST)
-    check_content(checkpoint, manifest, [name for name in manifest.files if name.split("/")[0] in (WEIGHTS, CONFIG_NAME)])
-    check_model_config(checkpoint / CONFIG_NAME)
-    check_folder(checkpoint / WEIGHTS)
+    needed = [name for name in manifest.files if name.split("/")[0] in (WEIGHTS, MODEL_CONFIG_NAME)]
+    check_content(checkpoint, manifest, needed)
+    check_model_config(checkpoint / MODEL_CONFIG_NAME)
+    check_pickles(checkpoint / WEIGHTS)
     pack_nemo(checkpoint, output, assets or checkpoint.absolute().parent.parent / "hf_assets")
     typer.echo(f"wrote {output}")
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from nemo_ampo.compat.versions import Difference, Environment
+    from nemo_ampo.compat.versions import TestedEnvironment, WrongVersion
 
 LOW_MEMORY_GIB = 8
 LOW_DISK_GIB = 5
@@ -41,7 +41,7 @@ class Status(Enum):
 
 
 @dataclass(frozen=True)
-class Check:
+class ReportLine:
     """One line of the report.
 
     Attributes:
@@ -66,7 +66,7 @@ class Report:
         mend: the one command that installs what is missing or of another version; empty when nothing is.
     """
 
-    checks: tuple[Check, ...]
+    checks: tuple[ReportLine, ...]
     mend: str = ""
 
     @property
@@ -183,24 +183,24 @@ def compat_table() -> Table:
     return table
 
 
-def _machine(folder: Path) -> Iterator[Check]:
+def _machine(folder: Path) -> Iterator[ReportLine]:
     from nemo_ampo import __version__
     from nemo_ampo.compat.versions import ENVIRONMENTS
 
-    yield Check("nemo-ampo", Status.OK, __version__)
+    yield ReportLine("nemo-ampo", Status.OK, __version__)
     version = ".".join(map(str, sys.version_info[:3]))
     right = sys.version_info[:2] in ENVIRONMENTS
-    yield Check("Python", Status.OK if right else Status.MISSING, version, "" if right else _BELOW)
-    yield Check("platform", Status.OK, f"{platform.system()} {platform.machine()}, {num_cores()} cores")
+    yield ReportLine("Python", Status.OK if right else Status.MISSING, version, "" if right else _BELOW)
+    yield ReportLine("platform", Status.OK, f"{platform.system()} {platform.machine()}, {num_cores()} cores")
     yield _size("memory", memory_bytes(), LOW_MEMORY_GIB, "close other programs, or lower rollout.batch_size")
     free = shutil.disk_usage(_existing(folder)).free
     yield _size("free disk", free, LOW_DISK_GIB, f"checkpoints go below {folder.resolve()}; free some space")
 
 
-def _size(name: str, size: int, low_gib: int, advice: str) -> Check:
+def _size(name: str, size: int, low_gib: int, advice: str) -> ReportLine:
     gib = size / 2**30
     low = gib < low_gib
-    return Check(name, Status.WARN if low else Status.OK, f"{gib:.1f} GiB", advice if low else "")
+    return ReportLine(name, Status.WARN if low else Status.OK, f"{gib:.1f} GiB", advice if low else "")
 
 
 def _existing(folder: Path) -> Path:
@@ -220,45 +220,45 @@ def memory_bytes() -> int:
     return total if text == "max" else min(total, int(text))
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[ReportLine]:
     from nemo_ampo.compat.versions import installed
 
     version = installed("torch")
     if version is None:
-        yield Check("torch", Status.MISSING, "not installed", _BELOW)
+        yield ReportLine("torch", Status.MISSING, "not installed", _BELOW)
         return
     try:
         import torch
     except (ImportError, OSError) as error:  # a library of the installation is absent or for another machine
-        yield Check("torch", Status.MISSING, f"{version}, cannot be imported: {error}", _BELOW)
+        yield ReportLine("torch", Status.MISSING, f"{version}, cannot be imported: {error}", _BELOW)
         return
-    yield Check("torch", Status.OK, version)
+    yield ReportLine("torch", Status.OK, version)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("GPU", Status.OK, f"{len(names)} x {names[0]}")
+        yield ReportLine("GPU", Status.OK, f"{len(names)} x {names[0]}")
     elif shutil.which("nvidia-smi"):
-        yield Check(
+        yield ReportLine(
             "GPU",
             Status.NOTE,
             "a driver, but torch sees no GPU",
             "install a CUDA build of torch, or use device=cpu",
         )
     else:
-        yield Check("GPU", Status.NOTE, "none", "recipes run on the CPU over gloo")
+        yield ReportLine("GPU", Status.NOTE, "none", "recipes run on the CPU over gloo")
 
 
-def _frameworks() -> Iterator[Check]:
+def _frameworks() -> Iterator[ReportLine]:
     from nemo_ampo.compat.versions import EXPECTED, fits, installed
 
     for name, want in EXPECTED.items():
         found = installed(name)
         if fits(found, want):
-            yield Check(name, Status.OK, str(found))
+            yield ReportLine(name, Status.OK, str(found))
         else:
-            yield Check(name, Status.MISSING, found or "not installed", f"needs {want}; {_BELOW}")
+            yield ReportLine(name, Status.MISSING, found or "not installed", f"needs {want}; {_BELOW}")
 
 
-def _packages() -> Iterator[Check]:
+def _packages() -> Iterator[ReportLine]:
     from nemo_ampo.compat.versions import installed
 
     for package in PACKAGES:
@@ -266,41 +266,41 @@ def _packages() -> Iterator[Check]:
         if found is None and util.find_spec(package.module) is not None:
             found = "version unknown"
         if found is not None:
-            yield Check(package.name, Status.OK, found)
+            yield ReportLine(package.name, Status.OK, found)
         else:
             status = Status.MISSING if package.required else Status.NOTE
-            yield Check(package.name, status, "not installed", package.advice)
+            yield ReportLine(package.name, status, "not installed", package.advice)
 
 
-def _pins(of: Environment | None, wrong: Sequence[Difference]) -> Check:
+def _pins(of: TestedEnvironment | None, wrong: Sequence[WrongVersion]) -> ReportLine:
     if of is None:
-        return Check(
+        return ReportLine(
             "pins", Status.NOTE, "no lock for this Python in this installation", "versions are not compared one by one"
         )
     from nemo_ampo.compat.versions import ROOT, pins
 
     found = f"{len(pins(ROOT / of.lock))} of {of.lock}"
     if not wrong:
-        return Check("pins", Status.OK, f"{found}, all as pinned")
+        return ReportLine("pins", Status.OK, f"{found}, all as pinned")
     rows = ", ".join(f"{d.name} {d.found or 'absent'} (pinned: {d.pinned})" for d in wrong)
-    return Check("pins", Status.WARN, f"{found}, {len(wrong)} differ: {rows}", _BELOW)
+    return ReportLine("pins", Status.WARN, f"{found}, {len(wrong)} differ: {rows}", _BELOW)
 
 
-def _slurm() -> Check:
+def _slurm() -> ReportLine:
     command = shutil.which("sbatch")
     if command is None:
-        return Check("Slurm", Status.NOTE, "no sbatch", "only needed on a cluster")
+        return ReportLine("Slurm", Status.NOTE, "no sbatch", "only needed on a cluster")
     try:
         answer = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("Slurm", Status.WARN, f"sbatch does not answer: {error}", "ask the cluster's support")
-    return Check("Slurm", Status.OK, answer.stdout.strip() or command)
+        return ReportLine("Slurm", Status.WARN, f"sbatch does not answer: {error}", "ask the cluster's support")
+    return ReportLine("Slurm", Status.OK, answer.stdout.strip() or command)
 
 
-def _judge_key(variable: str | None) -> Iterator[Check]:
+def _judge_key(variable: str | None) -> Iterator[ReportLine]:
     if variable is None:
         return
     if os.environ.get(variable):
-        yield Check("judge key", Status.OK, f"${variable} is set")
+        yield ReportLine("judge key", Status.OK, f"${variable} is set")
     else:
-        yield Check("judge key", Status.WARN, f"${variable} is empty", f"export {variable}=... before the run")
+        yield ReportLine("judge key", Status.WARN, f"${variable} is empty", f"export {variable}=... before the run")

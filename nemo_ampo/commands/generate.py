@@ -20,7 +20,7 @@ from nemo_ampo.prompts import load_prompt
 from nemo_ampo.ranges import LARGEST_SEED, YEAR_S, Range, told
 
 FIRST_TEMPERATURES, LATER_TEMPERATURE = (0.7, 0.7), 1.0
-RANGES = {
+OPTION_RANGES = {
     "world": Range(1, 1_000_000),
     "seed": Range(0, LARGEST_SEED),
     **dict.fromkeys(("limit", "max_tokens", "max_calls"), Range(1)),
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Hold the options to their ranges, refuse one that nothing would read, and fill in the others' defaults."""
-    for name, allowed in RANGES.items():
+    for name, allowed in OPTION_RANGES.items():
         value = getattr(args, name)
         if value is not None and not allowed.holds(value):
             raise ConfigError(f"--{name.replace('_', '-')}: must be {told(allowed, value)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge.background import JudgeThread
 from nemo_ampo.judge.client import Judge
-from nemo_ampo.judge.estimate import REPLY_TOKENS, Estimate, estimate_calls, estimate_training, notes_on
+from nemo_ampo.judge.estimate import REPLY_TOKENS, JudgeEstimate, estimate_calls, estimate_training, notes_on
 from nemo_ampo.judge.injection import InjectionResult, measure_injections
 from nemo_ampo.types import DialogueTurn
 
@@ -68,7 +68,7 @@ def estimate(
     folder: Path | None,
     tokenizer: Path | None,
     reply_tokens: int = REPLY_TOKENS,
-) -> tuple[list[Estimate], list[str]]:
+) -> tuple[list[JudgeEstimate], list[str]]:
     """Estimates and notes for a stage; see :mod:`nemo_ampo.judge.estimate`."""
     config, raw = read_stage(stage, config_name, overrides, folder)
     turns, count = read_stage_turns(stage, config), _counter(tokenizer)

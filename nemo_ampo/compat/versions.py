@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Environment:
+class TestedEnvironment:
     """One of the environments this project is tested in.
 
     Attributes:
@@ -39,14 +39,14 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    (3, 11): Environment("requirements.lock"),
-    (3, 12): Environment("requirements-container.lock", "slurm/container/image.txt"),
+    (3, 11): TestedEnvironment("requirements.lock"),
+    (3, 12): TestedEnvironment("requirements-container.lock", "slurm/container/image.txt"),
 }
 """By version of Python: a machine of one's own (``make setup``), and NVIDIA's container (slurm/container)."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class WrongVersion:
     """A package that is not installed as a lock asks for; ``found`` is None when it is absent."""
 
     name: str
@@ -78,7 +78,7 @@ def mismatches() -> dict[str, tuple[str, str | None]]:
     return {name: (want, installed(name)) for name, want in EXPECTED.items() if not fits(installed(name), want)}
 
 
-def environment() -> Environment | None:
+def environment() -> TestedEnvironment | None:
     """The environment of this Python, if it is one of ours and its lock is here."""
     found = ENVIRONMENTS.get(sys.version_info[:2])
     return found if found and (ROOT / found.lock).is_file() else None
@@ -90,18 +90,18 @@ def pins(path: Path) -> dict[str, str]:
     return {name: version for name, _, version in (line.partition("==") for line in lines if line)}
 
 
-def differences(of: Environment) -> list[Difference]:
+def differences(of: TestedEnvironment) -> list[WrongVersion]:
     """What is not as the lock says, and what the image should have brought along, in whatever version, and did not."""
     locked = [
-        Difference(name, version, found)
+        WrongVersion(name, version, found)
         for name, version in pins(ROOT / of.lock).items()
         if not fits(found := installed(name), EXPECTED.get(name, f"=={version}"))
     ]
     image = pins(ROOT / of.image) if of.image else {}
-    return locked + [Difference(name, version, None) for name, version in image.items() if installed(name) is None]
+    return locked + [WrongVersion(name, version, None) for name, version in image.items() if installed(name) is None]
 
 
-def mend(of: Environment, wrong: Sequence[Difference]) -> str:
+def mend(of: TestedEnvironment, wrong: Sequence[WrongVersion]) -> str:
     """The one command after which there are no such differences."""
     names = {difference.name for difference in wrong}
     if of.image is None and "torch" in names:

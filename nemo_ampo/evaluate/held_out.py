@@ -80,7 +80,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Question:
+class PlannedAnswer:
     """One planned answer.
 
     Attributes:
@@ -121,7 +121,7 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer)
     system = system_prompt(folder, config.data.system_prompt)
-    asked = [Question(turn, encode_prompt(chat_messages(turn, system), tokenizer)) for turn in turns]
+    asked = [PlannedAnswer(turn, encode_prompt(chat_messages(turn, system), tokenizer)) for turn in turns]
     check_positions(asked, folder, config)
     asked = [question for question in asked for _ in range(config.data.samples)]
     whole, partial = run_dir / f"{config.run.name}.json", run_dir / PARTIAL_FOLDER / f"{config.run.name}.json"
@@ -183,7 +183,7 @@ def protocol(config: EvaluateConfig, system: str, stops: tuple[int, ...]) -> dic
     }
 
 
-def check_positions(asked: Sequence[Question], folder: Path, config: EvaluateConfig) -> None:
+def check_positions(asked: Sequence[PlannedAnswer], folder: Path, config: EvaluateConfig) -> None:
     """A model says nothing sensible beyond the positions it was made for.
 
     Raises:
@@ -248,7 +248,7 @@ class Unjudged:
 
 
 def _answer_and_judge(
-    asked: list[Question],
+    asked: list[PlannedAnswer],
     answers: AnswerFile,
     tokenizer: Any,
     config: EvaluateConfig,
@@ -289,7 +289,7 @@ def _answer_and_judge(
 class _Judging:
     """Verdicts under way; each is kept as soon as it is there."""
 
-    def __init__(self, asked: list[Question], answers: AnswerFile, judge: JudgeThread, config: EvaluateConfig) -> None:
+    def __init__(self, asked: list[PlannedAnswer], answers: AnswerFile, judge: JudgeThread, config: EvaluateConfig) -> None:
         self._asked, self._answers, self._judge, self._config = asked, answers, judge, config
         self._futures: dict[int, Future[Verdict]] = {}
 
@@ -352,7 +352,7 @@ class _Policy:
         self._stops = stop_token_ids(folder, tokenizer)
         self._dial = ModeDial(tokenizer) if config.generate.mode_bias else None
 
-    def draw(self, asked: list[Question], number: int) -> list[StoredReply]:
+    def draw(self, asked: list[PlannedAnswer], number: int) -> list[StoredReply]:
         """Replies of a batch.
 
         Args:

@@ -37,7 +37,7 @@ from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.progress import Progress
 
 Kind = Literal["bc", "rl"]
-SUFFIXES = (".jsonl", ".json")
+OUT_SUFFIXES = (".jsonl", ".json")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class JobConfig:
         problem = file_name_problem(self.out.name)
         if problem is not None:
             raise ConfigError(f"--out: the name {problem}")
-        if self.out.suffix not in SUFFIXES:
-            raise ConfigError(f"--out: expected a file ending in {' or '.join(SUFFIXES)}, got {self.out}")
+        if self.out.suffix not in OUT_SUFFIXES:
+            raise ConfigError(f"--out: expected a file ending in {' or '.join(OUT_SUFFIXES)}, got {self.out}")
         if (self.judge is not None) != (self.kind == "rl"):
             raise ConfigError("--judge: needed for rl rows, and for those only")
         if not 1 <= self.modes_per_turn <= len(MODES):
@@ -98,7 +98,7 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
-class Summary:
+class JobSummary:
     """What a job wrote; also the content of ``OUT.meta.json``.
 
     Attributes:
@@ -169,7 +169,7 @@ def most_calls(config: JobConfig, situations: Sequence[Situation]) -> int:
     return turns * config.modes_per_turn if config.kind == "bc" else 2 * turns
 
 
-def run(config: JobConfig, situations: Situations) -> Summary:
+def run(config: JobConfig, situations: Situations) -> JobSummary:
     """Play everything and write rows and description.
 
     Raises:
@@ -201,7 +201,7 @@ def _hold_to_protocol(config: JobConfig, *, write: bool) -> None:
     keep_protocol(path, protocol, "--out", parts=("teacher", "judge"), cure=cure, write=write)
 
 
-async def _run(config: JobConfig, situations: Situations) -> Summary:
+async def _run(config: JobConfig, situations: Situations) -> JobSummary:
     limits = Limits(config.max_concurrency, max_calls=config.max_calls, max_usd=config.max_usd, section="generate")
     limiter = LocalLimiter(limits, SpentFile(config.beside("spent.json")))
     async with _clients(config, limiter) as (chat, judge):
@@ -231,7 +231,7 @@ async def _run(config: JobConfig, situations: Situations) -> Summary:
         ):
             played = await asyncio.gather(*map(play, situations.chosen))
         stats = [client.stats for client in (chat, judge) if client is not None]
-    summary = Summary(
+    summary = JobSummary(
         kind=config.kind,
         complete=not any(p.failure or p.stopped for p in played),
         rows=sum(len(p.rows) for p in played),
@@ -268,7 +268,7 @@ async def _clients(config: JobConfig, limiter: LocalLimiter) -> AsyncIterator[tu
             yield chat, judge
 
 
-def _publish(config: JobConfig, rows: list[dict[str, Any]], summary: Summary) -> None:
+def _publish(config: JobConfig, rows: list[dict[str, Any]], summary: JobSummary) -> None:
     if not rows and summary.asked_to_stop:
         return
     if not rows:

@@ -43,14 +43,14 @@ class PlannedStage:
 
 
 @dataclass(frozen=True, order=True)
-class Progress:
+class Standing:
     """How far a run got: finished stages, then the newest checkpoint's step of the stages that train."""
 
     stages: int
     step: int
 
     @classmethod
-    def of(cls, run_dir: Path) -> Progress:
+    def of(cls, run_dir: Path) -> Standing:
         """Read from the run folder."""
         plan = read_plan(run_dir)
         done = sum(Path(stage.output).exists() for stage in plan)
@@ -144,7 +144,7 @@ class AttemptLog:
             rows.append(row)
         return rows
 
-    def begin(self, job: str, restart: int, max_restarts: int, progress: Progress) -> None:
+    def begin(self, job: str, restart: int, max_restarts: int, progress: Standing) -> None:
         """Note a begin.
 
         Raises:
@@ -165,7 +165,7 @@ class AttemptLog:
             )
         self._append({"event": "begin", "job": job, "restart": restart, **asdict(progress)})
 
-    def end(self, status: int, reason: str, progress: Progress) -> None:
+    def end(self, status: int, reason: str, progress: Standing) -> None:
         """Note an end with the exit status of the attempt."""
         self._append({"event": "end", "status": status, "reason": reason, **asdict(progress)})
 

@@ -68,7 +68,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """Everything :func:`make_plan` works out; seconds are (slow, fast)."""
 
     stage: str
@@ -140,7 +140,7 @@ def make_plan(
     ranks: int,
     gpu: str = "h100",
     assume: Assumptions = Assumptions(),
-) -> Plan:
+) -> StagePlan:
     """Work out what a stage needs.
 
     Args:
@@ -165,7 +165,7 @@ def make_plan(
     memory = memory_of(stage, cfg, facts, layout)
     seconds = _seconds(stage, cfg, facts, work, hardware, ranks, tensor, data, assume)
     slow, fast = assume.disk_bytes_per_s
-    return Plan(
+    return StagePlan(
         stage=stage,
         facts=facts,
         gpu=gpu,
@@ -289,7 +289,7 @@ def compose_for_plan(stage: str, config_name: str, overrides: list[str]) -> Dict
     return cfg
 
 
-def lines(plan: Plan) -> list[str]:
+def lines(plan: StagePlan) -> list[str]:
     """The plan as text."""
     m, w = plan.memory, plan.work
     slow, fast = plan.step_seconds

@@ -30,7 +30,7 @@ ANSWER = '"' + "word " * 40 + '"'
 
 
 @dataclass(frozen=True)
-class Estimate:
+class JudgeEstimate:
     """One judge's part of a run.
 
     Attributes:
@@ -59,7 +59,7 @@ def estimate_training(
     samples_per_step: int,
     count: Callable[[str], int] | None = None,
     reply_tokens: int = REPLY_TOKENS,
-) -> list[Estimate]:
+) -> list[JudgeEstimate]:
     """The judges of an AMPO run.
 
     Args:
@@ -85,7 +85,7 @@ def estimate_calls(
     calls: int,
     count: Callable[[str], int] | None = None,
     reply_tokens: int = REPLY_TOKENS,
-) -> Estimate:
+) -> JudgeEstimate:
     """One judge that is asked ``calls`` times about replies to ``turns``; see :func:`estimate_training`."""
     if not turns:
         raise DataError("the data has no rows to estimate from")
@@ -96,10 +96,10 @@ def estimate_calls(
     usd = [
         price.usd(round(calls * prompt_tokens), calls * reply) if price else None for reply in (likely, config.max_tokens)
     ]
-    return Estimate(config.section, config.model, calls, prompt_tokens, likely, config.max_tokens, usd[0], usd[1])
+    return JudgeEstimate(config.section, config.model, calls, prompt_tokens, likely, config.max_tokens, usd[0], usd[1])
 
 
-def notes_on(config: JudgeConfig, estimates: Sequence[Estimate], steps: int) -> list[str]:
+def notes_on(config: JudgeConfig, estimates: Sequence[JudgeEstimate], steps: int) -> list[str]:
     """What the limits make of it, one line each."""
     calls = sum(estimate.calls for estimate in estimates)
     tokens = sum(estimate.calls * (estimate.prompt_tokens + estimate.reply_tokens) for estimate in estimates)
@@ -118,7 +118,7 @@ def notes_on(config: JudgeConfig, estimates: Sequence[Estimate], steps: int) -> 
     return notes
 
 
-def estimate_table(estimates: Sequence[Estimate], counted_by: str) -> Table:
+def estimate_table(estimates: Sequence[JudgeEstimate], counted_by: str) -> Table:
     """For the terminal."""
     from rich.table import Table
 

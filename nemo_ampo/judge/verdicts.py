@@ -27,7 +27,7 @@ StopAsked = Callable[[], bool]
 """Whether this process was asked to end the run."""
 
 
-class Judge(Protocol):
+class VerdictSource(Protocol):
     """Where verdicts come from, usable while the engine is busy."""
 
     def submit(self, request: JudgeRequest) -> Future[Verdict]:
@@ -72,7 +72,7 @@ GIVEN_UP = "given_up"
 class PendingVerdict:
     """A verdict on its way; the question can be asked again."""
 
-    def __init__(self, judge: Judge | None = None, request: JudgeRequest | None = None) -> None:
+    def __init__(self, judge: VerdictSource | None = None, request: JudgeRequest | None = None) -> None:
         self._judge, self._request = judge, request
         self._begin = time.monotonic()
         self._end: float | None = None

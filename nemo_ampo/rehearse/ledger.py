@@ -16,7 +16,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "loss", "engine", "
 """What memory is for. ``other``: communication buffers, rotary tables, masks."""
 
 
-class Ledger(TorchDispatchMode):
+class MemoryLedger(TorchDispatchMode):
     """Counts storages of tensors that an operation returned, until they are freed.
 
     A storage belongs to the part that is current when it is made (:meth:`part`) or to the one it is given to later

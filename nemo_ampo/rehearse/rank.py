@@ -95,7 +95,7 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
     from nemo_ampo.config.stages import STAGES
     from nemo_ampo.megatron import forward
     from nemo_ampo.rehearse import stage
-    from nemo_ampo.rehearse.ledger import Ledger
+    from nemo_ampo.rehearse.ledger import MemoryLedger
     from nemo_ampo.training.actor import AmpoActor
     from nemo_ampo.training.bc_model import BcModel
     from nemo_ampo.training.session import fill_config, open_session
@@ -112,7 +112,7 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
         model.tokenizer = types.SimpleNamespace(vocab_size=plan.model["hf_vocab_size"], eos_id=0, pad_id=0)
 
     MegatronBaseModel._build_tokenizer = no_tokenizer
-    ledger = Ledger(device)
+    ledger = MemoryLedger(device)
     watch = stage.Watch(ledger.take_peak, recorder.take, ledger)
     with ledger:
         session = open_session(

@@ -92,7 +92,7 @@ def fullest(reports: Sequence[RankReport]) -> RankReport:
 
 
 @dataclass(frozen=True)
-class Question:
+class RehearsedJob:
     """What the job is that was rehearsed.
 
     Attributes:
@@ -110,7 +110,7 @@ class Question:
     counted: Memory
 
 
-def fits(reports: Sequence[RankReport], question: Question) -> bool:
+def fits(reports: Sequence[RankReport], question: RehearsedJob) -> bool:
     """Whether the fullest rank stays within its memory less the margin."""
     return fullest(reports).largest()[1] + question.stays <= question.hardware.room
 
@@ -120,7 +120,7 @@ def disagreement(reports: Sequence[RankReport]) -> str | None:
     return first_disagreement({report.rank: report.calls() for report in reports})
 
 
-def lines(reports: Sequence[RankReport], question: Question, wrong: str | None) -> list[str]:
+def lines(reports: Sequence[RankReport], question: RehearsedJob, wrong: str | None) -> list[str]:
     """What the ranks showed together, as text; ``wrong`` is their :func:`disagreement`."""
     worst = fullest(reports)
     room, limit = question.hardware.room - question.stays, question.hardware.memory

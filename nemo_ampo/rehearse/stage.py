@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from nemo_ampo.data.bc import BcExample
 from nemo_ampo.ranks import MegatronRanks
 from nemo_ampo.rehearse.collectives import Call
-from nemo_ampo.rehearse.ledger import Ledger
+from nemo_ampo.rehearse.ledger import MemoryLedger
 from nemo_ampo.rehearse.report import ENGINE_PASS, UPDATE, Passes
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Request
@@ -41,7 +41,7 @@ class Watch:
 
     take_peak: Callable[[], dict[str, int]]
     take_calls: Callable[[], list[Call]]
-    ledger: Ledger | None = None
+    ledger: MemoryLedger | None = None
 
     @contextmanager
     def watched(self, passes: Passes, name: str, part: str = "activations") -> Iterator[None]:
@@ -132,7 +132,7 @@ def decoding(model: Any, rows: int, prompt_tokens: int, new_tokens: int, watch: 
     return passes
 
 
-def tell_parts_apart(model: Any, optimizer: Any, ledger: Ledger) -> None:
+def tell_parts_apart(model: Any, optimizer: Any, ledger: MemoryLedger) -> None:
     """From now on memory belongs to weights, gradients, optimizer, activations or loss; the states of Adam are there."""
     modules = model.get_model_module_list()
     inner = getattr(optimizer, "mcore_optimizer", optimizer)
@@ -149,7 +149,7 @@ def tell_parts_apart(model: Any, optimizer: Any, ledger: Ledger) -> None:
             _follow_logits(module, ledger)
 
 
-def _follow_logits(module: Any, ledger: Ledger) -> None:
+def _follow_logits(module: Any, ledger: MemoryLedger) -> None:
     """What is made from the output layer on is the loss's, until its gradient has come back there."""
 
     def enter(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:

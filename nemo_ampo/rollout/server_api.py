@@ -27,13 +27,13 @@ _MAX_CALL_BYTES = 256 * 2**20
 """Of a request: a thousand prompts of thirty thousand tokens."""
 
 
-class Message(BaseModel):
+class WireModel(BaseModel):
     """A misspelt field, or a value of another kind, is an error on either side."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class State(Message):
+class State(WireModel):
     """What a server is. ``weight_version`` is None until the first load."""
 
     tensorrt_llm: str
@@ -43,14 +43,14 @@ class State(Message):
     vocab_size: PositiveInt
 
 
-class LoadCall(Message):
+class LoadCall(WireModel):
     """Load the folder, as the server sees it, under this version."""
 
     folder: str
     weight_version: int
 
 
-class Loaded(Message):
+class Loaded(WireModel):
     """What a load moved. ``num_tensors`` is 0 when the version was already there."""
 
     weight_version: int
@@ -59,13 +59,13 @@ class Loaded(Message):
     seconds: NonNegativeFloat
 
 
-class Released(Message):
+class Released(WireModel):
     """Memory was given back."""
 
     released: bool
 
 
-class Sampling(Message):
+class Sampling(WireModel):
     """The part of :class:`~nemo_ampo.rollout.engine.SamplingSpec` a server needs; stop strings are the client's."""
 
     max_new_tokens: PositiveInt
@@ -77,7 +77,7 @@ class Sampling(Message):
     want_logprobs: bool
 
 
-class Prompt(Message):
+class PromptTokens(WireModel):
     """One request."""
 
     request_id: int
@@ -85,15 +85,15 @@ class Prompt(Message):
     seed: int
 
 
-class GenerateCall(Message):
+class GenerateCall(WireModel):
     """Draw one response per request with exactly these weights."""
 
     weight_version: int
     sampling: Sampling
-    requests: list[Prompt]
+    requests: list[PromptTokens]
 
 
-class Drawn(Message):
+class Drawn(WireModel):
     """One response: tokens without the prompt, the stop token included; log-probabilities at temperature 1."""
 
     request_id: int
@@ -102,7 +102,7 @@ class Drawn(Message):
     weight_version: int
 
 
-class Line(Message):
+class ReplyLine(WireModel):
     """One line of a ``/generate`` reply: a response, the final count, or what went wrong."""
 
     drawn: Drawn | None = None
@@ -121,7 +121,7 @@ class Backend(Protocol):
         """Replace the weights; number of tensors and bytes."""
         ...
 
-    def generate(self, requests: list[Prompt], sampling: Sampling) -> AsyncIterator[Drawn]:
+    def generate(self, requests: list[PromptTokens], sampling: Sampling) -> AsyncIterator[Drawn]:
         """Responses in the order in which they end."""
         ...
 
@@ -209,11 +209,11 @@ async def _lines(backend: Backend, call: GenerateCall, turn: _Turn) -> AsyncIter
         try:
             async for drawn in backend.generate(call.requests, call.sampling):
                 count += 1
-                yield Line(drawn=drawn).model_dump_json(exclude_none=True) + "\n"
+                yield ReplyLine(drawn=drawn).model_dump_json(exclude_none=True) + "\n"
         except (OSError, ValueError, RuntimeError) as error:
-            yield Line(error=f"{type(error).__name__}: {error}").model_dump_json(exclude_none=True) + "\n"
+            yield ReplyLine(error=f"{type(error).__name__}: {error}").model_dump_json(exclude_none=True) + "\n"
             return
-    yield Line(count=count).model_dump_json(exclude_none=True) + "\n"
+    yield ReplyLine(count=count).model_dump_json(exclude_none=True) + "\n"
 
 
 class _Turn:

@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.overrides import typed_path
-from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State, make_app
+from nemo_ampo.rollout.server_api import Drawn, PromptTokens, Sampling, State, make_app
 
 EXTENSION = "nemo_ampo.rollout.trtllm_worker.FolderExtension"
 
@@ -68,7 +68,7 @@ class TensorRtLlm:
     async def release(self) -> None:
         """Nothing to give back: this server's GPUs are its own."""
 
-    async def generate(self, requests: list[Prompt], sampling: Sampling) -> AsyncIterator[Drawn]:
+    async def generate(self, requests: list[PromptTokens], sampling: Sampling) -> AsyncIterator[Drawn]:
         """See :class:`~nemo_ampo.rollout.server_api.Backend`."""
         if sampling.want_logprobs and sampling.temperature != 1 and not sampling.greedy:
             raise ValueError("log-probabilities are only known to be the policy's at temperature 1")
@@ -80,7 +80,7 @@ class TensorRtLlm:
             for task in calls:
                 task.cancel()
 
-    async def _one(self, request: Prompt, sampling: Sampling) -> Drawn:
+    async def _one(self, request: PromptTokens, sampling: Sampling) -> Drawn:
         from tensorrt_llm import SamplingParams
 
         assert self._version is not None

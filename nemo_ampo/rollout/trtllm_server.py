@@ -43,7 +43,17 @@ from nemo_ampo.rollout.engine import (
     check_requests,
     finish_response,
 )
-from nemo_ampo.rollout.server_api import Drawn, GenerateCall, Line, LoadCall, Loaded, Prompt, Released, Sampling, State
+from nemo_ampo.rollout.server_api import (
+    Drawn,
+    GenerateCall,
+    LoadCall,
+    Loaded,
+    PromptTokens,
+    Released,
+    ReplyLine,
+    Sampling,
+    State,
+)
 from nemo_ampo.rollout.trtllm_version import require_server_version
 from nemo_ampo.text import one_line
 
@@ -186,7 +196,7 @@ class TrtLlmServerEngine:
                 greedy=sampling.greedy,
                 want_logprobs=sampling.want_logprobs,
             ),
-            requests=[Prompt(request_id=r.request_id, prompt_ids=list(r.prompt_ids), seed=r.seed) for r in requests],
+            requests=[PromptTokens(request_id=r.request_id, prompt_ids=list(r.prompt_ids), seed=r.seed) for r in requests],
         )
         limit = _LINE_BYTES + _LINE_BYTES_PER_TOKEN * sampling.max_new_tokens
 
@@ -325,7 +335,7 @@ async def _body(reply: httpx.Response) -> bytes:
     return bytes(body)
 
 
-async def _lines(reply: httpx.Response, limit: int) -> AsyncIterator[Line]:
+async def _lines(reply: httpx.Response, limit: int) -> AsyncIterator[ReplyLine]:
     """The lines of a ``/generate`` answer, each at most ``limit`` bytes long."""
     rest = b""
     async for piece in _pieces(reply):
@@ -338,11 +348,11 @@ async def _lines(reply: httpx.Response, limit: int) -> AsyncIterator[Line]:
         yield _line(rest, limit)
 
 
-def _line(text: bytes, limit: int) -> Line:
+def _line(text: bytes, limit: int) -> ReplyLine:
     if len(text) > limit:
         raise ReplyError(f"rollout server: a line longer than {limit:,} bytes")
     try:
-        line = Line.model_validate_json(text)
+        line = ReplyLine.model_validate_json(text)
     except ValidationError as error:
         raise ReplyError(f"rollout server: unreadable line: {_first_line(error)}") from None
     if (line.drawn is None) + (line.count is None) + (line.error is None) != 2:

@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = "cuda" if resolve_device(args.device) == "gpu" else "cpu"
 
         from nemo_ampo.serve.app import create_app
-        from nemo_ampo.serve.engine import Engine
+        from nemo_ampo.serve.engine import ServingEngine
 
-        engine = Engine(args.checkpoint, device=device, dtype=args.dtype, max_batch=args.max_batch)
+        engine = ServingEngine(args.checkpoint, device=device, dtype=args.dtype, max_batch=args.max_batch)
         try:
             run_app(
                 create_app(engine, name),

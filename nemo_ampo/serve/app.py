@@ -33,7 +33,7 @@ from nemo_ampo.text import one_line
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-    from nemo_ampo.serve.engine import Engine, Generated
+    from nemo_ampo.serve.engine import Generated, ServingEngine
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 8 * 2**20
@@ -68,7 +68,7 @@ class TextPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """One message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -92,7 +92,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     temperature: Annotated[float | None, Field(ge=0, le=2), AfterValidator(_temperature)] = None
     top_p: Annotated[float | None, Field(ge=SMALLEST_DRAW, le=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -113,7 +113,7 @@ class _RefusedError(Exception):
         self.response = _error(status, message, **fields)
 
 
-def create_app(engine: Engine, model: str) -> FastAPI:
+def create_app(engine: ServingEngine, model: str) -> FastAPI:
     """The web application.
 
     Args:
@@ -147,7 +147,7 @@ def create_app(engine: Engine, model: str) -> FastAPI:
 class _Desk:
     """Takes requests in, as many as can be held, and hands replies out."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: ServingEngine, model: str) -> None:
         self._engine, self._model = engine, model
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
         self._open = self._open_bytes = 0

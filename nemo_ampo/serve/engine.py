@@ -89,7 +89,7 @@ class _Row:
     """Keys and values of all but the last token."""
 
 
-class Engine:
+class ServingEngine:
     """A model that many callers ask at once.
 
     Args:

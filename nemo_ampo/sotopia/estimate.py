@@ -27,7 +27,7 @@ JUDGE_REPLY_TOKENS = 1200
 
 
 @dataclass(frozen=True)
-class Estimate:
+class EndpointEstimate:
     """Calls and tokens of one endpoint.
 
     Attributes:
@@ -48,7 +48,7 @@ class Estimate:
 
 def estimate_agents(
     episodes: Iterable[tuple[Scenario, Mapping[Seat, AgentConfig], int]], rules: EpisodeRules
-) -> list[Estimate]:
+) -> list[EndpointEstimate]:
     """Calls of the speakers, if nobody leaves early.
 
     Args:
@@ -77,7 +77,7 @@ def estimate_agents(
     return [_estimate(role, configs[role], *total) for role, total in totals.items()]
 
 
-def estimate_judge(scenarios: Iterable[Scenario], judge: ScoreJudgeConfig, rules: EpisodeRules) -> Estimate:
+def estimate_judge(scenarios: Iterable[Scenario], judge: ScoreJudgeConfig, rules: EpisodeRules) -> EndpointEstimate:
     """Calls of the judge, if its first reply can be read."""
     template = load_score_prompt(judge.prompt)
     prompts = [_tokens(score_messages(scenario, "", template)[0]["content"]) for scenario in scenarios]
@@ -85,7 +85,7 @@ def estimate_judge(scenarios: Iterable[Scenario], judge: ScoreJudgeConfig, rules
     return _estimate("judge", judge, len(prompts), prompt_tokens, len(prompts) * min(judge.max_tokens, JUDGE_REPLY_TOKENS))
 
 
-def estimate_table(estimates: Iterable[Estimate]) -> Table:
+def estimate_table(estimates: Iterable[EndpointEstimate]) -> Table:
     """For the terminal."""
     from rich.table import Table
 
@@ -103,11 +103,11 @@ def estimate_table(estimates: Iterable[Estimate]) -> Table:
 
 def _estimate(
     role: str, config: AgentConfig | ScoreJudgeConfig, calls: int, prompt_tokens: int, completion_tokens: int
-) -> Estimate:
+) -> EndpointEstimate:
     price = config.price.get(config.model)
     model = config.model or getattr(config, "checkpoint", "")
     usd = price.usd(prompt_tokens, completion_tokens) if price else None
-    return Estimate(role, model, calls, prompt_tokens, completion_tokens, usd)
+    return EndpointEstimate(role, model, calls, prompt_tokens, completion_tokens, usd)
 
 
 def _tokens(text: str) -> int:

@@ -23,7 +23,7 @@ from nemo_ampo.types import Seat
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """A checked configuration with what follows from it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
         return {seat: policy, other_seat(seat): other}
 
 
-def make_plan(config: SotopiaConfig) -> Plan:
+def make_plan(config: SotopiaConfig) -> EvaluationPlan:
     """Read the scenarios and decide what is to be played.
 
     Raises:
@@ -84,7 +84,7 @@ def make_plan(config: SotopiaConfig) -> Plan:
     run, episode = config.run, config.episode
     scenarios = chosen(pack, run.subset, run.limit)
     texts = load_texts(*([Path(episode.prompts)] if episode.prompts is not None else []))
-    return Plan(
+    return EvaluationPlan(
         config=config,
         scenarios={scenario.env_id: scenario for scenario in scenarios},
         whole=len(scenarios) == len(chosen(pack, run.subset)),
@@ -96,7 +96,7 @@ def make_plan(config: SotopiaConfig) -> Plan:
     )
 
 
-def protocol(plan: Plan, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def protocol(plan: EvaluationPlan, old: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything an episode depends on but its key; the result folder is held to it.
 
     Args:
@@ -140,7 +140,7 @@ def judge_protocol(judge: ScoreJudgeConfig) -> dict[str, Any]:
     }
 
 
-def scenario_set(plan: Plan) -> dict[str, Any]:
+def scenario_set(plan: EvaluationPlan) -> dict[str, Any]:
     """What the folder of scenarios is meant to be and how much it holds; not part of the protocol, which has its digests."""
     return {"set": plan.config.data.set.value, "counts": asdict(plan.counts)}
 

@@ -44,7 +44,7 @@ PROTOCOL_FILE = "protocol.json"
 EPISODES_FOLDER = "episodes"
 GROWING = ("subsets", "episodes")
 """Keys of the protocol that say how much was asked for so far: a folder may get more seeds, or all after the hard ones."""
-AGENTS = ("policy", "partner")
+SPEAKERS = ("policy", "partner")
 """Keys of the protocol that hold an agent's settings."""
 _LATER = ("turns", "terminated_by", "error")
 
@@ -182,7 +182,7 @@ class EpisodeStore:
         if name == PROTOCOL_FILE and not path.exists() and (self.folder / EPISODES_FOLDER).exists():
             raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
         cure = "give another run.dir" if name == PROTOCOL_FILE else "give another judge.name"
-        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=AGENTS, cure=cure, write=write)
+        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=SPEAKERS, cure=cure, write=write)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

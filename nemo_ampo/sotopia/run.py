@@ -34,8 +34,8 @@ from nemo_ampo.serve.capabilities import announces_mode_bias
 from nemo_ampo.serve.launch import served
 from nemo_ampo.sotopia.config import ScoreJudgeConfig
 from nemo_ampo.sotopia.dimensions import SCORES_SCHEMA, ScoreError, Scores, load_score_prompt, parse_scores, score_messages
-from nemo_ampo.sotopia.estimate import Estimate, estimate_agents, estimate_judge
-from nemo_ampo.sotopia.plan import Plan, judge_protocol, protocol, scenario_set
+from nemo_ampo.sotopia.estimate import EndpointEstimate, estimate_agents, estimate_judge
+from nemo_ampo.sotopia.plan import EvaluationPlan, judge_protocol, protocol, scenario_set
 from nemo_ampo.sotopia.records import EpisodeStore
 from nemo_ampo.sotopia.replies import RepliesUnderWay
 from nemo_ampo.sotopia.summary import SCENARIOS_FILE
@@ -48,7 +48,7 @@ Team = Mapping[Seat, Agent]
 """Who speaks for each seat."""
 
 
-def estimate(plan: Plan) -> list[Estimate]:
+def estimate(plan: EvaluationPlan) -> list[EndpointEstimate]:
     """What is left to be called, and what it costs. Writes nothing.
 
     Raises:
@@ -74,7 +74,7 @@ def estimate(plan: Plan) -> list[Estimate]:
     return [*agents, estimate_judge(to_score, config.judge, plan.rules)]
 
 
-def evaluate(plan: Plan) -> Outcome:
+def evaluate(plan: EvaluationPlan) -> Outcome:
     """Play and score what is planned and not done yet.
 
     Args:
@@ -97,20 +97,20 @@ def evaluate(plan: Plan) -> Outcome:
         return uvloop.run(_evaluate(plan, store, agents))
 
 
-def _hold_to_protocol(plan: Plan, store: EpisodeStore, *, write: bool) -> None:
+def _hold_to_protocol(plan: EvaluationPlan, store: EpisodeStore, *, write: bool) -> None:
     judge = plan.config.judge
     store.keep_protocol(protocol(plan, store.protocol()), write=write)
     store.keep_protocol(judge_protocol(judge), f"judge-{judge.name}.json", write=write)
 
 
-def _begin_folder(plan: Plan, store: EpisodeStore) -> None:
+def _begin_folder(plan: EvaluationPlan, store: EpisodeStore) -> None:
     """Write down what the run is made with. Comes after every check: a start that failed binds the folder to nothing."""
     _hold_to_protocol(plan, store, write=True)
     write_once(store.folder / SCENARIOS_FILE, json.dumps(scenario_set(plan), indent=1) + "\n")
     write_provenance(store.folder, asdict(plan.config, dict_factory=_plain), plan.sha256)
 
 
-def _reachable(plan: Plan, servers: contextlib.ExitStack) -> Iterator[AgentConfig]:
+def _reachable(plan: EvaluationPlan, servers: contextlib.ExitStack) -> Iterator[AgentConfig]:
     """Both agents as endpoints; a checkpoint is served until ``servers`` is closed, one server for each."""
     running: dict[str, AgentConfig] = {}
     for config in plan.agents:
@@ -125,7 +125,7 @@ def _reachable(plan: Plan, servers: contextlib.ExitStack) -> Iterator[AgentConfi
         yield replace(config, base_url=running[folder].base_url, model=running[folder].model)
 
 
-async def _evaluate(plan: Plan, store: EpisodeStore, agents: tuple[AgentConfig, ...] | None) -> Outcome:
+async def _evaluate(plan: EvaluationPlan, store: EpisodeStore, agents: tuple[AgentConfig, ...] | None) -> Outcome:
     config, folder = plan.config.judge, store.folder
     replies = _replies(config, folder)
     limiter = LocalLimiter(Limits.of(config), _spent(folder, f"judge-{config.name}"))
@@ -163,7 +163,7 @@ class _StoppedError(Exception):
 
 
 @contextlib.asynccontextmanager
-async def _teams(plan: Plan, folder: Path, agents: tuple[AgentConfig, ...]) -> AsyncIterator[dict[Seat, Team]]:
+async def _teams(plan: EvaluationPlan, folder: Path, agents: tuple[AgentConfig, ...]) -> AsyncIterator[dict[Seat, Team]]:
     """Who speaks, by the policy's seat. Agents of one model at one address share its limits."""
     async with contextlib.AsyncExitStack() as stack:
         limiters: dict[tuple[str, str], LocalLimiter] = {}
@@ -223,7 +223,7 @@ class _Work:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         store: EpisodeStore,
         judge: ChatClient,
         replies: RepliesUnderWay | None,

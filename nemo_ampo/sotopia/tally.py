@@ -50,7 +50,7 @@ def failure_kind(message: str) -> str:
     return kind[:_KIND_CHARACTERS]
 
 
-def policy_seats(episode: Episode) -> tuple[Seat, ...]:
+def seats_of_policy(episode: Episode) -> tuple[Seat, ...]:
     """Where the evaluated policy sits: both seats in self-play."""
     return SEATS if episode.pairing == SELF_PLAY else (episode.key.seat,)
 
@@ -122,7 +122,7 @@ class Tally:
             self.judge_tokens += result.scores.prompt_tokens + result.scores.completion_tokens
         elif episode.played:
             self.unscored[result.score_error.kind if result.score_error else "not asked"] += 1
-        seats = policy_seats(episode)
+        seats = seats_of_policy(episode)
         for turn in episode.turns:
             self.prompt_tokens += turn.prompt_tokens
             if turn.seat in seats:

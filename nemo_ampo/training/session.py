@@ -42,7 +42,7 @@ from nemo_ampo.checkpoint.nemo_file import (
     temporary_files_in,
     unpack_weights,
 )
-from nemo_ampo.checkpoint.pickles import check_folder, check_precision
+from nemo_ampo.checkpoint.pickles import check_pickles, check_precision
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.megatron.padding import mask_padded_vocab
@@ -163,7 +163,7 @@ def _unpack_once(nemo_file: Path, run_dir: Path) -> tuple[Path, Path]:
                 else:
                     place_with_room([run_dir], stat.st_size, f"{nemo_file}: unpacking it")
                     unpack_weights(nemo_file, folder)
-                check_folder(source / WEIGHTS_FOLDER, nemo_file)
+                check_pickles(source / WEIGHTS_FOLDER, nemo_file)
                 check_precision(source / WEIGHTS_FOLDER, nemo_file)
                 (folder / "ready").touch()
             except BaseException:

@@ -17,7 +17,7 @@ from nemo_ampo.world.scenes import EASY, HARD, NAMES, TOPICS, EasyFamily, HardFa
 OPEN = 4.0
 """Both agents before anything was decided, and in any dialogue that is not of this world."""
 RIGHT = 10.0
-PARTIAL = 6.0
+PARTIAL_SCORE = 6.0
 """Easy scene: the right act, but partner or topic is not named."""
 NEAR = 5.0
 """Hard scene: not the right number, but at most ``_NEAR_BY`` away and within both limits."""
@@ -183,7 +183,7 @@ def _judge_easy(scene: _EasyScene, spoken: list[str]) -> float:
         elif scene.you.lower() in tokens and topics == ({scene.topic} - {""}):
             score = RIGHT
         else:
-            score = PARTIAL
+            score = PARTIAL_SCORE
     return score
 
 

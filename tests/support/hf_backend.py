@@ -9,7 +9,7 @@ import torch
 
 from nemo_ampo.rollout.engine import SamplingSpec
 from nemo_ampo.rollout.sampling import draw, uniform_draws
-from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State
+from nemo_ampo.rollout.server_api import Drawn, PromptTokens, Sampling, State
 
 
 class HfBackend:
@@ -33,13 +33,13 @@ class HfBackend:
 
     async def release(self) -> None: ...
 
-    async def generate(self, requests: list[Prompt], sampling: Sampling) -> AsyncIterator[Drawn]:
+    async def generate(self, requests: list[PromptTokens], sampling: Sampling) -> AsyncIterator[Drawn]:
         plain = sampling.model_dump() | {"stop_token_ids": tuple(sampling.stop_token_ids)}
         for row in self._rows(requests, SamplingSpec(**plain)):
             yield row
 
     @torch.no_grad()
-    def _rows(self, requests: list[Prompt], sampling: SamplingSpec) -> list[Drawn]:
+    def _rows(self, requests: list[PromptTokens], sampling: SamplingSpec) -> list[Drawn]:
         assert self._version is not None
         lengths = torch.tensor([len(r.prompt_ids) for r in requests])
         ids = torch.zeros((len(requests), int(lengths.max()) + sampling.max_new_tokens), dtype=torch.long)

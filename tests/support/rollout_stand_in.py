@@ -15,7 +15,7 @@ from typing import Any
 from hf_backend import HfBackend
 
 from nemo_ampo.rollout import trtllm_serve
-from nemo_ampo.rollout.server_api import Prompt, Sampling
+from nemo_ampo.rollout.server_api import PromptTokens, Sampling
 
 
 @dataclass
@@ -56,7 +56,7 @@ class AsyncLLM:
             greedy=given.top_k == 1,
             want_logprobs=given.logprobs is not None,
         )
-        request = Prompt(request_id=0, prompt_ids=inputs, seed=given.seed)
+        request = PromptTokens(request_id=0, prompt_ids=inputs, seed=given.seed)
         (drawn,) = [row async for row in self._backend.generate([request], sampling)]
         values = zip(drawn.token_ids, drawn.logprobs or [], strict=True)
         known = [{token: SimpleNamespace(logprob=value)} for token, value in values]

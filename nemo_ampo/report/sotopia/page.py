@@ -49,7 +49,7 @@ from nemo_ampo.report.sotopia.titles import (
 from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
-from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, policy_seats, shares
+from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, seats_of_policy, shares
 from nemo_ampo.text import printable
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def judge_title(summary: RunSummary) -> str:
 
 
 @dataclass(frozen=True)
-class Headline:
+class ScoreCard:
     """One card at the top: a mean, its interval, and where it stands in its range, in percent."""
 
     title: str
@@ -308,7 +308,7 @@ class Headline:
     bar: Bar | None
 
 
-def headlines(summary: RunSummary) -> list[Headline]:
+def headlines(summary: RunSummary) -> list[ScoreCard]:
     """Goal and overall, all and hard."""
     cards = []
     for column in ("goal", OVERALL):
@@ -318,7 +318,7 @@ def headlines(summary: RunSummary) -> list[Headline]:
             absent = e.mean != e.mean
             low, high = RANGES[column]
             cards.append(
-                Headline(
+                ScoreCard(
                     title=f"{column}, {name}",
                     note=f"{subset.episodes} episodes of {subset.scenarios} scenarios; {low:.3g} to {high:.3g}",
                     value=ABSENT if absent else f"{e.mean:.2f}",
@@ -346,7 +346,7 @@ def seed_rows(summary: RunSummary) -> list[tuple[int, str, str, str, str]]:
 def dialogue_view(shown: Shown) -> DialogueView:
     """A dialogue taken apart. Each side holds its own goal only; nothing of one side stands in the other's."""
     episode, scores = shown.result.episode, shown.result.scores
-    seats = policy_seats(episode)
+    seats = seats_of_policy(episode)
     sides = tuple(
         SideView(
             seat=seat,

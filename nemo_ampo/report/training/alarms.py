@@ -10,7 +10,7 @@ from nemo_ampo.report.training.metrics_log import MetricsLog, Series
 
 
 @dataclass(frozen=True)
-class Figure:
+class Tile:
     """One tile of the judge panel.
 
     Attributes:
@@ -26,7 +26,7 @@ class Figure:
     bad: bool = False
 
 
-def judge_figures(log: MetricsLog) -> list[Figure]:
+def judge_figures(log: MetricsLog) -> list[Tile]:
     """Verdicts, calls, retries by cause, parse failures, cache hits, latency, tokens and cost, as of the last step.
 
     Empty for a log without the judge's counts.
@@ -41,15 +41,15 @@ def judge_figures(log: MetricsLog) -> list[Figure]:
     p50, p95 = log.series("judge/latency_p50_s"), log.series("judge/latency_p95_s")
     failed = sum(failures.values())
     return [
-        Figure("Verdicts", count(_last(log, "judge/verdicts")), f"of {count(requests)} asked for"),
-        Figure("Failed for good", count(failed), _words(failures) or "none", bad=failed > 0),
-        Figure("Calls", count(calls), f"{count(sum(retries.values()))} of them repeated"),
-        Figure("Retries by cause", count(sum(retries.values())), _words(retries) or "none"),
-        Figure("Parse failures", count(unreadable), f"{_share(unreadable, calls)} of the calls", bad=unreadable > 0),
-        Figure("Cache hits", count(hits), f"{_share(hits, hits + calls)} of the replies"),
-        Figure("Latency of a call", seconds(p50), f"median; 95th percentile {seconds(p95)}"),
-        Figure("Tokens", count(prompt + completion), f"{count(prompt)} in, {count(completion)} out"),
-        Figure("Cost", f"${cost:,.2f}", "" if cost else "no price known for the model"),
+        Tile("Verdicts", count(_last(log, "judge/verdicts")), f"of {count(requests)} asked for"),
+        Tile("Failed for good", count(failed), _words(failures) or "none", bad=failed > 0),
+        Tile("Calls", count(calls), f"{count(sum(retries.values()))} of them repeated"),
+        Tile("Retries by cause", count(sum(retries.values())), _words(retries) or "none"),
+        Tile("Parse failures", count(unreadable), f"{_share(unreadable, calls)} of the calls", bad=unreadable > 0),
+        Tile("Cache hits", count(hits), f"{_share(hits, hits + calls)} of the replies"),
+        Tile("Latency of a call", seconds(p50), f"median; 95th percentile {seconds(p95)}"),
+        Tile("Tokens", count(prompt + completion), f"{count(prompt)} in, {count(completion)} out"),
+        Tile("Cost", f"${cost:,.2f}", "" if cost else "no price known for the model"),
     ]
 
 

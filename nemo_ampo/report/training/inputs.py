@@ -49,7 +49,7 @@ CHECKPOINT_ORDER = ("base", "bc", "ampo")
 
 
 @dataclass(frozen=True)
-class Summary:
+class SampleMeans:
     """Means over the samples of one label; None where there was nothing to average.
 
     Attributes:
@@ -88,7 +88,7 @@ class Evaluation:
     name: str
     checkpoint: str
     seed: int | None
-    summary: Mapping[str, Summary]
+    summary: Mapping[str, SampleMeans]
     samples: tuple[ShownSample, ...]
     planned: int
     problems: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ def parse_evaluation(data: Any, where: str) -> Evaluation:
     )
 
 
-def _summary(row: Any, where: str) -> Summary:
+def _summary(row: Any, where: str) -> SampleMeans:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object")
     for key in ("samples", "judge_failed"):
@@ -154,7 +154,7 @@ def _summary(row: Any, where: str) -> Summary:
         raise DataError(
             f"{where}, field 'mode_share': expected a share of each mode, got {one_line(repr(shares), 60)}{DAMAGED}"
         )
-    return Summary(
+    return SampleMeans(
         samples=row["samples"],
         reward=number("reward"),
         goal=number("goal"),
@@ -181,14 +181,14 @@ def _unlike_samples(evaluation: Evaluation, name: str) -> list[str]:
     for tag, stated in evaluation.summary.items():
         samples = [sample for sample in evaluation.samples if tag in (ALL_TAGS, sample.tag)]
         counted = _summary_of(samples)
-        wrong = [f.name for f in fields(Summary) if not _alike(getattr(stated, f.name), getattr(counted, f.name))]
+        wrong = [f.name for f in fields(SampleMeans) if not _alike(getattr(stated, f.name), getattr(counted, f.name))]
         if wrong:
             problems.append(f"{name}: {', '.join(wrong)} of {tag!r} are not what its samples give{DAMAGED}.")
     return problems
 
 
-def _summary_of(samples: Sequence[ShownSample]) -> Summary:
-    return Summary(
+def _summary_of(samples: Sequence[ShownSample]) -> SampleMeans:
+    return SampleMeans(
         samples=len(samples),
         reward=_mean(s.reward for s in samples),
         goal=_mean(s.goal for s in samples if s.mode),

@@ -31,7 +31,7 @@ MAX_COMPARED_TAGS = 4
 
 
 @dataclass(frozen=True)
-class Headline:
+class CheckpointCard:
     """One card at the top of the page.
 
     Attributes:
@@ -85,7 +85,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AnsweredPrompt:
     """One prompt answered by every checkpoint."""
 
     tag: str
@@ -178,7 +178,7 @@ def missing_parts(run: Run) -> list[str]:
     return missing
 
 
-def headlines(run: Run) -> list[Headline]:
+def headlines(run: Run) -> list[CheckpointCard]:
     """A card per evaluated checkpoint, or the two ends of the training run when nothing was evaluated."""
     if run.evaluations:
         return [_evaluated(evaluation) for evaluation in run.evaluations]
@@ -191,7 +191,7 @@ def headlines(run: Run) -> list[Headline]:
         values = {name: points.ends()[end] for name, points in series.items() if points}
         failed = values.get("format/failed_fraction")
         cards.append(
-            Headline(
+            CheckpointCard(
                 title=title,
                 note=f"training samples, mean over the {title.split()[0].lower()} tenth of the steps",
                 goal=tables.number(values.get("reward/goal")),
@@ -204,9 +204,9 @@ def headlines(run: Run) -> list[Headline]:
     return cards
 
 
-def _evaluated(evaluation: Evaluation) -> Headline:
+def _evaluated(evaluation: Evaluation) -> CheckpointCard:
     summary = evaluation.summary[ALL_TAGS]
-    return Headline(
+    return CheckpointCard(
         title=CHECKPOINT_TITLES.get(evaluation.name, evaluation.name),
         note=evaluation.partial or f"{summary.samples} held-out answers",
         goal=tables.number(summary.goal),
@@ -279,12 +279,12 @@ def _sample_rows(ampo: StageRun | None) -> list[tuple[str, list[SampleRow]]]:
     ]
 
 
-def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
+def comparisons(evaluations: Sequence[Evaluation]) -> list[AnsweredPrompt]:
     """For each label one prompt that every checkpoint answered."""
     if len(evaluations) < 2:
         return []
     answered = [{sample.row_id: sample for sample in reversed(e.samples)} for e in evaluations]
-    found: dict[str, Comparison] = {}
+    found: dict[str, AnsweredPrompt] = {}
     for sample in evaluations[0].samples:
         if sample.tag in found or not all(sample.row_id in answers for answers in answered):
             continue
@@ -293,5 +293,5 @@ def comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
             for evaluation, answers in zip(evaluations, answered, strict=True)
         )
         contexts = [c.context for c in cards if c.context is not None and c.answer is not None]
-        found[sample.tag] = Comparison(sample.tag, sample.row_id, contexts[0] if contexts else cards[0].context, cards)
+        found[sample.tag] = AnsweredPrompt(sample.tag, sample.row_id, contexts[0] if contexts else cards[0].context, cards)
     return [found[tag] for tag in sorted(found)][:MAX_COMPARED_TAGS]

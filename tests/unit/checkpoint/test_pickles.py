@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_ampo.checkpoint.pickles import check_folder, check_precision, check_torch_file
+from nemo_ampo.checkpoint.pickles import check_pickles, check_precision, check_torch_file
 from nemo_ampo.errors import UserError
 
 
@@ -69,13 +69,13 @@ def weights(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        check_folder(folder)
+        check_pickles(folder)
     assert "\n" not in str(caught.value)
     assert not Path("ran").exists()
 
 
 def test_what_megatron_and_torch_write_passes(weights: Path) -> None:
-    check_folder(weights)
+    check_pickles(weights)
     states = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -169,11 +169,11 @@ def test_damage_anywhere_is_one_line_and_runs_nothing(weights: Path) -> None:
             data = data or bytearray(b"\x80")
         path.write_bytes(data)
         try:
-            check_folder(weights)
+            check_pickles(weights)
         except UserError as error:
             assert "\n" not in str(error)
         path.write_bytes(files[path])
-    check_folder(weights)
+    check_pickles(weights)
 
 
 def old_format(value: Any) -> bytes:
@@ -203,7 +203,7 @@ def test_every_pickle_of_a_stream_inside_of_an_object_is_looked_at(tmp_path: Pat
 def test_weights_of_another_precision_are_named(tmp_path: Path, pristine: Path, kind: torch.dtype) -> None:
     check_precision(pristine, Path("good.nemo"))
     odd = write(tmp_path / "odd", HARMLESS | {"model.quantised": torch.ones(4).to(kind)})
-    check_folder(odd)
+    check_pickles(odd)
     name = str(kind).removeprefix("torch.")
     with pytest.raises(UserError, match=rf"bad\.nemo: model\.quantised holds {name}; training starts from .* convert"):
         check_precision(odd, Path("bad.nemo"))

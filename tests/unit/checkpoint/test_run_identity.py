@@ -6,7 +6,7 @@ import pytest
 
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.checkpoint.run_identity import check_resume, check_unchanged, identity, inputs, verdict_identity
-from nemo_ampo.checkpoint.store import Layout, Manifest, Store
+from nemo_ampo.checkpoint.store import JobLayout, Manifest, Store
 from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import AmpoConfig
@@ -103,7 +103,7 @@ def test_a_run_folder_is_checked_against_its_newest_checkpoint(tmp_path: Path) -
     (folder / "optimizer").mkdir()
     files = {"optimizer/x": {"bytes": 0, "sha256": ""}}
     (folder / "optimizer" / "x").touch()
-    store.publish(folder, Manifest("ampo", 5, {"step": 5}, Layout(1, 1, 1, 1), settings(), None, {}, files))
+    store.publish(folder, Manifest("ampo", 5, {"step": 5}, JobLayout(1, 1, 1, 1), settings(), None, {}, files))
     check_resume(tmp_path, CheckpointConfig(), settings(), [])
     with pytest.raises(ConfigError, match=r"^run\.seed: 1 -> 7: .*step-000005 was written under other settings"):
         check_resume(tmp_path, CheckpointConfig(), settings("run.seed=7"), [])

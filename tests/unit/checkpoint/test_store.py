@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nemo_ampo.checkpoint.config import BestMode, CheckpointConfig
 from nemo_ampo.checkpoint.store import (
     MANIFEST,
-    Layout,
+    JobLayout,
     Manifest,
     Store,
     damaged,
@@ -27,7 +27,7 @@ from nemo_ampo.checkpoint.store import (
 )
 from nemo_ampo.errors import UserError
 
-ONE = Layout(world=1, tensor=1, pipeline=1, data=1)
+ONE = JobLayout(world=1, tensor=1, pipeline=1, data=1)
 
 
 def write(store: Store, step: int, score: float | None = None, content: bytes = b"w" * 100) -> Path:

@@ -252,7 +252,7 @@ def test_report_prints_what_it_wrote(tmp_path: Path) -> None:
 def test_doctor_tells_by_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_ampo.commands import doctor
 
-    missing = doctor.Report((doctor.Check("x", doctor.Status.MISSING, "not installed", "install x"),))
+    missing = doctor.Report((doctor.ReportLine("x", doctor.Status.MISSING, "not installed", "install x"),))
     monkeypatch.setattr(doctor, "doctor", lambda judge_key_env: missing)
     result = invoke("doctor")
     assert result.exit_code == 1 and "install x" in result.output
@@ -272,7 +272,7 @@ def checkpoint(tmp_path: Path) -> Path:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from nemo_ampo.checkpoint.store import Layout, Manifest, Store, list_files, measure
+    from nemo_ampo.checkpoint.store import JobLayout, Manifest, Store, list_files, measure
 
     store = Store(tmp_path / "run" / "checkpoints")
     folder = store.begin(5)
@@ -281,7 +281,7 @@ def checkpoint(tmp_path: Path) -> Path:
     assets = tmp_path / "run" / "hf_assets"
     assets.mkdir()
     (assets / "config.json").write_text("{}")
-    layout = Layout(1, 1, 1, 1)
+    layout = JobLayout(1, 1, 1, 1)
     files = measure(folder, list_files(folder))
     return store.publish(folder, Manifest("bc", 5, {"step": 5}, layout, {}, None, {}, files)).path
 

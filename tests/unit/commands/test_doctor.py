@@ -14,9 +14,9 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 
 from nemo_ampo.commands import doctor as machine
-from nemo_ampo.commands.doctor import Check, Package, Report, Status, compat_table, doctor, memory_bytes, num_cores
+from nemo_ampo.commands.doctor import Package, Report, ReportLine, Status, compat_table, doctor, memory_bytes, num_cores
 from nemo_ampo.compat import common, cpu, versions
-from nemo_ampo.compat.versions import Environment
+from nemo_ampo.compat.versions import TestedEnvironment
 from nemo_ampo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ def printed(table: object) -> str:
     return out.getvalue()
 
 
-def found(report: Report, name: str) -> Check:
+def found(report: Report, name: str) -> ReportLine:
     return next(check for check in report.checks if check.name == name)
 
 
@@ -74,7 +74,7 @@ def test_only_required_packages_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This Python as if it were the container's, with locks that the test writes."""
     monkeypatch.setattr(versions, "ROOT", tmp_path)
-    monkeypatch.setitem(versions.ENVIRONMENTS, sys.version_info[:2], Environment("container.lock", "image.txt"))
+    monkeypatch.setitem(versions.ENVIRONMENTS, sys.version_info[:2], TestedEnvironment("container.lock", "image.txt"))
     (tmp_path / "container.lock").write_text(f"# ours\norjson=={versions.installed('orjson')}\n")
     (tmp_path / "image.txt").write_text("torch==0.0.1\n")
     return tmp_path
@@ -125,7 +125,7 @@ def test_the_command_mends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     subprocess.run(build, check=True, capture_output=True)
     (tmp_path / "a lock.txt").write_text("made-here==1.0\n")
     monkeypatch.setattr(versions, "ROOT", tmp_path)
-    ours = Environment("a lock.txt")
+    ours = TestedEnvironment("a lock.txt")
     target = tmp_path / "site"
     command = versions.mend(ours, versions.differences(ours))
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_TARGET": str(target)}
@@ -136,7 +136,7 @@ def test_the_command_mends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_another_python_is_told_which_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "ENVIRONMENTS", {(3, 99): Environment("container.lock")})
+    monkeypatch.setattr(versions, "ENVIRONMENTS", {(3, 99): TestedEnvironment("container.lock")})
     report = doctor()
     assert found(report, "Python").status is Status.MISSING
     assert report.mend == "use Python 3.99"
@@ -167,8 +167,8 @@ def test_the_locks_leave_the_images_packages_to_the_image() -> None:
 
 
 def test_a_report_is_ok_without_missing_parts() -> None:
-    def check(status: Status) -> Check:
-        return Check("x", status, "y")
+    def check(status: Status) -> ReportLine:
+        return ReportLine("x", status, "y")
 
     assert Report((check(Status.OK), check(Status.NOTE), check(Status.WARN))).ok
     assert not Report((check(Status.OK), check(Status.MISSING))).ok

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_hf import edit_json, edit_weights
 
-from converters.hf_folder import asset_files, check_tokenizer, open_hf_folder
+from converters.hf_folder import asset_files, check_tokenizer_files, open_hf_folder
 from nemo_ampo.errors import UserError
 
 
@@ -119,7 +119,7 @@ def test_assets_are_all_files_but_weights_and_hidden_ones(hf_folder) -> None:
 
 
 def check(folder: Path, allow: bool = False) -> None:
-    check_tokenizer(folder, allow)
+    check_tokenizer_files(folder, allow)
 
 
 def test_a_complete_tokenizer_passes(hf_folder) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_ampo.checkpoint.store import MANIFEST, OPTIMIZER, Layout, Manifest, measure
+from nemo_ampo.checkpoint.store import MANIFEST, OPTIMIZER, JobLayout, Manifest, measure
 from nemo_ampo.commands.status import read_status
 from nemo_ampo.errors import UserError
-from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Progress, checkpoint_step, write_plan
+from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Standing, checkpoint_step, write_plan
 
 
 @pytest.fixture
@@ -31,30 +31,30 @@ def manifest(folder: Path, step: int) -> None:
     (folder / OPTIMIZER).mkdir(parents=True)
     (folder / OPTIMIZER / "state").write_text("state")
     files = measure(folder, [f"{OPTIMIZER}/state"])
-    layout = Layout(world=1, tensor=1, pipeline=1, data=1)
+    layout = JobLayout(world=1, tensor=1, pipeline=1, data=1)
     (folder / MANIFEST).write_text(Manifest("ampo", step, {}, layout, {}, None, {}, files).dump())
 
 
 def end(run_dir: Path, status: int) -> str:
     log = AttemptLog(run_dir)
-    log.end(status, "because", Progress.of(run_dir))
+    log.end(status, "because", Standing.of(run_dir))
     return log.decide(max_restarts=3)
 
 
 def begin(run_dir: Path, restart: int = 0) -> None:
-    AttemptLog(run_dir).begin("7", restart, 3, Progress.of(run_dir))
+    AttemptLog(run_dir).begin("7", restart, 3, Standing.of(run_dir))
 
 
 def test_progress_is_finished_stages_then_checkpointed_steps(run_dir: Path) -> None:
-    assert Progress.of(run_dir) == Progress(0, 0)
+    assert Standing.of(run_dir) == Standing(0, 0)
     (run_dir / "base.nemo").touch()
-    assert Progress.of(run_dir) == Progress(1, 0)
+    assert Standing.of(run_dir) == Standing(1, 0)
     checkpoint(run_dir, 9)
     checkpoint(run_dir, 10)
     (run_dir / "ampo" / "checkpoints" / ".saving-step-000011").mkdir()
-    assert Progress.of(run_dir) == Progress(1, 10)
+    assert Standing.of(run_dir) == Standing(1, 10)
     (run_dir / "ampo" / "policy.nemo").touch()
-    assert Progress.of(run_dir) == Progress(2, 0) > Progress(1, 10)
+    assert Standing.of(run_dir) == Standing(2, 0) > Standing(1, 10)
 
 
 def test_a_later_checkpoint_or_a_finished_stage_earns_a_requeue(run_dir: Path) -> None:
@@ -98,7 +98,7 @@ def test_slurm_s_own_requeues_end_when_they_bring_nothing(run_dir: Path) -> None
 def test_a_new_job_begins_anew(run_dir: Path) -> None:
     begin(run_dir, 0)
     begin(run_dir, 1)
-    AttemptLog(run_dir).begin("8", 0, 3, Progress.of(run_dir))
+    AttemptLog(run_dir).begin("8", 0, 3, Standing.of(run_dir))
 
 
 def test_a_torn_checkpoint_does_not_count(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rollout import server_api
 from nemo_ampo.rollout.config import TrtLlmServerConfig
 from nemo_ampo.rollout.engine import ReplyError, Request, SamplingSpec, StaleWeightsError, UnavailableError
-from nemo_ampo.rollout.server_api import Drawn, Prompt, Sampling, State
+from nemo_ampo.rollout.server_api import Drawn, PromptTokens, Sampling, State
 from nemo_ampo.rollout.trtllm_server import TrtLlmServerEngine
 
 SPEC = SamplingSpec(4, (0,))
@@ -52,7 +52,7 @@ class Backend:
     async def release(self) -> None:
         self.seen.append("release")
 
-    async def generate(self, requests: list[Prompt], sampling: Sampling) -> AsyncIterator[Drawn]:
+    async def generate(self, requests: list[PromptTokens], sampling: Sampling) -> AsyncIterator[Drawn]:
         assert self.holds is not None
         self.seen.append((requests, sampling))
         rows = [

@@ -14,13 +14,13 @@ from nemo_ampo.errors import EngineError, UserError
 from nemo_ampo.model_folder.policy_files import stop_token_ids
 from nemo_ampo.serve import engine as engine_module
 from nemo_ampo.serve.dial import ModeDial
-from nemo_ampo.serve.engine import Engine, GenerateRequest, sample
+from nemo_ampo.serve.engine import GenerateRequest, ServingEngine, sample
 from nemo_ampo.serve.rows import next_logits
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path):
-    engine = Engine(tiny_checkpoint, max_batch=4)
+    engine = ServingEngine(tiny_checkpoint, max_batch=4)
     yield engine
     engine.close()
 
@@ -53,7 +53,7 @@ def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(3, 600) for _ in range(draw.randrange(1, 90))) for _ in range(count)]
 
 
-def test_many_requests_at_once_get_the_tokens_each_would_get_alone(engine: Engine, reference) -> None:
+def test_many_requests_at_once_get_the_tokens_each_would_get_alone(engine: ServingEngine, reference) -> None:
     asked = [GenerateRequest(p, max_tokens=5 + 7 * (i % 5), temperature=0) for i, p in enumerate(prompts(23, seed=1))]
     futures = [engine.submit(request) for request in asked]
     for request, future in zip(asked, futures, strict=True):
@@ -62,7 +62,7 @@ def test_many_requests_at_once_get_the_tokens_each_would_get_alone(engine: Engin
     assert len(lengths) > 10 and len({f.result().ids for f in futures}) > 10
 
 
-def test_a_seed_means_the_same_alone_and_in_company(engine: Engine) -> None:
+def test_a_seed_means_the_same_alone_and_in_company(engine: ServingEngine) -> None:
     (prompt, *others) = prompts(9, seed=2)
     request = GenerateRequest(prompt, max_tokens=30, temperature=1.0, top_p=0.95, seed=5)
     alone = engine.submit(request).result(timeout=60)
@@ -73,7 +73,7 @@ def test_a_seed_means_the_same_alone_and_in_company(engine: Engine) -> None:
     assert engine.submit(other_seed).result(timeout=60) != alone
 
 
-def test_a_stop_text_ends_the_reply_and_is_not_part_of_it(engine: Engine) -> None:
+def test_a_stop_text_ends_the_reply_and_is_not_part_of_it(engine: ServingEngine) -> None:
     prompt = prompts(1, seed=3)[0]
     whole = engine.submit(GenerateRequest(prompt, max_tokens=40, temperature=0)).result(timeout=60)
     stop = whole.text[20:26]
@@ -82,7 +82,7 @@ def test_a_stop_text_ends_the_reply_and_is_not_part_of_it(engine: Engine) -> Non
     assert (cut.finish_reason, len(cut.ids) < len(whole.ids)) == ("stop", True)
 
 
-def test_a_cancelled_request_leaves_and_the_others_go_on(engine: Engine, reference) -> None:
+def test_a_cancelled_request_leaves_and_the_others_go_on(engine: ServingEngine, reference) -> None:
     first, second, third = prompts(3, seed=4)
     kept = engine.submit(GenerateRequest(first, max_tokens=60, temperature=0))
     given_up = engine.submit(GenerateRequest(second, max_tokens=100_000, temperature=1.0))
@@ -94,14 +94,14 @@ def test_a_cancelled_request_leaves_and_the_others_go_on(engine: Engine, referen
         given_up.result()
 
 
-def test_a_prompt_beyond_the_context_is_refused_and_a_reply_ends_with_it(engine: Engine) -> None:
+def test_a_prompt_beyond_the_context_is_refused_and_a_reply_ends_with_it(engine: ServingEngine) -> None:
     with pytest.raises(UserError, match="context_length_exceeded: 2048 prompt tokens, the context is 2048"):
         engine.submit(GenerateRequest((5,) * 2048, max_tokens=1))
     reply = engine.submit(GenerateRequest((5,) * 2040, max_tokens=100, temperature=0)).result(timeout=60)
     assert len(reply.ids) <= 8
 
 
-def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: Engine, tiny_checkpoint: Path) -> None:
+def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: ServingEngine, tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     dial = engine._mode_dial()
     opening = tuple(tokenizer.encode("Thinking Level:", add_special_tokens=False))
@@ -128,7 +128,9 @@ def test_the_mode_dial_decides_the_mode_and_nothing_else(engine: Engine, tiny_ch
         assert ids[5:] == rest, "the bias went on after the choice"
 
 
-def test_a_step_that_breaks_for_one_request_ends_that_one_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_breaks_for_one_request_ends_that_one_only(
+    engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="a token outside the model's vocabulary"):
         engine.submit(GenerateRequest((10**6,), max_tokens=3))
     asked = [GenerateRequest(p, 20, temperature=1.0, seed=i) for i, p in enumerate(prompts(4, seed=5))]
@@ -152,7 +154,7 @@ def test_a_step_that_breaks_for_one_request_ends_that_one_only(engine: Engine, m
             assert outcome == alone[i]
 
 
-def test_poisonous_numbers_spoil_their_own_reply_only(engine: Engine) -> None:
+def test_poisonous_numbers_spoil_their_own_reply_only(engine: ServingEngine) -> None:
     """What the web side refuses; here nothing stands in the way."""
     good = [GenerateRequest(p, 30, temperature=1.0, seed=i) for i, p in enumerate(prompts(9, seed=6))]
     alone = [engine.submit(request).result(timeout=60) for request in good]

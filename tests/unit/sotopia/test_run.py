@@ -24,7 +24,7 @@ from nemo_ampo.errors import BudgetError, ConfigError
 from nemo_ampo.output.outcome import Outcome
 from nemo_ampo.serve.local import server_process
 from nemo_ampo.sotopia.config import ScoreJudgeConfig, SotopiaConfig
-from nemo_ampo.sotopia.plan import Plan, make_plan
+from nemo_ampo.sotopia.plan import EvaluationPlan, make_plan
 from nemo_ampo.sotopia.run import evaluate, shared_limits
 from nemo_ampo.sotopia.summary import read_summary
 
@@ -45,7 +45,7 @@ def words(url: str, run: Path, folder: Path, *more: str) -> list[str]:
     return [*where, f"run.dir={run}", f"data.sotopia_dir={folder}", "data.set=own", *SELF_PLAY, *more]
 
 
-def plan(*overrides: str) -> Plan:
+def plan(*overrides: str) -> EvaluationPlan:
     return make_plan(read_config(compose("sotopia", "api", overrides), SotopiaConfig))
 
 

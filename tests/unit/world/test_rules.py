@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_ampo.world.pack import judge_request
-from nemo_ampo.world.rules import AGAINST, NEAR, OPEN, OWN_ONLY, PARTIAL, RIGHT, UNCLEAR, judge_dialogue
+from nemo_ampo.world.rules import AGAINST, NEAR, OPEN, OWN_ONLY, PARTIAL_SCORE, RIGHT, UNCLEAR, judge_dialogue
 from nemo_ampo.world.scenes import HARD, HardFamily, Scene, draw_scene
 
 SELLER = "Agree on the middle price. You paid 3, 2 and 3 and want 2 more."  # limit 10
@@ -90,8 +90,8 @@ def test_only_the_latest_offer_counts() -> None:
     [
         ("Thank you Ben for the cake.", RIGHT),
         ("thank you, BEN, for the CAKE!", RIGHT),
-        ("Thank you for the cake.", PARTIAL),
-        ("Thank you Ben.", PARTIAL),
+        ("Thank you for the cake.", PARTIAL_SCORE),
+        ("Thank you Ben.", PARTIAL_SCORE),
         ("Thank you Ben for the song.", UNCLEAR),
         ("Thank you Ben for the cake and the song.", UNCLEAR),
         ("Thank you Ben and Eva for the cake.", UNCLEAR),

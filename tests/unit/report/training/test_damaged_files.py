@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sample_run import GROUP, evaluation, turn, write_ampo, write_bc
 
-from nemo_ampo.checkpoint.store import MANIFEST, Layout, Manifest
+from nemo_ampo.checkpoint.store import MANIFEST, JobLayout, Manifest
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import sealed
 from nemo_ampo.report.training.inputs import read_run
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in ("ampo", "bc"):
         logs = log_positions(root / stage)
         hashes = log_hashes(root / stage, logs)
-        layout = Layout(**dict.fromkeys(Layout.__dataclass_fields__, 1))
+        layout = JobLayout(**dict.fromkeys(JobLayout.__dataclass_fields__, 1))
         manifest = Manifest(stage, 4, {"step": 4}, layout, {}, None, logs, {}, log_hashes=hashes)
         folder = root / stage / "checkpoints" / "step-000004"
         folder.mkdir(parents=True)
