@@ -79,7 +79,7 @@ def _bytes_of(hf: HfFolder, dtype: torch.dtype) -> int:
 def _build_and_save(hf: HfFolder, config: dict[str, Any], dtype: torch.dtype, nemo_path: Path, assets: Path) -> None:
     """Apart, so that the model is freed: the frameworks' import guards keep the frame of `setup`'s caller alive."""
     from converters.nemo_model import build, fill, set_saved_config
-    from nemo_ampo.checkpoint.nemo_file import save_nemo
+    from nemo_ampo.checkpoint.nemo_writing import save_nemo
 
     model = build(config, dtype)
     fill(model, hf.weights, hf.bindings(), hf.facts)

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 from converters.mapping import Binding, check_dims, check_names
 from converters.nemo_weights import EXTRA_STATE, PREFIX
-from nemo_ampo.checkpoint.nemo_file import temporary_files_in
+from nemo_ampo.checkpoint.nemo_writing import temporary_files_in
 from nemo_ampo.model_folder.facts import ModelFacts
 from nemo_ampo.model_folder.weights import SafetensorsFolder
 

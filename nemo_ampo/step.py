@@ -23,16 +23,8 @@ from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import NO_MODE
 from nemo_ampo.rollout.config import RolloutConfig
-from nemo_ampo.rollout.engine import (
-    Engine,
-    PackedRollouts,
-    Request,
-    Response,
-    SamplingSpec,
-    UnavailableError,
-    pack,
-    request_seed,
-)
+from nemo_ampo.rollout.engine import Engine, Request, Response, SamplingSpec, UnavailableError, request_seed
+from nemo_ampo.rollout.packing import PackedRollouts, pack
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
 from nemo_ampo.run.clock import Clock, Gpus
 from nemo_ampo.run.metrics import guard_metrics, step_metrics

@@ -112,7 +112,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
         judge.check()
         device, resolved = start.load_frameworks(cfg)
 
-        from nemo_ampo.checkpoint.nemo_file import save_nemo
+        from nemo_ampo.checkpoint.nemo_writing import save_nemo
         from nemo_ampo.training.actor import AmpoActor
         from nemo_ampo.training.session import Keep, open_session
 

@@ -58,7 +58,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     device, resolved = start.load_frameworks(cfg)
     watch_ranks(config.run.rank_timeout_s)
 
-    from nemo_ampo.checkpoint.nemo_file import save_nemo
+    from nemo_ampo.checkpoint.nemo_writing import save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
     from nemo_ampo.run.runlog import RunLog

@@ -71,7 +71,7 @@ class Start:
 
         To be called before the first step, so that a checkpoint packed on the way carries it too.
         """
-        from nemo_ampo.checkpoint.nemo_file import on_rank_zero
+        from nemo_ampo.checkpoint.nemo_writing import on_rank_zero
         from nemo_ampo.model_folder.policy_files import record_stop_tokens, record_system_prompt
         from nemo_ampo.run.runlog import write_provenance
 

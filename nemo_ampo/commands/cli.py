@@ -281,7 +281,8 @@ def pack(
     assets: Annotated[Path | None, typer.Option(parser=_path, help="Hugging Face files. [default: RUN/hf_assets]")] = None,
 ) -> None:
     """Make a .nemo file of a training checkpoint, a weights-only one too, for evaluation or export."""
-    from nemo_ampo.checkpoint.nemo_file import MODEL_CONFIG_NAME, check_model_config, pack_nemo
+    from nemo_ampo.checkpoint.nemo_file import MODEL_CONFIG_NAME, check_model_config
+    from nemo_ampo.checkpoint.nemo_writing import pack_nemo
     from nemo_ampo.checkpoint.pickles import check_pickles
     from nemo_ampo.checkpoint.store import MANIFEST, WEIGHTS, Manifest, check_content
 

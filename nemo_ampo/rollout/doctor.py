@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_ampo.errors import EngineError
-from nemo_ampo.rollout.engine import Decode, Engine, Request, Response, SamplingSpec, pack
+from nemo_ampo.rollout.engine import Decode, Engine, Request, Response, SamplingSpec
+from nemo_ampo.rollout.packing import pack
 from nemo_ampo.rollout.probe import Logprobs, Probe, duplicate_fraction, probe_gap
 
 if TYPE_CHECKING:

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_ampo.rollout.engine import (
-    Engine,
-    EngineError,
-    Request,
-    Response,
-    SamplingSpec,
-    StaleWeightsError,
-    SyncReport,
-    pack,
-)
+from nemo_ampo.rollout.engine import Engine, EngineError, Request, Response, SamplingSpec, StaleWeightsError, SyncReport
+from nemo_ampo.rollout.packing import pack
 
 Logprobs = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 """Tokens [B, T] and the rows' lengths to the trainer's log-probability of each next token, [B, T-1]."""

@@ -39,9 +39,9 @@ from nemo_ampo.checkpoint.nemo_file import (
     load_overrides,
     plain_name,
     read_model_config,
-    temporary_files_in,
     unpack_weights,
 )
+from nemo_ampo.checkpoint.nemo_writing import temporary_files_in
 from nemo_ampo.checkpoint.pickles import check_pickles, check_precision
 from nemo_ampo.checkpoint.saving import Resumed, Saver
 from nemo_ampo.checkpoint.store import Store

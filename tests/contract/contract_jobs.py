@@ -116,7 +116,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 def logprob_error(session: Any, requests: Sequence[Any], responses: Sequence[Any]) -> float:
     """Largest difference to the trainer's log-probabilities on the same tokens."""
-    from nemo_ampo.rollout.engine import pack
+    from nemo_ampo.rollout.packing import pack
 
     packed = pack(requests, responses, pad_id=0)
     trainer = session.model.get_inference_log_probs(packed.tokens_BT)

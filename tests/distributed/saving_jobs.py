@@ -132,7 +132,7 @@ def restore_damaged(run_dir: Path, out: Path) -> None:
 
 def start_from_packed(checkpoint: Path, out: Path) -> None:
     """A checkpoint packed as a ``.nemo`` file, opened by NeMo, against the same one restored."""
-    from nemo_ampo.checkpoint.nemo_file import pack_nemo
+    from nemo_ampo.checkpoint.nemo_writing import pack_nemo
 
     pack_nemo(checkpoint, FOLDER / "packed.nemo", FOLDER / "assets")
     packed = session(FOLDER / "elsewhere", nemo=str(FOLDER / "packed.nemo"))

@@ -127,7 +127,8 @@ def _launch(folder: Path, tp: int, pp: int) -> None:
 def _rank(folder: Path, tp: int, pp: int, size: int) -> None:
     import torch
 
-    from nemo_ampo.checkpoint.nemo_file import save_nemo, unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
+    from nemo_ampo.checkpoint.nemo_writing import save_nemo
     from nemo_ampo.megatron.padding import mask_padded_vocab
 
     rank = int(os.environ["RANK"])

@@ -91,7 +91,8 @@ def scatters(model: Any) -> list[bool]:
 def generate(session: Any) -> list[float]:
     """Prompts of unequal lengths, each in a prefill pass of its own: the shorter leave columns of their cache unwritten."""
     from nemo_ampo.rollout import megatron
-    from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.packing import pack
 
     g = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(3, 500, (n,), generator=g).tolist()) for n in (40, 12, 9)]

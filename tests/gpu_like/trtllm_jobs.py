@@ -59,7 +59,8 @@ def refused_alone(session: Any, folder: Path) -> None:
 
 def gaps(session: Any, folder: Path) -> list[float]:
     """Largest difference to the trainer's log-probabilities, after the build and after a refit."""
-    from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
+    from nemo_ampo.rollout.packing import pack
 
     g = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(3, 500, (n,), generator=g).tolist()) for n in (40, 12, 9, 20)]

@@ -46,8 +46,9 @@ def engine_checks(session: Any, hf: Any) -> dict[str, Any]:
     from nemo_ampo.errors import EngineError
     from nemo_ampo.megatron.padding import vocab_size
     from nemo_ampo.rollout import megatron
-    from nemo_ampo.rollout.engine import Request, SamplingSpec, pack
+    from nemo_ampo.rollout.engine import Request, SamplingSpec
     from nemo_ampo.rollout.megatron import MegatronEngine
+    from nemo_ampo.rollout.packing import pack
 
     vocab = vocab_size(session.model)
     engine = MegatronEngine(session.model, batch_size=16)

@@ -106,7 +106,8 @@ def test_more_positions_than_the_model_has(quickstart: Quickstart, tmp_path: Pat
 
 def repacked(quickstart: Quickstart, tmp_path: Path, edit: object) -> Path:
     """The cloned policy with edited Hugging Face files."""
-    from nemo_ampo.checkpoint.nemo_file import add_assets, unpack_assets
+    from nemo_ampo.checkpoint.nemo_file import unpack_assets
+    from nemo_ampo.checkpoint.nemo_writing import add_assets
 
     source = quickstart.folder / "bc" / "policy.nemo"
     copy = tmp_path / "policy.nemo"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from nemo_process import ROOT, Finished, run_nemo
 
-from nemo_ampo.checkpoint.nemo_file import add_assets, unpack_assets
+from nemo_ampo.checkpoint.nemo_file import unpack_assets
+from nemo_ampo.checkpoint.nemo_writing import add_assets
 from nemo_ampo.overrides import override
 
 BC_STEPS, AMPO_STEPS = 240, 4

@@ -11,17 +11,15 @@ import pytest
 import yaml
 
 from nemo_ampo.checkpoint.nemo_file import (
-    add_assets,
     check_unpacked,
     content_hash,
     load_overrides,
-    pack_nemo,
     read_model_config,
-    save_nemo,
     tokenizer_config,
     unpack_assets,
     unpack_weights,
 )
+from nemo_ampo.checkpoint.nemo_writing import add_assets, pack_nemo, save_nemo
 from nemo_ampo.errors import DiskError, UserError
 
 ODD_BYTES = b'{"model_type": "llama"}\r\n\x00\xff'

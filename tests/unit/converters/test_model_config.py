@@ -10,7 +10,7 @@ import yaml
 from tiny_hf import LLAMA3_ROPE, make_config
 
 from converters.model_config import ARCHITECTURE_KEYS, check_architecture, nemo_config, rope_config
-from nemo_ampo.checkpoint.nemo_file import add_assets
+from nemo_ampo.checkpoint.nemo_writing import add_assets
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import ModelFacts, facts_of
 
