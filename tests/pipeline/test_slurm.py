@@ -118,7 +118,7 @@ def test_nothing_is_lost_whatever_ends_an_attempt(
     before = story.trained()
     story.release(4, "TimeLimit=60")
     story.until_trained(before + 1)
-    judge_pid = cluster.task("demo_judge", ["n3"])
+    judge_pid = cluster.task("judge_server", ["n3"])
     asked = time.time()
     os.kill(judge_pid, signal.SIGKILL)
     story.wait(lambda: story.restarts() == 5, "the requeue after the judge died")
