@@ -58,10 +58,12 @@ class Resumed:
     Attributes:
         counters: of the trainer.
         logs: bytes of each log file at that moment.
+        log_hashes: sha256 of those bytes.
     """
 
     counters: dict[str, int]
     logs: dict[str, int]
+    log_hashes: dict[str, str]
 
 
 class Saver:
@@ -253,7 +255,7 @@ class Saver:
         elif self._rank == 0:
             print(f"resume: written by {written}, continued by {here}", file=sys.stderr)
         self._last_bytes, self.last_step = checkpoint.manifest.bytes, checkpoint.step
-        return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs)
+        return Resumed(checkpoint.manifest.counters, checkpoint.manifest.logs, checkpoint.manifest.log_hashes)
 
     def _check_pickles(self, checkpoint: Checkpoint) -> None:
         """Each rank looks at its own random numbers, the first one at what is shared."""

@@ -43,10 +43,12 @@ class RunLog:
         active: False on ranks that must not write.
         positions: bytes of each file to keep, as :func:`log_positions` gave them; a file without one starts anew. A new
             run has none.
+        hashes: sha256 of those bytes, as :func:`log_hashes` gave them; the next checkpoint vouches for the whole file.
         trackers: get a copy of every line of numbers; closed with the log.
 
     Raises:
         DiskError: the folder cannot be written to.
+        UserError: a file does not begin with those bytes.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class RunLog:
         folder: Path,
         active: bool = True,
         positions: Mapping[str, int] | None = None,
+        hashes: Mapping[str, str] | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.folder = folder
@@ -66,7 +69,7 @@ class RunLog:
         with disk_errors(f"cannot write {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             for name in LOG_FILES:
-                _cut(folder / name, (positions or {}).get(name, 0))
+                _cut(folder / name, (positions or {}).get(name, 0), (hashes or {}).get(name))
 
     def __enter__(self) -> RunLog:
         return self
@@ -184,9 +187,14 @@ def log_hashes(folder: Path, positions: Mapping[str, int]) -> dict[str, str]:
     return hashes
 
 
-def _cut(path: Path, position: int) -> None:
+def _cut(path: Path, position: int, expected: str | None) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size < position:
         raise UserError(f"{path}: has {size} bytes, the checkpoint was written after {position}; was the log replaced?")
+    if expected is not None and log_hashes(path.parent, {path.name: position})[path.name] != expected:
+        raise UserError(
+            f"{path}: its first {position} bytes are not those the checkpoint was written after; the file was damaged or "
+            "edited. Put them back, or continue in a new run.dir"
+        )
     if size > position:
         os.truncate(path, position)

@@ -42,6 +42,21 @@ def test_a_log_that_ends_before_the_checkpoint_is_an_error(tmp_path: Path) -> No
         RunLog(tmp_path, positions={"metrics.jsonl": size + 1})
 
 
+def test_a_log_that_was_edited_before_the_checkpoint_is_an_error(tmp_path: Path) -> None:
+    """The next checkpoint would vouch for the edited line."""
+    log = RunLog(tmp_path)
+    log.metrics(0, {"a": 1.0})
+    positions = log_positions(tmp_path)
+    hashes = log_hashes(tmp_path, positions)
+    log.metrics(1, {"a": 3.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"a": 3.0', '"a": 4.0'))
+    RunLog(tmp_path, positions=positions, hashes=hashes)
+    path.write_text(path.read_text().replace('"a": 1.0', '"a": 2.0'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: its first \d+ bytes are not those .* damaged or edited"):
+        RunLog(tmp_path, positions=positions, hashes=hashes)
+
+
 def test_a_new_run_in_an_old_folder_starts_its_logs_anew(tmp_path: Path) -> None:
     RunLog(tmp_path).metrics(0, {"a": 1.0})
     RunLog(tmp_path).metrics(0, {"a": 2.0})
