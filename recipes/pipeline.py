@@ -13,33 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import full_or_read_only, read_record, write_once
 from nemo_ampo.output.lock import Lock
 from nemo_ampo.output.terminal import printable_output
+from recipes.stages import Stage
 
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 """Environment of every stage on a shared CPU: waiting threads must not spin, and no hub is asked for anything."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command.
-
-    Attributes:
-        name: shown to the user.
-        command: arguments behind ``python -m``.
-        output: exists when the stage is done.
-        ranks: processes; more than one are started by torchrun.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    output: Path
-    ranks: int = 1
 
 
 class StageError(UserError):

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from nemo_ampo.output.terminal import show
 from nemo_ampo.overrides import override, typed_path
-from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
+from recipes.pipeline import THREADS, exit_status, hold_folder, remember_settings, run_folder, run_stages
+from recipes.stages import Stage, Stages
+
+POLICIES = ("base", "bc", "ampo")
 
 
 def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
@@ -28,84 +31,16 @@ def stages(root: Path, judge_url: str, seed: int, ranks: int, bc: Sequence[str],
         ranks: data-parallel processes of the AMPO stage.
         bc, ampo: further Hydra overrides of the two training stages.
     """
-    world, heldout = root / "world", root / "world" / "rl_heldout.jsonl"
-    judge = override("judge.base_url", judge_url)
-
-    def evaluate(name: str) -> Stage:
-        return Stage(
-            f"evaluate {name}",
-            (
-                *(
-                    "recipes.evaluate",
-                    "--config-name",
-                    "tiny",
-                    override("run.dir", root / "evaluate"),
-                    override("run.name", name),
-                ),
-                *(
-                    override("run.checkpoint", root / "hf" / name),
-                    override("data.turns", heldout),
-                    f"run.seed={seed}",
-                    judge,
-                ),
-            ),
-            root / "evaluate" / f"{name}.json",
-        )
-
-    def export(name: str) -> Stage:
-        return Stage(
-            f"export {name}",
-            ("converters.nemo_to_hf", "--input", str(root / name / "policy.nemo"), "--output", str(root / "hf" / name)),
-            root / "hf" / name,
-        )
-
-    base = root / "nemo" / "base.nemo"
+    all_of = Stages(root, (override("judge.base_url", judge_url),), seed)
     return [
-        Stage(
-            "make world",
-            ("nemo_ampo.world", "--out", str(world), "--seed", str(seed)),
-            world / "pack.json",
-        ),
-        Stage(
-            "make checkpoint",
-            ("nemo_ampo.world.tiny_model", "--pack", str(world), "--out", str(root / "hf" / "base"), "--seed", str(seed)),
-            root / "hf" / "base",
-        ),
-        Stage(
-            "convert",
-            ("converters.hf_to_nemo", "--input", str(root / "hf" / "base"), "--output", str(base)),
-            base,
-        ),
-        Stage(
-            "clone modes (BC)",
-            (
-                *("recipes.bc", "--config-name", "tiny", override("run.dir", root / "bc"), override("run.init_from", base)),
-                *(
-                    f"run.seed={seed}",
-                    override("data.train", world / "bc_train.jsonl"),
-                    override("data.heldout", world / "bc_heldout.jsonl"),
-                ),
-                *bc,
-            ),
-            root / "bc" / "policy.nemo",
-        ),
-        export("bc"),
-        Stage(
-            "train (AMPO)",
-            (
-                *("recipes.ampo", "--config-name", "tiny", override("run.dir", root / "ampo"), f"run.seed={seed}"),
-                *(
-                    override("run.init_from", root / "bc" / "policy.nemo"),
-                    override("data.train", world / "rl_train.jsonl"),
-                    judge,
-                    *ampo,
-                ),
-            ),
-            root / "ampo" / "policy.nemo",
-            ranks,
-        ),
-        export("ampo"),
-        *(evaluate(name) for name in ("base", "bc", "ampo")),
+        all_of.world(),
+        all_of.tiny_checkpoint(all_of.hf("base")),
+        all_of.convert(all_of.hf("base")),
+        all_of.clone("tiny", all_of.rows("bc_train"), all_of.rows("bc_heldout"), *bc),
+        all_of.export("bc"),
+        all_of.train("tiny", override("data.train", all_of.rows("rl_train")), *ampo, ranks=ranks),
+        all_of.export("ampo"),
+        *(all_of.evaluate(name, "tiny", all_of.rows("rl_heldout")) for name in POLICIES),
     ]
 
 
@@ -115,8 +50,7 @@ def finish(root: Path) -> None:
     from nemo_ampo.report.training.page import write_report
     from nemo_ampo.report.training.tables import evaluation_table
 
-    names = ("base", "bc", "ampo")
-    show(evaluation_table([read_evaluation(root / "evaluate" / f"{name}.json") for name in names]), columns=80)
+    show(evaluation_table([read_evaluation(root / "evaluate" / f"{name}.json") for name in POLICIES]), columns=80)
     print(f"report: {write_report(root)}")
 
 

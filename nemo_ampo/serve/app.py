@@ -31,8 +31,6 @@ from nemo_ampo.serve.capabilities import CAPABILITIES, MODE_BIAS
 from nemo_ampo.text import one_line
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from nemo_ampo.serve.engine import Generated, ServingEngine
 
 T = TypeVar("T")
@@ -269,7 +267,7 @@ def _what_is_wrong(error: ValidationError) -> tuple[str, str]:
     something else wrong than the kind.
     """
 
-    def places(one: ErrorDetails) -> list[str]:
+    def places(one: Any) -> list[str]:
         # pydantic also names the kind that was tried, such as list[...]: no part of the request
         return [str(place) for place in one["loc"] if not re.search(r"[-\[]", str(place))] or ["body"]
 

@@ -12,17 +12,9 @@ import yaml
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
+from recipes.batch_recipe import DataFiles, read_recipe
 from recipes.quickstart import stages as quickstart_stages
-from recipes.slurm import (
-    DataFiles,
-    RolloutLimits,
-    bytes_to_come,
-    check_stage_configs,
-    main,
-    own_rollout_server,
-    read_recipe,
-    stages,
-)
+from recipes.slurm import RolloutLimits, bytes_to_come, check_stage_configs, main, own_rollout_server, stages
 
 TINY = CONFIGS / "pipeline" / "tiny.yaml"
 URL = "http://judge:1/v1"

@@ -14,7 +14,7 @@ import torch
 from nemo_ampo.algo.advantage import ampo_advantage, ampo_with_report, grpo_advantage
 from nemo_ampo.commands.cli import COMMANDS
 from nemo_ampo.config.stages import STAGES
-from recipes.slurm import PipelineConfig
+from recipes.batch_recipe import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
