@@ -130,11 +130,18 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
     with hold_output(whole, "run.name"):
         settings = protocol(config, system, stop_token_ids(folder, tokenizer)) | {"judge": judged_by}
         cure = f"give another run.name, or remove {own} to evaluate anew"
+        kept = own / "answers.jsonl"
         hold = functools.partial(
-            keep_protocol, own / "protocol.json", settings, "run.name", parts=("generate", "reward", "judge"), cure=cure
+            keep_protocol,
+            own / "protocol.json",
+            settings,
+            "run.name",
+            parts=("generate", "reward", "judge"),
+            cure=cure,
+            results=kept,
         )
         hold(write=False)
-        answers = AnswerFile(own / "answers.jsonl", [question.turn.row_id for question in asked])
+        answers = AnswerFile(kept, [question.turn.row_id for question in asked])
         unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device, begin=hold)
         scored = [
             _score(

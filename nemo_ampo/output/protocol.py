@@ -38,6 +38,7 @@ def keep_protocol(
     growing: Sequence[str] = (),
     parts: Sequence[str] = (),
     cure: str = "",
+    results: Path | None = None,
     write: bool = True,
 ) -> None:
     """Write down what new results are made with; hold old ones to it.
@@ -49,14 +50,17 @@ def keep_protocol(
         growing: keys that may change from start to start.
         parts: keys whose values are compared key by key.
         cure: what to do instead, for the message.
+        results: where they are, if they must not be there without a protocol.
         write: False only compares.
 
     Raises:
         ConfigError: the results were made with another protocol; names each key that differs. A key that the file lacks
-            cannot be compared: an older version wrote it.
+            cannot be compared: an older version wrote it. Or there are results and nothing says what they were made with.
         DataError: the file is unreadable.
     """
     old = read_protocol(path)
+    if not old and results is not None and results.exists():
+        raise ConfigError(f"{key}: {results} is there, but nothing in {path} says what it was made with; {cure}")
     new: dict[str, Any] = json.loads(json.dumps(protocol))
     differing = _differences(old or {}, new, growing, parts)
     if differing:

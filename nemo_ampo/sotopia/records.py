@@ -30,7 +30,7 @@ from typing import Any
 
 from nemo_ampo.dialogue.records import Episode, EpisodeKey, Termination, Turn
 from nemo_ampo.dialogue.scenarios import SEATS
-from nemo_ampo.errors import ConfigError, DataError, UserError
+from nemo_ampo.errors import DataError, UserError
 from nemo_ampo.files import disk_errors, sealed, strict_json, unsealed
 from nemo_ampo.output.lock import hold_run
 from nemo_ampo.output.protocol import keep_protocol, read_protocol
@@ -179,10 +179,10 @@ class EpisodeStore:
             ConfigError: the folder's records were made with another protocol; names each key that differs.
         """
         path = self.folder / name
-        if name == PROTOCOL_FILE and not path.exists() and (self.folder / EPISODES_FOLDER).exists():
-            raise ConfigError(f"run.dir: {self.folder} holds episodes but no {name}; take another folder")
-        cure = "give another run.dir" if name == PROTOCOL_FILE else "give another judge.name"
-        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=SPEAKERS, cure=cure, write=write)
+        cure, results = "give another judge.name", None
+        if name == PROTOCOL_FILE:
+            cure, results = "give another run.dir", self.folder / EPISODES_FOLDER
+        keep_protocol(path, protocol, "run.dir", growing=GROWING, parts=SPEAKERS, cure=cure, results=results, write=write)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

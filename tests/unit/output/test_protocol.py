@@ -42,3 +42,16 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"p\.json: "):
         keep_protocol(path, {"a": 1}, "k")
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_results_that_nothing_speaks_for_are_refused(tmp_path: Path, content: str | None) -> None:
+    path, results = tmp_path / "protocol.json", tmp_path / "answers.jsonl"
+    keep_protocol(path, {"seed": 1}, "run.name", results=results)
+    results.write_text("one\n")
+    keep_protocol(path, {"seed": 1}, "run.name", results=results)
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.name: .*answers\.jsonl is there, but nothing in .*protocol"):
+        keep_protocol(path, {"seed": 2}, "run.name", results=results)

@@ -148,7 +148,10 @@ def test_the_protocol_is_kept_and_held_to(store):
 
 def test_episodes_without_a_protocol_are_not_touched(store):
     filled(store, key())
-    with pytest.raises(ConfigError, match="holds episodes but no protocol"):
+    with pytest.raises(
+        ConfigError,
+        match=r"episodes is there, but nothing in .*; give another run\.dir",
+    ):
         store.keep_protocol({"view": "sotopia"})
 
 
