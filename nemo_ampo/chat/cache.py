@@ -1,7 +1,7 @@
 """Every reply on disk, found again by what was asked: free repetition, and replay of a whole run.
 
 One SQLite file, written by any number of processes of one machine at a time. The key is a hash of the question
-(:meth:`nemo_ampo.chat.client.Question.key`), which holds model, messages, sampling parameters and the number of the
+(:meth:`nemo_ampo.chat.question.Question.key`), which holds model, messages, sampling parameters and the number of the
 attempt, but not the address. The first reply to a question stays; who asked the same at the same time gets that one
 too, so that a recorded run and its replay see equal verdicts. A question that failed for good is recorded as failed:
 a replay fails there again, a later run asks again.

@@ -9,7 +9,6 @@ read is asked for again at the next temperature of a schedule, the first time wi
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -35,6 +34,7 @@ from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
+from nemo_ampo.chat.question import CHARS_PER_TOKEN, Message, Question
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import TRANSIENT_STATUSES, Transport
 from nemo_ampo.errors import BudgetError, ChatError, ConfigError, DiskError, UserError
@@ -45,11 +45,6 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Message = dict[str, str]
-"""``{"role": ..., "content": ...}``"""
-
-CHARS_PER_TOKEN = 4
-"""To guess a prompt's tokens before the endpoint has counted them."""
 
 _SCHEMA_REFUSED = (400, 422, 501)
 _PROBE: list[Message] = [{"role": "user", "content": 'Answer with this JSON object: {"answer": "yes"}'}]
@@ -75,47 +70,6 @@ class Asked(Generic[T]):
     value: T
     completion: Completion
     tries: int
-
-
-@dataclass(frozen=True)
-class Question:
-    """Everything a reply depends on; ``attempt`` tells repetitions of the same words apart."""
-
-    model: str
-    messages: tuple[Message, ...]
-    temperature: float
-    max_tokens: int
-    seed: int | None = None
-    schema: Mapping[str, Any] | None = None
-    stop: tuple[str, ...] | None = None
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
-    attempt: int = 0
-
-    def payload(self, model: str, structured: bool) -> dict[str, Any]:
-        """The request's body. A field of ``extra_body`` wins; one that is null is left out."""
-        body: dict[str, Any] = {
-            "model": model,
-            "messages": list(self.messages),
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-            "stop": list(self.stop) if self.stop else None,
-            "response_format": None,
-        }
-        if structured and self.schema is not None:
-            schema = {"name": "reply", "schema": dict(self.schema), "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return {key: value for key, value in (body | dict(self.extra_body)).items() if value is not None}
-
-    @property
-    def key(self) -> str:
-        """Hash of everything above: equal questions have equal keys."""
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode("ascii")).hexdigest()
-
-    @property
-    def prompt_tokens(self) -> int:
-        """A guess."""
-        return math.ceil(sum(len(message["content"]) for message in self.messages) / CHARS_PER_TOKEN)
 
 
 class ChatClient:

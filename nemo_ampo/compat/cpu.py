@@ -23,6 +23,7 @@ import torch
 
 from nemo_ampo.compat.common import stub_module
 from nemo_ampo.compat.registry import Table
+from nemo_ampo.compat.stream import InertStream
 
 device = torch.device("cpu")
 """Where the frameworks' tensors go instead of to a GPU: here, unless a rehearsal puts one without memory in its place."""
@@ -54,32 +55,6 @@ def _no_collections() -> Iterator[None]:
 
 
 # --- torch -------------------------------------------------------------------------------------------------------
-
-
-class _InertStream:
-    """Stands for a CUDA stream or event where there is nothing to order."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __enter__(self) -> _InertStream:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        return None
-
-    def synchronize(self) -> None: ...
-
-    def wait_stream(self, other: object) -> None: ...
-
-    def wait_event(self, event: object) -> None: ...
-
-    def record(self, *args: object) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: object) -> float:
-        return 0.0
 
 
 @TORCH.add("torch.cuda.current_device", "torch 2.13", "used as `device=` everywhere; raises without a driver")
@@ -114,8 +89,8 @@ def _cuda_tensor_types() -> None:
 
 @TORCH.add("torch.cuda streams", "torch 2.13", "Megatron's DDP builds side streams unconditionally")
 def _cuda_streams() -> None:
-    torch.cuda.Stream = torch.cuda.Event = _InertStream  # type: ignore[assignment, misc]
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _InertStream()  # type: ignore
+    torch.cuda.Stream = torch.cuda.Event = InertStream  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: InertStream()  # type: ignore
     torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from nemo_ampo.chat.client import CHARS_PER_TOKEN
+from nemo_ampo.chat.question import CHARS_PER_TOKEN
 from nemo_ampo.errors import DataError
 from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
