@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -59,6 +60,10 @@ def wait_for_end(cluster: Cluster, job: str, seconds: float = 300) -> str:
     return cluster.state(job)
 
 
+class Started(Exception):  # noqa: N818 - no error of anybody
+    """A job that was to be changed has begun."""
+
+
 class Story:
     """One job whose attempts end in different ways."""
 
@@ -76,8 +81,10 @@ class Story:
     def release(self, restarts: int, *changes: str, now: bool = True) -> None:
         """Wait until the job is back in the queue, then let it start, now or after Slurm's own two minutes."""
         self.wait(lambda: self.restarts() == restarts and self.cluster.state(self.job) == "PENDING", "the requeue")
+        self.update(*changes)
         if now:
-            self.update("StartTime=now", *changes)
+            with contextlib.suppress(Started):
+                self.update("StartTime=now")
         self.wait(lambda: self.cluster.state(self.job) == "RUNNING", "the restart", 300)
 
     def shorten(self) -> None:
@@ -86,9 +93,16 @@ class Story:
         self.update(f"TimeLimit={int(minutes) + 2}")
 
     def update(self, *changes: str) -> None:
-        """Of every component of the job, as an operator would."""
-        for component in self.cluster.check("squeue", "--noheader", "--format=%A").split():
-            self.cluster.check("scontrol", "update", f"JobId={component}", *changes)
+        """Of every component of the job, as an operator would.
+
+        Raises:
+            Started: a change that only a waiting job takes came when all of it ran already.
+        """
+        for component in self.cluster.check("squeue", "--noheader", "--format=%A").split() if changes else ():
+            try:
+                self.cluster.check("scontrol", "update", f"JobId={component}", *changes)
+            except AssertionError as error:
+                raise Started if "no longer pending" in str(error) else error from None
 
     def until_trained(self, steps: int) -> None:
         self.wait(lambda: self.trained() >= steps, f"{steps} steps", 240)
