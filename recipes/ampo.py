@@ -17,7 +17,7 @@ from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model
 from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
-from nemo_ampo.run.trackers import check_trackers, open_trackers
+from nemo_ampo.run.trackers import check_trackers
 from nemo_ampo.run.watchdog import watch_ranks
 from nemo_ampo.step import Parts
 from nemo_ampo.types import DialogueTurn, Prompt
@@ -144,13 +144,9 @@ def make_trainer(
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout import EngineSetup, make_engine
     from nemo_ampo.rollout.probe import Probe
-    from nemo_ampo.run.runlog import RunLog
     from nemo_ampo.training.trainer import AmpoTrainer
 
     run_dir, ranks, resumed, probe = Path(config.run.dir), MegatronRanks(), session.resumed, config.rollout.probe
-    trackers = (
-        open_trackers(config.run, "ampo", resumed.counters["step"] if resumed else 0, resolved) if ranks.is_main else []
-    )
     engine = make_engine(
         EngineSetup(
             model=session.model,
@@ -179,13 +175,7 @@ def make_trainer(
             gpus=gpus,
             probe=Probe(fixed, probe.new_tokens, probe.max_gap, start.stop_token_ids, start.pad_id),
         ),
-        run_log=RunLog(
-            run_dir,
-            ranks.is_main,
-            resumed.logs if resumed else None,
-            resumed.log_hashes if resumed else None,
-            trackers,
-        ),
+        run_log=start.open_log("ampo", resumed, ranks.is_main, resolved),
         log_rollouts=config.run.log_rollouts,
         second=SecondJudge(judge, config.judge.second, config.run.seed) if config.judge.second else None,
         cfg=cfg.trainer.reinforce,

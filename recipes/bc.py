@@ -17,7 +17,7 @@ from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps, positions
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
-from nemo_ampo.run.trackers import check_trackers, open_trackers
+from nemo_ampo.run.trackers import check_trackers
 from nemo_ampo.run.watchdog import watch_ranks
 from recipes.launch import main, world_size
 from recipes.start import read_start
@@ -61,7 +61,6 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.checkpoint.nemo_writing import save_nemo
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout.megatron import MegatronEngine
-    from nemo_ampo.run.runlog import RunLog
     from nemo_ampo.training.bc_model import BcModel
     from nemo_ampo.training.bc_trainer import BcParts, BcTrainer
     from nemo_ampo.training.session import Keep, open_session
@@ -74,7 +73,6 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     start.record(system_prompt_of(rows), resolved, hashes)
     if train.dropped and ranks.is_main:
         print(f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}", file=sys.stderr)
-    trackers = open_trackers(config.run, "bc", resumed.counters["step"] if resumed else 0, resolved) if ranks.is_main else []
     trainer = BcTrainer(
         parts=BcParts(
             train=train.examples,
@@ -82,13 +80,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
             tokenizer=start.tokenizer,
             engine=MegatronEngine(session.model, int(cfg.model.data.validation_ds.global_batch_size)),
             ranks=ranks,
-            run_log=RunLog(
-                run_dir,
-                ranks.is_main,
-                resumed.logs if resumed else None,
-                resumed.log_hashes if resumed else None,
-                trackers,
-            ),
+            run_log=start.open_log("bc", resumed, ranks.is_main, resolved),
             data=data,
             stop_token_ids=start.stop_token_ids,
             pad_id=start.pad_id,

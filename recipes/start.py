@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,6 +14,10 @@ from nemo_ampo.model_folder.facts import ModelFacts
 from nemo_ampo.run.clock import Gpus
 from nemo_ampo.run.config import RunConfig
 from recipes.launch import world_size
+
+if TYPE_CHECKING:
+    from nemo_ampo.checkpoint.saving import Resumed
+    from nemo_ampo.run.runlog import RunLog
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class Start:
         from nemo_ampo.job.plan import gpus_of_job
 
         return gpus_of_job(torch.cuda.get_device_name(), world_size(), self.facts)
+
+    def open_log(self, stage: str, resumed: Resumed | None, is_main: bool, resolved: Any) -> RunLog:
+        """The run's log and its copies, where the run begins or goes on; of the main rank alone."""
+        from nemo_ampo.run.runlog import RunLog
+        from nemo_ampo.run.trackers import open_trackers
+
+        first_step = resumed.counters["step"] if resumed else 0
+        trackers = open_trackers(self.run, stage, first_step, resolved) if is_main else []
+        positions, hashes = (resumed.logs, resumed.log_hashes) if resumed else (None, None)
+        return RunLog(Path(self.run.dir), is_main, positions, hashes, trackers)
 
     def record(self, system: str | None, resolved: Any, data_hashes: Mapping[str, str]) -> None:
         """Leave in the run folder, from one rank, how the policy is prompted and what the run was started with.
