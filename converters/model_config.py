@@ -19,6 +19,7 @@ ARCHITECTURE_KEYS: tuple[str, ...] = (
     "num_query_groups",
     "kv_channels",
     "override_vocab_size",
+    "hf_vocab_size",
     "share_embeddings_and_output_weights",
     "normalization",
     "layernorm_epsilon",
@@ -74,6 +75,7 @@ def architecture(facts: ModelFacts) -> dict[str, Any]:
         # than its tokenizer has tokens, and a padding that depends on the tensor-parallel size would tie the
         # file to that size.
         "override_vocab_size": facts.padded_vocab,
+        "hf_vocab_size": facts.vocab,
         "share_embeddings_and_output_weights": facts.tied,
         "normalization": "rmsnorm",
         "layernorm_epsilon": facts.norm_eps,
@@ -107,7 +109,6 @@ def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
         "encoder_seq_length": facts.max_positions,
         "max_position_embeddings": facts.max_positions,
         "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
-        "hf_vocab_size": facts.vocab,
         "transformer_block_type": "pre_ln",
         "init_method_std": facts.init_std,
         "use_scaled_init_method": True,
@@ -156,13 +157,12 @@ def first_difference(stored: Mapping[str, Any], facts: ModelFacts) -> tuple[str,
     return None
 
 
-def check_architecture(nemo_path: Path | str, assets: Path, recipe: Mapping[str, Any] | None = None) -> None:
+def check_architecture(nemo_path: Path | str, assets: Path) -> None:
     """NeMo would compute what the config.json in the file says, which is what an export is computed by.
 
     Args:
         nemo_path: checkpoint.
         assets: its unpacked Hugging Face files.
-        recipe: what a stage lays over the checkpoint's config.
 
     Raises:
         UserError: naming the key, and what to do about it.
@@ -175,7 +175,3 @@ def check_architecture(nemo_path: Path | str, assets: Path, recipe: Mapping[str,
             f"{nemo_path}: model_config.yaml has {key}={found}, the config.json packed with it asks for {expected}; convert "
             "the Hugging Face folder again and start from that"
         )
-    laid_over = {key: (recipe or {}).get(key, stored.get(key)) for key in ARCHITECTURE_KEYS}
-    if wrong := first_difference(laid_over, facts):
-        key, found, expected = wrong
-        raise UserError(f"model.{key}={found}: the weights of {nemo_path} were made for {expected}; leave the key out")

@@ -92,7 +92,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     from nemo_ampo.rollout import require_engine_room
 
     run_dir = Path(config.run.dir)
-    start = read_start(config.run, cfg, lambda model: check_model(config, cfg, model))
+    start = read_start(config.run, lambda model: check_model(config, cfg, model))
     if config.rollout.engine == "trtllm":
         require_engine_room(config.rollout.trtllm, parameters_of(start.facts), cfg.model.tensor_model_parallel_size)
     system = system_prompt(start.assets, config.data.system_prompt)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps, positions
+from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers
@@ -42,13 +42,13 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     from nemo_ampo.generate.overlap import check_no_overlap
 
     run_dir, data = Path(config.run.dir), config.data
-    start = read_start(config.run, cfg, lambda model: check_model(config, cfg, model))
+    start = read_start(config.run, lambda model: check_model(config, cfg, model))
     rows = read_bc_rows(data.train)
     if not data.allow_evaluation_scenarios:
         check_no_overlap(data.train)
     train = encode_bc_rows(rows, start.tokenizer, data.max_tokens, data.on_too_long.value)
     heldout = encode_bc_rows(read_bc_rows(data.heldout), start.tokenizer, data.max_tokens, data.on_too_long.value)
-    check_lengths(config, cfg, positions(cfg, start.model), train.examples, heldout.examples)
+    check_lengths(config, cfg, int(start.model["max_position_embeddings"]), train.examples, heldout.examples)
     check_steps(cfg, len(train.examples) // cfg.model.global_batch_size)
 
     hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
@@ -101,7 +101,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
 def check_lengths(
     config: BcConfig, cfg: DictConfig, most: int, train: Sequence[BcExample], heldout: Sequence[BcExample]
 ) -> None:
-    """Do the rows fit the model's positions, and are there enough for a batch?
+    """Do the rows fit the model's and are there enough for a batch?
 
     Raises:
         ConfigError: naming the key and the value that fits.

@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.data.chat import encode_prompt
 
     split = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    start = read_start(config.run, cfg, lambda model: check_parallel_layout(model, *split))
+    start = read_start(config.run, lambda model: check_parallel_layout(model, *split))
     prompts = tuple(tuple(encode_prompt([{"role": "user", "content": q}], start.tokenizer)) for q in QUESTIONS)
     start.load_frameworks(cfg)
 

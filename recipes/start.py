@@ -100,12 +100,11 @@ class Start:
         on_rank_zero(write, run_dir)
 
 
-def read_start(run: RunConfig, cfg: DictConfig, check: Callable[[dict[str, Any]], None]) -> Start:
+def read_start(run: RunConfig, check: Callable[[dict[str, Any]], None]) -> Start:
     """Look through ``run.init_from``.
 
     Args:
         run: the stage's section.
-        cfg: the whole composed config.
         check: raises ConfigError when the stage cannot work with a model of this config of NeMo's.
 
     Raises:
@@ -116,15 +115,14 @@ def read_start(run: RunConfig, cfg: DictConfig, check: Callable[[dict[str, Any]]
     from nemo_ampo.data.chat import check_tokenizer
     from nemo_ampo.model_folder.facts import read_facts
     from nemo_ampo.model_folder.loading import load_tokenizer
-    from nemo_ampo.model_folder.policy_files import check_vocabulary, stop_token_ids
+    from nemo_ampo.model_folder.policy_files import stop_token_ids
 
     model = read_model_config(run.init_from)
     check(model)
     assets = unpack_assets(run.init_from, Path(run.dir) / "hf_assets")
-    check_architecture(run.init_from, assets, cfg.model)
+    check_architecture(run.init_from, assets)
     tokenizer = load_tokenizer(assets)
     check_tokenizer(tokenizer)
-    check_vocabulary(tokenizer, model)
     return Start(
         run=run,
         model=model,

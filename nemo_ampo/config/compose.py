@@ -13,15 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from nemo_ampo.config.nemo_keys import OPTIONAL
-from nemo_ampo.config.reading import default_keys, fill_preset
+from nemo_ampo.config.reading import NEMO_SECTIONS, default_keys, fill_preset
 from nemo_ampo.config.stages import STAGES
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import shipped
 from nemo_ampo.overrides import as_typed, override
-
-CLOSED_SECTIONS = ("trainer", "trainer.sft", "trainer.reinforce", "exp_manager", "model.reinforce", "model.optim")
-"""Sections of NeMo's in which a misspelt key would silently leave the value of ``base.yaml`` in force. What else ``model``
-may hold decides the checkpoint, see :func:`~nemo_ampo.config.stages.check_model`."""
 
 CONFIGS = shipped("configs")
 
@@ -89,16 +85,22 @@ def _first_line(error: Exception) -> str:
 
 
 def _refuse_unknown_keys(cfg: DictConfig, base: Any) -> None:
-    """Hold the closed sections to the keys of ``base.yaml`` and those that may be added.
+    """Hold NeMo's sections to the keys of ``base.yaml`` and those that may be added.
+
+    What else NeMo's ``model`` may hold, the checkpoint decides.
 
     Raises:
         ConfigError: naming the key and the one that may be meant.
     """
-    for section in CLOSED_SECTIONS:
+    pending = [section for section in NEMO_SECTIONS if section in base]
+    for section in pending:
         added = [key.removeprefix(f"{section}.").partition(".")[0] for key in OPTIONAL if key.startswith(f"{section}.")]
-        known = list(dict.fromkeys([*(OmegaConf.select(base, section) or {}), *added]))
+        ours = OmegaConf.select(base, section)
+        known = list(dict.fromkeys([*ours, *added]))
         for key in OmegaConf.select(cfg, section) or {}:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                raise ConfigError(f"{section}.{key}: no such key; {hint}")
+                whose = "; what the model is, its checkpoint says" if section == "model" else ""
+                raise ConfigError(f"{section}.{key}: no such key; {hint}{whose}")
+        pending += [f"{section}.{key}" for key in ours if isinstance(ours._get_node(key), DictConfig) and len(ours[key])]

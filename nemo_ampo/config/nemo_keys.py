@@ -5,7 +5,6 @@ What NeMo, Lightning or Megatron would refuse after the model is loaded, or neve
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -222,9 +221,19 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 """NeMo's learning-rate schedules that need nothing but these keys of ``model.optim.sched``."""
 _DECAYS_AFTER_HOLD = ("PolynomialHoldDecayAnnealing",)
 
+GPU_FUSIONS = (
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_add_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+)
+"""Keys of ``model`` that need compiled extensions and change nothing but the speed."""
 OPTIONAL: dict[str, Rule | SameAs] = {
     "trainer.deterministic": _FLAG,
     "trainer.benchmark": _FLAG,
+    **{f"model.{key}": _FLAG for key in GPU_FUSIONS},
     "model.optim.eps": _POSITIVE,
     "model.optim.overlap_grad_sync": _FLAG,
     "model.optim.overlap_param_sync": _FLAG,
@@ -246,26 +255,6 @@ OPTIONAL: dict[str, Rule | SameAs] = {
     },
 }
 """Keys that may be missing or be added."""
-
-
-def check_added(cfg: DictConfig, stage: str, stored: Mapping[str, Any]) -> None:
-    """What else stands in ``model`` must be a key of the checkpoint: NeMo never reads others, or reads what was not tested.
-
-    Args:
-        cfg: composed config.
-        stage: ``bc`` or ``ampo``.
-        stored: NeMo model config of the checkpoint.
-
-    Raises:
-        ConfigError: naming the key and the one that may be meant.
-    """
-    known = {*NEMO[stage], *OPTIONAL, *(key for key, _ in _leaves("model", stored))}
-    for key, _ in _flat(cfg, "model"):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(
-                f"{key}: neither this stage nor the checkpoint has such a key{f'; did you mean {near[0]}?' if near else ''}"
-            )
 
 
 def check_nemo(cfg: DictConfig, stage: str) -> None:

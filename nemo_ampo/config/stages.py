@@ -17,7 +17,7 @@ from nemo_ampo.algo.algorithm import AggregateOver, AlgorithmConfig, JudgeFailur
 from nemo_ampo.algo.guard import GuardConfig
 from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.checkpoint.config import CheckpointConfig
-from nemo_ampo.config.nemo_keys import check_added, check_nemo, check_schedule
+from nemo_ampo.config.nemo_keys import GPU_FUSIONS, check_nemo, check_schedule
 from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
@@ -232,6 +232,9 @@ def check_device(nemo: DictConfig, device: str) -> None:
         )
     if device == "cpu" and nemo.model.sequence_parallel:
         raise ConfigError("model.sequence_parallel: needs Transformer Engine's layers, which a CPU has not; set it to false")
+    for key in GPU_FUSIONS:
+        if device == "cpu" and nemo.model.get(key):
+            raise ConfigError(f"model.{key}: needs extensions compiled for a GPU; leave it out on a CPU")
 
 
 def check_steps(nemo: DictConfig, steps_per_epoch: int | None) -> None:
@@ -327,7 +330,6 @@ def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str
     Raises:
         ConfigError: naming the key.
     """
-    check_added(nemo, "ampo" if isinstance(config, AmpoConfig) else "bc", model)
     check_parallel_layout(model, nemo.model.tensor_model_parallel_size, nemo.model.pipeline_model_parallel_size)
     layers = int(model["num_layers"]) // nemo.model.pipeline_model_parallel_size
     recomputed = nemo.model.activations_checkpoint_num_layers
@@ -337,16 +339,11 @@ def check_model(config: BcConfig | AmpoConfig, nemo: DictConfig, model: dict[str
         )
     if isinstance(config, AmpoConfig):
         longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-        most = positions(nemo, model)
+        most = int(model["max_position_embeddings"])
         if longest > most:
             raise ConfigError(
                 f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's {most} positions"
             )
-
-
-def positions(nemo: DictConfig, model: dict[str, Any]) -> int:
-    """Tokens that a sequence may have, given the composed config and the checkpoint's."""
-    return int(nemo.model.get("max_position_embeddings", model["max_position_embeddings"]))
 
 
 def check_start(path: str) -> None:

@@ -125,11 +125,12 @@ def _compiled(source: str) -> Template:
 
     usual: Any = _compile_jinja_template("").environment
     bounded: Any = usual.overlay(optimized=False)  # what is worked out while compiling is not bounded
-    bounded.intercepted_binops = frozenset(("+", "*", "**"))
-    bounded.binop_table = usual.binop_table | {"+": _sum, "*": _product, "**": _power}
+    bounded.intercepted_binops = frozenset(("+", "*", "**", "%"))
+    bounded.binop_table = usual.binop_table | {"+": _sum, "*": _product, "**": _power, "%": _remainder}
     bounded.concat, bounded.code_generator_class = _joined, _joining_generator()
     bounded.call = _bounded(bounded.call)
     bounded.filters = {name: _bounded(use) for name, use in usual.filters.items() if name != "random"}
+    bounded.filters["format"] = _bounded(_formatted)
     bounded.globals = {name: value for name, value in usual.globals.items() if name != "lipsum"}
     bounded.globals["strftime_now"] = _PROMPT_DAY.strftime
     return bounded.from_string(source)
@@ -157,6 +158,8 @@ def _bounded(use: Callable[..., Any]) -> Callable[..., Any]:
     def within_bounds(*given: Any, **named: Any) -> Any:
         if any(isinstance(value, int) and abs(value) > _most.get() for value in (*given, *named.values())):
             raise _EndlessError("asks for text without bound")
+        for value in given:
+            _check_widths(getattr(value, "__self__", None) if callable(value) else None)
         result = use(*given, **named)
         _check_size(_length(result))
         return result
@@ -178,6 +181,21 @@ def _length(value: Any) -> int:
 def _check_size(size: int) -> None:
     if size > _most.get():
         raise _EndlessError("makes text without bound")
+
+
+def _check_widths(form: Any) -> None:
+    """Text that says how wide what is put into it shall be."""
+    if isinstance(form, str) and re.search(r"[0-9]{8}", form):
+        raise _EndlessError("asks for text without bound")
+
+
+def _formatted(form: str, *given: Any, **named: Any) -> str:
+    return str(_remainder(str(form), named or given))
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    _check_widths(left)
+    return left % right
 
 
 def _sum(left: Any, right: Any) -> Any:

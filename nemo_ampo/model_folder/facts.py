@@ -342,6 +342,11 @@ def _rope(keys: _Keys) -> tuple[float, Llama3Scaling | None]:
 
 def _of_all_layers(keys: _Keys, table: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 may write the parameters once per kind of layer; these families have one kind."""
+    for name, value in table.items():
+        if value is None:
+            keys.fail(
+                f"rope_parameters.{one_line(name, 60)}=null: expected a value; readers differ in what they make of none"
+            )
     nested = {name: value for name, value in table.items() if isinstance(value, dict)}
     if not nested:
         return table

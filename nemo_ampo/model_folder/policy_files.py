@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +92,6 @@ def _ids(value: Any, path: Path) -> list[int]:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < limit:
             raise UserError(f"{path}: eos_token_id={one_line(repr(i), 60)} is no token id of the model")
     return list(dict.fromkeys(ids))
-
-
-def check_vocabulary(tokenizer: Any, model: Mapping[str, Any]) -> None:
-    """The checkpoint must have a row for every token.
-
-    Raises:
-        UserError: with both sizes.
-    """
-    rows = model.get("hf_vocab_size")
-    if rows is not None and len(tokenizer) > int(rows):
-        raise UserError(
-            f"tokenizer has {len(tokenizer)} tokens, the checkpoint's embedding only {rows} rows (run.init_from)"
-        )
 
 
 def policy_hash(folder: Path) -> str:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from converters.model_config import ARCHITECTURE_KEYS
 from nemo_ampo.config.compose import CONFIGS, compose
+from nemo_ampo.config.nemo_keys import GPU_FUSIONS
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate
 from nemo_ampo.errors import ConfigError
@@ -114,6 +116,21 @@ def test_only_a_key_that_something_reads_can_be_added() -> None:
     for key in ("model.optim.amsgrad", "trainer.strategy", "trainer.reinforce.foo", "exp_manager.create_mlflow_logger"):
         with pytest.raises(ConfigError, match=f"{key}: no such key"):
             compose("ampo", "tiny", [f"+{key}=true"])
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+@pytest.mark.parametrize("key", [*ARCHITECTURE_KEYS, "max_position_embeddings", "hidden_dropout"])
+def test_what_the_model_is_its_checkpoint_says(stage: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.{key}: no such key; .*; what the model is, its checkpoint says"):
+        compose(stage, "tiny", [f"+model.{key}=1"])
+
+
+@pytest.mark.parametrize("stage", ["bc", "ampo"])
+def test_a_fusion_for_gpus_is_refused_on_a_cpu(stage: str, tmp_path: Path) -> None:
+    for key in GPU_FUSIONS:
+        check(stage, tmp_path, f"+model.{key}=true", "run.device=auto")
+        with pytest.raises(ConfigError, match=rf"^model\.{key}: needs extensions compiled for a GPU"):
+            check(stage, tmp_path, f"+model.{key}=true")
 
 
 def test_a_key_of_a_list_is_named_with_its_section(tmp_path: Path) -> None:

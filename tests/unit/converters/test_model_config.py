@@ -123,12 +123,3 @@ def test_a_file_that_was_converted_from_a_misread_config_is_refused_with_the_cur
     nemo, assets = packed(tmp_path, nemo_config(facts_of(misread), tmp_path), config)
     with pytest.raises(UserError, match=r"policy.nemo: model_config.yaml has rotary_base=10000.* convert .* again"):
         check_architecture(nemo, assets)
-
-
-@pytest.mark.parametrize("key", ARCHITECTURE_KEYS)
-def test_a_recipe_changes_no_key_that_decides_what_the_weights_compute(tmp_path: Path, key: str) -> None:
-    config = written("llama")
-    nemo, assets = packed(tmp_path, nemo_config(facts_of(config), tmp_path), config)
-    check_architecture(nemo, assets, {"micro_batch_size": 4, "rotary_base": 500000})
-    with pytest.raises(UserError, match=rf"^model\.{key}=77: .* leave the key out"):
-        check_architecture(nemo, assets, {key: 77})

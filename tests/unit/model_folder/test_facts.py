@@ -59,6 +59,8 @@ def test_absent_keys_take_the_defaults_of_the_file_format() -> None:
         ({"rope_scaling": None}, r"rope_parameters=.*rope_scaling=None: these contradict"),
         ({"rope_scaling": LLAMA3_ROPE | {"factor": 2.0}}, "these contradict"),
         ({"torch_dtype": "float32"}, "torch_dtype='float32' contradicts dtype='bfloat16'"),
+        ({"rope_parameters": {"full_attention": None}}, r"rope_parameters\.full_attention=null: expected a value"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, r"rope_parameters\.rope_theta=null: expected"),
         ({"rope_parameters": LLAMA3_ROPE | {"type": "default"}}, "rope_type='llama3' contradicts type='default'"),
     ],
 )
