@@ -1,7 +1,7 @@
 """Peak memory of the loss over a large vocabulary, beside that of upstream's functions: ``python bench/loss_memory.py``.
 
 One rank's share of Qwen2.5's vocabulary at four tensor-parallel ranks, logits in bf16 as the model gives them. Bytes are
-those of torch's memory tracker; the logits themselves count on both sides.
+those of torch's memory tracker; the logits themselves count on both sides. All positions count here; of a prompt none do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def main() -> None:
         logprobs = from_parallel_logits_to_logprobs(vocab_parallel_logits=wide, target=tokens, higher_stability=True)
         return logprobs, entropy_from_logits(wide[:, :-1])
 
-    for name, function in (("upstream", upstream), ("here", lambda logits: next_token_logprobs(logits, tokens))):
+    mask = torch.ones(ROWS, POSITIONS - 1, dtype=torch.bool)
+
+    def here(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return next_token_logprobs(logits[:, :-1].flatten(0, 1), tokens, mask)
+
+    for name, function in (("upstream", upstream), ("here", here)):
         logits = torch.randn(ROWS, POSITIONS, VOCAB, dtype=torch.bfloat16).requires_grad_()
         tracker = MemTracker()
         tracker.track_external(logits)

@@ -62,7 +62,7 @@ class Judge:
 class Policy:
     """Its log-probabilities never change; a real one would learn from the batch."""
 
-    def logprobs(self, tokens_BT, lengths):
+    def logprobs(self, tokens_BT, mask_BT):
         return torch.full((len(tokens_BT), tokens_BT.size(1) - 1), -0.5)
 
     reference_logprobs = logprobs

@@ -1,4 +1,4 @@
-"""One AMPO step, in the paper's order: roll out, judge, score, advantage, log-probabilities, update.
+"""One AMPO step, in the paper's order: roll out, log-probabilities while the judge reads, score, advantage, update.
 
 This is the file to read first. It knows engines, judge and policy only by what they promise, so the same lines run on a
 laptop, on a cluster and in tests. Legend: B samples of this replica, T tokens, G responses per prompt (one *group*).
@@ -91,6 +91,11 @@ def ampo_step(
                 return roll_out(requests, turns, parts)
 
     responses, pending = by_all_or_none(draw, parts.ranks)
+    packed = pack(requests, responses, parts.pad_id)
+    with clock("logprobs"):  # the judge goes on reading
+        old_logprobs_BT = policy.logprobs(packed.tokens_BT, packed.mask_BT)
+    with clock("reference"):
+        ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT, packed.mask_BT)
     with clock("judge_wait"):
         verdicts, rounds = all_verdicts(pending, parts.ranks, parts.guard, stop)
     samples = [
@@ -98,11 +103,6 @@ def ampo_step(
         for turn, request, response, judged in zip(turns, requests, responses, verdicts, strict=True)
     ]
     everyone = without_small_groups(parts.ranks.gather(samples), parts)
-    packed = pack(requests, responses, parts.pad_id)
-    with clock("logprobs"):
-        old_logprobs_BT = policy.logprobs(packed.tokens_BT, packed.lengths)
-    with clock("reference"):
-        ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT, packed.lengths)
     penalties_B = parts.ranks.gather(kl_penalties(old_logprobs_BT, ref_logprobs_BT, packed.mask_BT, parts.algorithm))
     credit = assign_credit(everyone, penalties_B, parts.algorithm)
     mine = credit.share(parts.ranks)

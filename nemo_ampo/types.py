@@ -212,16 +212,16 @@ class TrainBatch:
 class Policy(Protocol):
     """The model being trained, as one step sees it."""
 
-    def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token under the current weights, [B, T-1].
 
         Args:
             tokens_BT: right-padded ids.
-            lengths: of the rows without padding; what is answered beyond them means nothing.
+            mask_BT: True at the tokens of ``tokens_BT[:, 1:]`` that are asked for; what is answered elsewhere means nothing.
         """
         ...
 
-    def reference_logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """The same under the frozen reference weights."""
         ...
 

@@ -84,7 +84,7 @@ def run(cfg: DictConfig) -> bool:
     limits = config.rollout.probe
     patient = Patient(
         engine=engine,
-        logprobs=lambda tokens_BT, lengths: session.model.get_inference_log_probs(tokens_BT.cuda(), lengths),
+        logprobs=lambda tokens_BT, mask_BT: session.model.get_inference_log_probs(tokens_BT.cuda(), mask_BT),
         parameters=lambda: parameters_of(session.model),
         probe=Probe(prompts, limits.new_tokens, limits.max_gap, start.stop_token_ids, start.pad_id),
         decode=start.tokenizer.decode,

@@ -13,7 +13,7 @@ from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algo.loss import Totals
 from nemo_ampo.megatron.micro_batches import MicroBatch, by_rows, by_tokens, needed_tokens
-from nemo_ampo.megatron.vocab_parallel import narrow_logits, next_token_logprobs
+from nemo_ampo.megatron.vocab_parallel import next_token_logits, next_token_logprobs
 
 
 @contextmanager
@@ -35,10 +35,9 @@ def split_of_update(model: Any, mask_BT: torch.Tensor) -> list[MicroBatch]:
         model: an Aligner model.
         mask_BT: tokens that count, [B, T-1], this replica's rows; equally many on every replica.
     """
-    budget = model.cfg.get("tokens_per_micro_batch")
+    budget, lengths = model.cfg.get("tokens_per_micro_batch"), needed_tokens(mask_BT)
     if not budget:
-        return by_rows(len(mask_BT), int(model.cfg.micro_batch_size), mask_BT.size(1) + 1)
-    lengths = needed_tokens(mask_BT)
+        return by_rows(lengths, int(model.cfg.micro_batch_size))
     count = torch.tensor(len(by_tokens(lengths, budget)), device=torch.cuda.current_device())
     torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
     return by_tokens(lengths, budget, int(count))
@@ -81,36 +80,36 @@ def accumulate(
 
 
 @torch.no_grad()
-def token_logprobs(model: Any, tokens_BT: torch.Tensor, split: Sequence[MicroBatch]) -> torch.Tensor:
-    """Log-probability of ``tokens_BT[:, 1:]``, each given all tokens before it.
+def token_logprobs(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, size: int) -> torch.Tensor:
+    """Log-probability of the tokens of the mask, each given all tokens before it.
 
     Args:
         model: an Aligner model (actor or SFT).
         tokens_BT: right-padded ids, equal on all ranks of the replica.
-        split: the rows of each pass.
+        mask_BT: [B, T-1], True at those of ``tokens_BT[:, 1:]`` that are asked for.
+        size: rows of a pass where no ``model.tokens_per_micro_batch`` decides them.
 
     Returns:
-        float32 [B, T-1] on every rank of the replica, 0 beyond the width of a row's micro-batch.
+        float32 [B, T-1] on every rank of the replica, 0 outside the mask.
     """
     set_sync_funcs(model, forward_only=True)
-    logprobs_BT = torch.zeros(len(tokens_BT), tokens_BT.size(1) - 1, device=torch.cuda.current_device())
+    budget, lengths = model.cfg.get("tokens_per_micro_batch"), needed_tokens(mask_BT)
+    logprobs_BT = torch.zeros(mask_BT.shape, device=torch.cuda.current_device())
     with inference_mode(model):
-        for part in split:
-            found = _logprobs_of(model, part.of({"tokens_BT": tokens_BT})["tokens_BT"])
+        for part in by_tokens(lengths, budget) if budget else by_rows(lengths, size):
+            found = _logprobs_of(model, **part.of({"tokens_BT": tokens_BT, "mask_BT": mask_BT}))
             logprobs_BT[list(part.rows), : found.size(1)] = found
     return logprobs_BT
 
 
-def _logprobs_of(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
+def _logprobs_of(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     def forward_step(data_iterator: Iterator[Any], module: Any) -> Any:
-        tokens = tokens_BT.cuda(non_blocking=True)
-        positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        logits = narrow_logits(module, tokens, positions, None)
+        tokens, mask = tokens_BT.cuda(non_blocking=True), mask_BT.cuda(non_blocking=True)
 
         def logprobs(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-            return next_token_logprobs(output, tokens, entropy=False)[0]
+            return next_token_logprobs(output, tokens, mask, entropy=False)[0]
 
-        return logits, logprobs
+        return next_token_logits(module, tokens, mask), logprobs
 
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,

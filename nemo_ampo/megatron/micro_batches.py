@@ -5,7 +5,7 @@ Legend: B rows, T positions of the whole batch, padding included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +32,15 @@ class MicroBatch:
         return {name: tensor[rows, : tensor.size(1) - whole + self.width] for name, tensor in batch.items()}
 
 
-def by_rows(rows: int, size: int, width: int) -> list[MicroBatch]:
-    """``size`` rows each in their order, the last with what is left, none cut."""
-    return [MicroBatch(tuple(range(begin, min(begin + size, rows))), width) for begin in range(0, rows, size)]
+def by_rows(lengths: Sequence[int], size: int) -> list[MicroBatch]:
+    """``size`` rows each in their order, the last with what is left, as wide as the longest of them.
+
+    Args:
+        lengths: tokens of each row without padding.
+        size: rows.
+    """
+    parts = [range(begin, min(begin + size, len(lengths))) for begin in range(0, len(lengths), size)]
+    return [MicroBatch(tuple(part), _width(lengths[row] for row in part)) for part in parts]
 
 
 def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[MicroBatch]:
@@ -47,7 +53,7 @@ def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[Mi
     """
 
     def width(part: Sequence[int]) -> int:
-        return -(-lengths[part[0]] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        return _width(lengths[row] for row in part)
 
     left = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     assert at_least <= len(left)
@@ -61,6 +67,10 @@ def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[Mi
         half = -(-len(parts[at]) // 2)
         parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
     return [MicroBatch(tuple(part), width(part)) for part in parts]
+
+
+def _width(lengths: Iterable[int]) -> int:
+    return -(-max(lengths) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def needed_tokens(mask_BT: torch.Tensor) -> list[int]:

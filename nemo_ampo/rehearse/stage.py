@@ -85,12 +85,11 @@ def ampo_passes(trainer: AmpoTrainer, rows: int, tokens: int, watch: Watch) -> P
         watch: counts.
     """
     passes = Passes({}, {})
-    tokens_BT, lengths = torch.full((rows, tokens), FIRST_TOKEN), [tokens] * rows
+    tokens_BT, mask_BT = torch.full((rows, tokens), FIRST_TOKEN), torch.ones(rows, tokens - 1, dtype=torch.bool)
     with watch.watched(passes, "log-probabilities"):
-        old_BT = trainer.logprobs(tokens_BT, lengths)
+        old_BT = trainer.logprobs(tokens_BT, mask_BT)
     with watch.watched(passes, "reference"):
-        reference_BT = trainer.reference_logprobs(tokens_BT, lengths)
-    mask_BT = torch.ones(rows, tokens - 1, dtype=torch.bool)
+        reference_BT = trainer.reference_logprobs(tokens_BT, mask_BT)
     batch = TrainBatch(tokens_BT, mask_BT, torch.ones(rows, tokens - 1), old_BT, reference_BT, old_BT)
     with watch.watched(passes, UPDATE):
         trainer.update(batch)

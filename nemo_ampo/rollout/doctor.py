@@ -101,7 +101,7 @@ def _greedy(name: str, patient: Patient) -> Finding:
 def _sampled(name: str, patient: Patient) -> Finding:
     requests = _requests(patient)
     packed = pack(requests, patient.engine.generate(requests, _spec(patient)), patient.probe.pad_id)
-    gap_BT = (packed.sampling_logprobs_BT - patient.logprobs(packed.tokens_BT, packed.lengths).float().cpu()).abs()
+    gap_BT = (packed.sampling_logprobs_BT - patient.logprobs(packed.tokens_BT, packed.mask_BT).float().cpu()).abs()
     worst = f"sampled tokens, largest {float(gap_BT[packed.mask_BT].max()):.2e}"
     return _gap(name, float(gap_BT[packed.mask_BT].mean()), patient.probe.max_gap, worst)
 

@@ -16,8 +16,8 @@ import torch
 from nemo_ampo.rollout.engine import Engine, EngineError, Request, Response, SamplingSpec, StaleWeightsError, SyncReport
 from nemo_ampo.rollout.packing import pack
 
-Logprobs = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-"""Tokens [B, T] and the rows' lengths to the trainer's log-probability of each next token, [B, T-1]."""
+Logprobs = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Tokens [B, T] and a mask [B, T-1] of next tokens to the trainer's log-probability of each of these, [B, T-1]."""
 
 
 class ProbeError(EngineError):
@@ -47,7 +47,7 @@ def probe_gap(engine: Engine, logprobs: Logprobs, probe: Probe) -> float:
     sampling = SamplingSpec(probe.new_tokens, probe.stop_token_ids, greedy=True)
     requests = [Request(i, prompt, 0) for i, prompt in enumerate(probe.prompts)]
     packed = pack(requests, engine.generate(requests, sampling), probe.pad_id)
-    gap_BT = (packed.sampling_logprobs_BT - logprobs(packed.tokens_BT, packed.lengths).float().cpu()).abs()
+    gap_BT = (packed.sampling_logprobs_BT - logprobs(packed.tokens_BT, packed.mask_BT).float().cpu()).abs()
     return float(gap_BT[packed.mask_BT].mean())
 
 

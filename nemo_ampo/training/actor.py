@@ -1,12 +1,12 @@
 """The AMPO policy: NeMo-Aligner's REINFORCE actor with our loss, reference policy and metrics. [nemo]
 
-Only what differs is overridden. The attention mask is None throughout: sequences are padded on the right, so causality
-alone keeps padding out. Legend: B sequences of a micro-batch, T positions, V vocabulary of this tensor-parallel rank.
+Only what differs is overridden. Legend: B sequences of a micro-batch, T positions, N tokens in the mask, V vocabulary of
+this tensor-parallel rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from nemo_ampo.algo.loss import (
     weighted_sum,
 )
 from nemo_ampo.megatron.forward import accumulate, split_of_update, token_logprobs, totals_of_job
-from nemo_ampo.megatron.micro_batches import by_rows, by_tokens
-from nemo_ampo.megatron.vocab_parallel import narrow_logits, next_token_logprobs
+from nemo_ampo.megatron.vocab_parallel import next_token_logits, next_token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
 """Sum over the micro-batches of a job, each token with its weight in the loss."""
@@ -39,24 +38,21 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
     algorithm: AlgorithmConfig
 
-    def get_inference_log_probs(self, response_tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    def get_inference_log_probs(self, response_tokens: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank.
 
         Args:
             response_tokens: right-padded ids [B, T].
-            lengths: of the rows without padding, beyond which the values mean nothing; None asks for all.
+            mask_BT: of the tokens that are asked for, [B, T-1]; 0 stands at the others. None asks for all.
         """
-        rows, width = response_tokens.shape
-        budget = self.cfg.get("tokens_per_micro_batch")
-        split = (
-            by_tokens(lengths or [width] * rows, budget) if budget else by_rows(rows, self.forward_micro_batch_size, width)
-        )
-        return token_logprobs(self, response_tokens, split)
+        if mask_BT is None:
+            mask_BT = torch.ones_like(response_tokens[:, 1:], dtype=torch.bool)
+        return token_logprobs(self, response_tokens, mask_BT, self.forward_micro_batch_size)
 
-    def get_init_policy_logprobs(self, response_tokens: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    def get_init_policy_logprobs(self, response_tokens: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The same under the weights that the stage started from."""
         with cpu_weight_swap(self, self.init_policy_state_dict, megatron_amp_O2=self.megatron_amp_O2):
-            return self.get_inference_log_probs(response_tokens, lengths)
+            return self.get_inference_log_probs(response_tokens, mask_BT)
 
     def get_actor_forward_output_and_loss_func(self) -> Callable[..., Any]:
         """One micro-batch: forward, then clipped policy loss + KL to the reference - entropy bonus, token by token.
@@ -67,13 +63,10 @@ class AmpoActor(MegatronGPTReinforceActorModel):
 
         def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
             batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
-            tokens_BT = batch["tokens_BT"]
-            positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device).expand_as(tokens_BT)
-            logits_BTV = narrow_logits(model, tokens_BT, positions_BT, None, labels=None)
+            tokens_BT, mask_BT, weights_BT = batch["tokens_BT"], batch["mask_BT"], batch["weights_BT"]
 
-            def loss_func(logits_BTV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                mask_BT, weights_BT = batch["mask_BT"], batch["weights_BT"]
-                logprobs_BT, entropy_BT = next_token_logprobs(logits_BTV, tokens_BT)
+            def loss_func(logits_NV: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                logprobs_BT, entropy_BT = next_token_logprobs(logits_NV, tokens_BT, mask_BT)
                 assert entropy_BT is not None
                 if algorithm.entropy_coef == 0:
                     entropy_BT = entropy_BT.detach()
@@ -85,7 +78,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
                 ratio_max = torch.where(mask_BT, tokens.policy.ratio_BT, 0.0).max().double()
                 return loss, {"terms": terms, "sums": sums, "ratio_max": ratio_max}
 
-            return logits_BTV, loss_func
+            return next_token_logits(model, tokens_BT, mask_BT), loss_func
 
         return forward_step
 

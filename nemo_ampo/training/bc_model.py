@@ -1,4 +1,4 @@
-"""The cloned policy: NeMo-Aligner's supervised model, which can also take its micro-batches by a budget of tokens. [nemo]
+"""The cloned policy: NeMo-Aligner's supervised model, with logits of the reply tokens only. [nemo]
 
 Legend: B rows, T positions.
 """
@@ -18,17 +18,17 @@ from nemo_ampo.algo.loss import token_weights, weighted_sum
 from nemo_ampo.data.collate import whole_rows
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.megatron.forward import accumulate, split_of_update, totals_of_job
-from nemo_ampo.megatron.vocab_parallel import narrow_logits, next_token_logprobs
+from nemo_ampo.megatron.vocab_parallel import next_token_logits, next_token_logprobs
 
 
 class BcModel(GPTSFTModel):
-    """Upstream's model unless ``model.tokens_per_micro_batch`` is set."""
+    """The same loss from the reply tokens alone, and micro-batches by a budget of tokens."""
 
     def get_loss_and_metrics(self, batch: dict[str, torch.Tensor], forward_only: bool) -> tuple[float, dict[str, float]]:
         """Accumulate gradients over the micro-batches of one optimizer step.
 
-        With a budget the loss is the mean over the rows of all replicas of each one's mean negative log-likelihood per
-        reply token: what upstream computes at ``micro_batch_size=1``, for any split.
+        As upstream, the loss is the mean over all micro-batches of each one's mean negative log-likelihood per reply token.
+        With ``model.tokens_per_micro_batch`` it is the one of ``micro_batch_size=1``, a mean over rows, for any split.
 
         Args:
             batch: of :func:`nemo_ampo.data.collate.collate_bc`, this replica's rows.
@@ -37,16 +37,16 @@ class BcModel(GPTSFTModel):
         Returns:
             the loss of the whole job, and the same as ``loss``.
         """
-        if not self.cfg.get("tokens_per_micro_batch"):
-            loss, metrics = super().get_loss_and_metrics(batch, forward_only)
-            return loss, metrics
         set_sync_funcs(self, forward_only)
         rows = next_token_rows(batch["tokens"], batch["labels"], batch["loss_mask"])
-        split = split_of_update(self, rows["mask_BT"])
-        weights_BT = token_weights(rows["mask_BT"], "sequence_mean", totals_of_job(rows["mask_BT"]))
-        # Undoes the averages over micro-batches and replicas that the frameworks take.
-        averages = len(split) * parallel_state.get_data_parallel_world_size()
-        rows["weights_BT"] = (weights_BT * averages).float()
+        mask_BT, split = rows["mask_BT"], split_of_update(self, rows["mask_BT"])
+        if self.cfg.get("tokens_per_micro_batch"):
+            # Undoes the averages over micro-batches and replicas that the frameworks take.
+            averages = len(split) * parallel_state.get_data_parallel_world_size()
+            weights_BT = token_weights(mask_BT, "sequence_mean", totals_of_job(mask_BT)) * averages
+        else:
+            weights_BT = torch.cat([token_weights(mask_BT[list(part.rows)], "token_mean") for part in split])
+        rows["weights_BT"] = weights_BT.float()
         loss = _mean_of_job(accumulate(self, _forward_step, rows, split, forward_only))
         return loss, {"loss": loss}
 
@@ -63,15 +63,14 @@ def next_token_rows(tokens_BT: torch.Tensor, labels_BT: torch.Tensor, loss_mask_
 
 def _forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: Any) -> Any:
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
-    tokens_BT = batch["tokens_BT"]
-    positions_BT = torch.arange(tokens_BT.size(1), device=tokens_BT.device).expand_as(tokens_BT)
+    tokens_BT, mask_BT = batch["tokens_BT"], batch["mask_BT"]
 
-    def loss_func(logits_BTV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_BT, _ = next_token_logprobs(logits_BTV, tokens_BT, entropy=False)
+    def loss_func(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs_BT, _ = next_token_logprobs(logits_NV, tokens_BT, mask_BT, entropy=False)
         loss = -weighted_sum(logprobs_BT, batch["weights_BT"])
         return loss, loss.detach().double()
 
-    return narrow_logits(model, tokens_BT, positions_BT, None, labels=None), loss_func
+    return next_token_logits(model, tokens_BT, mask_BT), loss_func
 
 
 def _mean_of_job(losses: Sequence[torch.Tensor]) -> float:

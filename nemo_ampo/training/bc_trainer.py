@@ -130,11 +130,10 @@ class BcTrainer(SupervisedTrainer):
         sums: list[tuple[int, float, int]] = []
         budget, size = self.model.cfg.get("tokens_per_micro_batch"), int(self.model.cfg.data.validation_ds.micro_batch_size)
         lengths = [len(example.tokens) for example in rows.examples]
-        for part in by_tokens(lengths, budget) if budget else by_rows(len(rows), size, max(lengths, default=0)):
+        for part in by_tokens(lengths, budget) if budget else by_rows(lengths, size):
             batch = collate_bc([rows[i] for i in part.rows], self.parts.pad_id)
             tokens_BT = whole_rows(batch["tokens"], batch["labels"])
-            whole = by_rows(len(tokens_BT), len(tokens_BT), tokens_BT.size(1))
-            logprobs_BT = token_logprobs(self.model, tokens_BT, whole).cpu() * batch["loss_mask"]
+            logprobs_BT = token_logprobs(self.model, tokens_BT, batch["loss_mask"].bool(), len(part.rows)).cpu()
             tokens_B = batch["loss_mask"].sum(dim=1)
             sums += zip(batch["modes"].tolist(), logprobs_BT.sum(dim=1).tolist(), tokens_B.int().tolist(), strict=True)
         everyone = self.parts.ranks.gather(sums)

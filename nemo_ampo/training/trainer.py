@@ -130,15 +130,15 @@ class AmpoTrainer(ReinforceTrainer):
         self.logger.finalize()
         return True
 
-    def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """See :class:`nemo_ampo.step.Policy`."""
-        return self.model.get_inference_log_probs(tokens_BT.cuda(), lengths).cpu()
+        return self.model.get_inference_log_probs(tokens_BT.cuda(), mask_BT).cpu()
 
-    def reference_logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """See :class:`nemo_ampo.step.Policy`. Without a KL term the reference is not needed and zeros are returned."""
         if not self.parts.algorithm.uses_reference:
             return torch.zeros(tokens_BT.size(0), tokens_BT.size(1) - 1)
-        return self.model.get_init_policy_logprobs(tokens_BT.cuda(), lengths).cpu()
+        return self.model.get_init_policy_logprobs(tokens_BT.cuda(), mask_BT).cpu()
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step per ``model.global_batch_size`` samples; see :class:`nemo_ampo.step.Policy`."""

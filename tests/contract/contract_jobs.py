@@ -458,11 +458,11 @@ class Trainer:
     def __init__(self, session: Any) -> None:
         self._session = session
 
-    def logprobs(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        return self._session.model.get_inference_log_probs(tokens, lengths)
+    def logprobs(self, tokens: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        return self._session.model.get_inference_log_probs(tokens, mask_BT)
 
-    def reference_logprobs(self, tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        return self._session.model.get_init_policy_logprobs(tokens, lengths)
+    def reference_logprobs(self, tokens: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        return self._session.model.get_init_policy_logprobs(tokens, mask_BT)
 
     def update(self, batch: Any) -> dict[str, float]:
         from nemo_ampo.training.optimise import optimise

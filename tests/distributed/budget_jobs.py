@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -45,11 +46,12 @@ def main(folder: Path, tensor: int, pipeline: int) -> None:
         result[aggregate] = compare(session, batch)
     actor.algorithm = AlgorithmConfig()
     result["means over micro-batches"] = compare(session, batch)
-    result["logprobs"] = logprob_gaps(actor, batch["tokens_BT"], LENGTHS[share])
+    result["logprobs"] = logprob_gaps(actor, batch["tokens_BT"], batch["mask_BT"])
     result["micro_batches"] = micro_batches(actor, batch["mask_BT"])
     bc = open_model(folder, "bc", "sft", BcModel, layout)
     whole = {name: rows[share] for name, rows in cloning_batch().items()}
     result["bc"] = compare(bc, whole, {n: s for n, s in SPLITS.items() if n == "1 row" or "tokens_per_micro_batch" in s})
+    result["bc and upstream"] = against_upstream(bc, whole)
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
 
 
@@ -115,6 +117,20 @@ def compare(session: Any, batch: dict[str, torch.Tensor], splits: dict[str, Any]
     return {"loss": losses, "gap": gaps, "largest": float(first.abs().max())}
 
 
+def against_upstream(session: Any, batch: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Loss and gradients of cloning beside those of the class it extends, by micro-batch size."""
+    from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+
+    found = {}
+    for name in ("1 row", "2 rows", "all rows"):
+        split_by(session.model, SPLITS[name])
+        ours = update(session, batch)
+        with mock.patch.object(type(session.model), "get_loss_and_metrics", GPTSFTModel.get_loss_and_metrics):
+            theirs = update(session, batch)
+        found[name] = [ours[0], theirs[0], float((ours[1] - theirs[1]).abs().max() / theirs[1].abs().max())]
+    return found
+
+
 def update(session: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
     model = session.model
     session.optimizer.zero_grad()
@@ -125,15 +141,16 @@ def update(session: Any, batch: dict[str, torch.Tensor]) -> tuple[float, torch.T
     return loss, torch.cat([g.detach().double().flatten().clone() for g in gradients if g is not None])
 
 
-def logprob_gaps(model: Any, tokens_BT: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, float]:
-    """Largest difference of a log-probability from that of the first split, policy and reference, padding left out."""
-    counts_BT = torch.arange(47) < torch.tensor(lengths)[:, None] - 1
-    found: dict[str, torch.Tensor] = {}
+def logprob_gaps(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, float]:
+    """Largest difference of a log-probability from those asked for at all positions, policy and reference."""
+    split_by(model, SPLITS["2 rows"])
+    everywhere = (model.get_inference_log_probs(tokens_BT), model.get_init_policy_logprobs(tokens_BT))
+    gaps = {}
     for name, split in SPLITS.items():
         split_by(model, split)
-        both = (model.get_inference_log_probs(tokens_BT, lengths), model.get_init_policy_logprobs(tokens_BT, lengths))
-        found[name] = torch.stack([values[counts_BT] for values in both])
-    return {name: float((values - found["1 row"]).abs().max()) for name, values in found.items()}
+        both = (model.get_inference_log_probs(tokens_BT, mask_BT), model.get_init_policy_logprobs(tokens_BT, mask_BT))
+        gaps[name] = max(float((a - b * mask_BT).abs().max()) for a, b in zip(both, everywhere, strict=True))
+    return gaps
 
 
 def micro_batches(model: Any, mask_BT: torch.Tensor) -> dict[str, list[int]]:

@@ -57,9 +57,15 @@ def test_means_over_micro_batches_are_another_loss_for_every_split(measured: Mea
     assert abs(losses["one micro-batch"] - losses["80 tokens"]) > 1e-3
 
 
-def test_log_probabilities_of_policy_and_reference_are_the_same_for_every_split(measured: Measured) -> None:
+def test_log_probabilities_of_policy_and_reference_are_those_of_all_positions_for_every_split(measured: Measured) -> None:
     for rank in measured.ranks:
         assert max(rank["logprobs"].values()) < 2e-6, rank["logprobs"]
+
+
+def test_cloning_has_the_loss_and_the_gradients_of_the_class_it_extends(measured: Measured) -> None:
+    for rank in measured.ranks:
+        for ours, theirs, gap in rank["bc and upstream"].values():
+            assert ours == pytest.approx(theirs, abs=1e-6) and gap < 2e-6
 
 
 def test_all_replicas_run_equally_many_micro_batches(measured: Measured) -> None:

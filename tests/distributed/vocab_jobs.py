@@ -34,10 +34,16 @@ def main(folder: Path) -> None:
     of_logprobs, of_entropy = torch.randn(2, ROWS, POSITIONS - 1, generator=g)
     part = slice(rank * VOCAB // size, (rank + 1) * VOCAB // size)
 
+    mask = torch.rand(ROWS, POSITIONS - 1, generator=g) < 0.7
+    mask[0, 0] = True
+
     def before(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         full = tensor_parallel.gather_from_tensor_model_parallel_region(logits)[:, :-1]
         logprobs = from_parallel_logits_to_logprobs(vocab_parallel_logits=logits, target=tokens, higher_stability=True)
-        return logprobs, entropy_from_logits(full.float())
+        return logprobs.where(mask, 0.0), entropy_from_logits(full.float()).where(mask, 0.0)
+
+    def after(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return next_token_logprobs(logits[:, :-1][mask], tokens, mask)
 
     result: dict[str, Any] = {}
     cases = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +51,7 @@ def main(folder: Path) -> None:
         logits = whole[:, :, part].to(kind)
         for weights in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
             found = []
-            for function, widen in ((before, True), (next_token_logprobs, False)):
+            for function, widen in ((before, True), (after, False)):
                 mine = logits.clone().requires_grad_()
                 # Megatron's wrapper used to make them fp32; each rank's gradient is that of its own part.
                 logprobs, entropy = function(mine.float() if widen else mine, tokens)
@@ -53,24 +59,17 @@ def main(folder: Path) -> None:
                 found.append([value.detach() for value in (logprobs, entropy, mine.grad)])
             gaps = [float((a.float() - b.float()).nan_to_num().abs().max()) for a, b in zip(*found, strict=True)]
             result[f"{name} {weights}"] = gaps
-        with mock.patch.object(vocab_parallel, "STRETCH_ELEMENTS", 2 * ROWS * VOCAB // size):
+        with mock.patch.object(vocab_parallel, "STRETCH_ELEMENTS", 2 * VOCAB // size):
             short = logits.clone().requires_grad_()
-            values = next_token_logprobs(short, tokens)
+            values = after(short, tokens)
             (values[0] * of_logprobs + values[1] * of_entropy).sum().backward()
-            gap = short.grad - one_stretch(logits, tokens, of_logprobs, of_entropy)
-            result[f"{name} stretches"] = float(gap.abs().max())
+        at_once = logits.clone().requires_grad_()
+        values = after(at_once, tokens)
+        (values[0] * of_logprobs + values[1] * of_entropy).sum().backward()
+        result[f"{name} stretches"] = float((short.grad - at_once.grad).abs().max())
         result[f"{name} types"] = [str(value.dtype) for value in (*values, short.grad)]
         result[f"{name} finite"] = bool(short.grad.isfinite().all())
     (folder / f"{rank}.json").write_text(json.dumps(result))
-
-
-def one_stretch(logits: Any, tokens: Any, of_logprobs: Any, of_entropy: Any) -> torch.Tensor:
-    from nemo_ampo.megatron.vocab_parallel import next_token_logprobs
-
-    mine = logits.clone().requires_grad_()
-    values = next_token_logprobs(mine, tokens)
-    (values[0] * of_logprobs + values[1] * of_entropy).sum().backward()
-    return mine.grad
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def main(folder: Path) -> None:
     with without(*UNDO["embeddings"]()):
         result["embeddings_undone"] = [outcome(lambda n=n: logprobs(session, rows[n])) for n in lengths]  # type: ignore[misc]
     session.model._restore_sequence_parallelism_args()
+    result["gradients"] = gradients(session)
     result["generated"] = generate(session)
     with without(*UNDO["cache"]()):
         result["cache_undone"] = outcome(lambda: generate(session))
@@ -69,9 +70,8 @@ def classes(model: Any) -> list[str]:
 
 def logprobs(session: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
     from nemo_ampo.megatron.forward import token_logprobs
-    from nemo_ampo.megatron.micro_batches import by_rows
 
-    return token_logprobs(session.model, tokens_BT, by_rows(len(tokens_BT), 2, tokens_BT.size(1))).cpu()
+    return token_logprobs(session.model, tokens_BT, torch.ones_like(tokens_BT[:, 1:], dtype=torch.bool), 2).cpu()
 
 
 def oracle(hf: Path, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -80,6 +80,37 @@ def oracle(hf: Path, tokens_BT: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(hf).eval()(tokens_BT).logits[:, :-1].float()
     return torch.log_softmax(logits, -1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
+
+
+def gradients(session: Any) -> dict[str, float]:
+    """Of the update, by whether the output layer sees a few positions or all; the largest element and difference."""
+    from nemo_ampo.algo.algorithm import AlgorithmConfig
+    from nemo_ampo.megatron.vocab_parallel import next_token_logits
+    from nemo_ampo.training import actor
+
+    def of_all_positions(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        logits_NV: torch.Tensor = next_token_logits(model, tokens_BT, torch.ones_like(mask_BT))
+        return logits_NV.view(*mask_BT.shape, -1)[mask_BT]
+
+    g = torch.Generator().manual_seed(2)
+    batch = {
+        "tokens_BT": torch.randint(3, 500, (8, 32), generator=g),
+        "mask_BT": torch.arange(31).expand(8, 31) >= 20,
+        **{name: torch.randn(8, 31, generator=g) for name in ("advantages_BT", "old_logprobs_BT", "ref_logprobs_BT")},
+    }
+    model, found = session.model, []
+    model.algorithm = AlgorithmConfig(aggregate_over="batch")  # type: ignore[arg-type]
+    model.prepare_for_training()
+    for function in (next_token_logits, of_all_positions):
+        with mock.patch.object(actor, "next_token_logits", function):
+            session.optimizer.zero_grad()
+            model.prepare_for_training_step()
+            model.get_loss_and_metrics(batch=dict(batch), forward_only=False)
+            model.finish_training_step()
+            torch.cuda.synchronize()
+            found.append(torch.cat([p.main_grad.double().flatten() for p in model.parameters()]))
+    session.optimizer.zero_grad()
+    return {"largest": float(found[1].abs().max()), "gap": float((found[0] - found[1]).abs().max())}
 
 
 def scatters(model: Any) -> list[bool]:

@@ -31,6 +31,11 @@ def test_passes_without_gradients_work_with_sequence_parallelism(ranks: list[dic
         assert all(rank["embeddings_undone"])
 
 
+def test_the_gradient_of_a_split_sequence_is_that_of_all_positions(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["gradients"]["gap"] < 0.02 * rank["gradients"]["largest"]
+
+
 def test_generation_does_not_read_memory_nobody_wrote(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         tokens, gap = rank["generated"]

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import product
 from pathlib import Path
@@ -145,7 +145,7 @@ def step(ranks: Any, at: Callable[[str], None]) -> None:
             return list(text)
 
     class Policy:
-        def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
             at("logprobs")
             return torch.full((len(tokens_BT), tokens_BT.size(1) - 1), -1.0)
 

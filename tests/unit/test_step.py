@@ -96,10 +96,10 @@ class Recorder:
 
     batch: TrainBatch | None = None
 
-    def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -0.75)
 
-    def reference_logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -1.0)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
@@ -111,9 +111,10 @@ def run(
     texts: list[str],
     ranks: OneProcess = ALONE,
     algorithm: AlgorithmConfig = PRESETS["ampo"],
+    judge: Scores | None = None,
     **rollout: Any,
 ) -> tuple[StepResult, Recorder, Script, Scores]:
-    engine, judge, policy = Script(texts), Scores(), Recorder()
+    engine, judge, policy = Script(texts), judge or Scores(), Recorder()
     parts = Parts(
         engine=engine,
         judge=judge,
@@ -272,6 +273,36 @@ def test_seeds_follow_the_sample_not_the_rank() -> None:
         assert len(mine) == 2
         shares += mine
     assert shares == whole
+
+
+@dataclass
+class Slow(Scores):
+    """A judge that answers when it is told to."""
+
+    answers: list[tuple[Future[Verdict], Future[Verdict]]] = field(default_factory=list)
+
+    def submit(self, request: JudgeRequest) -> Future[Verdict]:
+        self.answers.append((Future(), super().submit(request)))
+        return self.answers[-1][0]
+
+    def answer(self) -> None:
+        for promised, known in self.answers:
+            promised.set_result(known.result())
+
+
+@pytest.mark.timeout(60)
+def test_the_judge_reads_while_the_passes_that_need_no_verdict_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, pass_alone = Slow(), Recorder.reference_logprobs
+
+    def reference_logprobs(self: Recorder, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        judge.answer()
+        judge.answers = []
+        return pass_alone(self, tokens_BT, mask_BT)
+
+    monkeypatch.setattr(Recorder, "reference_logprobs", reference_logprobs)
+    texts = [GOOD.format(10), GOOD.format(4), GOOD.format(10), BAD]
+    late = run(texts, judge=judge)[0]
+    assert late.advantages == run(texts, judge=Scores())[0].advantages
 
 
 def test_only_the_leader_asks_the_judge() -> None:

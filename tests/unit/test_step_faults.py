@@ -80,10 +80,10 @@ class Recorder:
 
     batches: list[TrainBatch] = field(default_factory=list)
 
-    def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -0.75)
 
-    def reference_logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -1.0)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:

@@ -36,7 +36,8 @@ def test_every_row_is_in_one_micro_batch_within_the_budget(budget: int, at_least
 
 
 def test_rows_without_a_budget_keep_their_order() -> None:
-    assert by_rows(5, 2, 16) == [MicroBatch((0, 1), 16), MicroBatch((2, 3), 16), MicroBatch((4,), 16)]
+    assert by_rows([9, 3, 8, 1, 17], 2) == [MicroBatch((0, 1), 16), MicroBatch((2, 3), 8), MicroBatch((4,), 24)]
+    assert by_rows([], 2) == []
 
 
 def test_a_row_is_needed_up_to_its_last_token_that_counts() -> None:

@@ -40,7 +40,7 @@ class Table:
     def logits(self, token: int) -> torch.Tensor:
         return torch.sin(torch.arange(VOCAB) * (token + 1.7)) * self.weight
 
-    def logprobs(self, tokens_BT: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         rows = [[torch.log_softmax(self.logits(a), 0)[b] for a, b in pairwise(r)] for r in tokens_BT.tolist()]
         return torch.tensor(rows)
 
