@@ -15,7 +15,7 @@ from nemo_ampo.reply.modes import MODES
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, Response, SyncReport
 from nemo_ampo.step import Parts, ampo_step
-from nemo_ampo.types import DialogueTurn, Prompt
+from nemo_ampo.types import DialogueTurn, Prompt, Updated
 
 ACHIEVED = {1: 4.0, 2: 5.0, 3: 8.0, 4: 9.0}  # what each mode's answer makes of the speaker's goal, 0 to 10
 TURN = DialogueTurn("chair", ("Turn 0: Ann said:",), 0, "Sell the chair.", "Ann", "Bo", "a high price", "a low price", 2, 2)
@@ -65,8 +65,8 @@ class Policy:
     def logprobs(self, tokens_BT, mask_BT):
         return torch.full((len(tokens_BT), tokens_BT.size(1) - 1), -0.5)
 
-    reference_logprobs = logprobs
-    update = staticmethod(lambda batch: {})
+    updates_once, reference_logprobs = True, logprobs
+    update = staticmethod(lambda batch: Updated({}, None))
 
 
 def step():

@@ -15,7 +15,7 @@ import torch
 from nemo_ampo.algo.algorithm import AlgorithmConfig, JudgeFailure
 from nemo_ampo.algo.credit import assign_credit, kl_penalties, mode_token_span
 from nemo_ampo.algo.guard import GuardConfig, small_groups
-from nemo_ampo.algo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.algo.mismatch import importance_weights, mismatch, mismatch_metrics
 from nemo_ampo.algo.mode_choice import choice_metrics
 from nemo_ampo.algo.rewards import RewardConfig, score_reply
 from nemo_ampo.judge.verdicts import Judged, PendingVerdict, StopAsked, VerdictSource, all_verdicts
@@ -28,7 +28,7 @@ from nemo_ampo.rollout.packing import PackedRollouts, pack
 from nemo_ampo.rollout.probe import Probe, duplicate_fraction, released_after, sync_and_probe
 from nemo_ampo.run.clock import Clock, Gpus
 from nemo_ampo.run.metrics import guard_metrics, step_metrics
-from nemo_ampo.types import DialogueTurn, JudgeRequest, Policy, Prompt, Sample, Tokenizer, TrainBatch
+from nemo_ampo.types import DialogueTurn, JudgeRequest, Policy, Prompt, Sample, Tokenizer, TrainBatch, Updated
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def ampo_step(
     responses, pending = by_all_or_none(draw, parts.ranks)
     packed = pack(requests, responses, parts.pad_id)
     with clock("logprobs"):  # the judge goes on reading
-        old_logprobs_BT = policy.logprobs(packed.tokens_BT, packed.mask_BT)
+        old_logprobs_BT = old_logprobs(packed, policy, parts)
     with clock("reference"):
         ref_logprobs_BT = policy.reference_logprobs(packed.tokens_BT, packed.mask_BT)
     with clock("judge_wait"):
@@ -106,7 +106,7 @@ def ampo_step(
     penalties_B = parts.ranks.gather(kl_penalties(old_logprobs_BT, ref_logprobs_BT, packed.mask_BT, parts.algorithm))
     credit = assign_credit(everyone, penalties_B, parts.algorithm)
     mine = credit.share(parts.ranks)
-    weights_BT, mismatch = importance_weights(old_logprobs_BT, packed.sampling_logprobs_BT, packed.mask_BT, parts.algorithm)
+    weights_BT = importance_weights(old_logprobs_BT, packed.sampling_logprobs_BT, packed.mask_BT, parts.algorithm)
     batch = TrainBatch(
         tokens_BT=packed.tokens_BT,
         mask_BT=packed.mask_BT & mine.trained_B[:, None],
@@ -117,16 +117,14 @@ def ampo_step(
     )
     with clock("update"):
         # Without a single sample to learn from, an optimizer step would only apply momentum and weight decay.
-        policy_metrics = policy.update(batch) if credit.shares.trained_B.any() else {}
+        updated = policy.update(batch) if credit.shares.trained_B.any() else Updated({}, old_logprobs_BT)
     metrics = (
         step_metrics(everyone, credit.advantages, credit.report)
         | guard_metrics(everyone, rounds, parts.algorithm.judge_failure)
-        | mode_choice(everyone, packed, old_logprobs_BT, parts.ranks)
-        | {"engine/logprob_gap": _logprob_gap(packed, old_logprobs_BT)}
-        | mismatch_metrics(parts.ranks.gather([mismatch]))
+        | choice_and_gap(everyone, packed, batch.mask_BT, updated.logprobs_BT, parts)
         | {"engine/duplicate_fraction": duplicate_fraction(requests, responses)}
         | credit.metrics()
-        | policy_metrics
+        | updated.metrics
         | clock.time_metrics(sum(s.num_tokens for s in everyone))
         | clock.gpu_metrics([n for n, trained in zip(packed.lengths, mine.trained_B, strict=True) if trained], parts.ranks)
     )
@@ -167,6 +165,13 @@ def by_all_or_none(work: Callable[[], T], ranks: Ranks) -> T:
     if met is not None:
         raise met
     return result
+
+
+def old_logprobs(packed: PackedRollouts, policy: Policy, parts: Parts) -> torch.Tensor | None:
+    """The policy's log-probabilities before the update; None where its own first pass gives them early enough."""
+    if policy.updates_once and not parts.algorithm.reads_old_logprobs:
+        return None
+    return policy.logprobs(packed.tokens_BT, packed.mask_BT)
 
 
 def roll_out(
@@ -227,24 +232,31 @@ def score(turn: DialogueTurn, request: Request, response: Response, judged: Judg
     )
 
 
-def mode_choice(
-    everyone: Sequence[Sample], packed: PackedRollouts, logprobs_BT: torch.Tensor, ranks: Ranks
+def choice_and_gap(
+    everyone: Sequence[Sample], packed: PackedRollouts, mask_BT: torch.Tensor, logprobs_BT: torch.Tensor | None, parts: Parts
 ) -> dict[str, float]:
-    """Entropy of the policy's choice of mode, from the log-probabilities at hand; the same on every rank."""
+    """Entropy of the policy's choice of mode, and how far the engine was from the trainer, the same on every rank.
+
+    Args:
+        everyone: samples of the job.
+        packed: this replica's.
+        mask_BT: tokens that were trained on.
+        logprobs_BT: of these before the update; None where nothing was trained on, and nothing is told.
+        parts: settings.
+    """
+    if logprobs_BT is None:
+        return {}
     mine: list[float | None] = []
-    for row, sample in enumerate(slice_for(everyone, ranks.data_rank, ranks.data_size)):
+    for row, sample in enumerate(slice_for(everyone, parts.ranks.data_rank, parts.ranks.data_size)):
         # logprobs_BT[:, t] belongs to token t + 1; the last token that names the mode is the one that decides it.
         column = int(packed.prompt_lengths_B[row]) - 1 + sample.mode_tokens[1] - 1
-        mine.append(float(logprobs_BT[row, column]) if sample.parts.mode != NO_MODE else None)
-    return choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], ranks.gather(mine))
+        known = sample.parts.mode != NO_MODE and bool(mask_BT[row, column])
+        mine.append(float(logprobs_BT[row, column]) if known else None)
+    gaps = mismatch(logprobs_BT, packed.sampling_logprobs_BT, mask_BT, parts.algorithm)
+    choice = choice_metrics([s.group for s in everyone], [s.parts.mode for s in everyone], parts.ranks.gather(mine))
+    return choice | mismatch_metrics(parts.ranks.gather([gaps]))
 
 
 def decode(response: Response, tokenizer: Tokenizer) -> str:
     """Text of a response without special tokens."""
     return tokenizer.decode(response.token_ids, skip_special_tokens=True)
-
-
-def _logprob_gap(packed: PackedRollouts, logprobs_BT: torch.Tensor) -> float:
-    """Mean absolute difference between the engine's and the trainer's log-probability of the drawn tokens."""
-    gap = (packed.sampling_logprobs_BT - logprobs_BT.float().cpu()).abs()[packed.mask_BT]
-    return float(gap.mean())

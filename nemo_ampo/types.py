@@ -196,7 +196,7 @@ class TrainBatch:
         mask_BT: True on the response tokens that count in the loss, lined up with log-probabilities [B, T-1]; False
             throughout a sample that is left out, so that it enters no mean.
         advantages_BT: of each token, importance weight included, [B, T-1].
-        old_logprobs_BT: of the policy before the update, [B, T-1].
+        old_logprobs_BT: of the policy before the update, [B, T-1]; None where the update's own first pass has them.
         ref_logprobs_BT: of the reference policy, [B, T-1].
         sampling_logprobs_BT: of the engine, [B, T-1].
     """
@@ -204,13 +204,32 @@ class TrainBatch:
     tokens_BT: torch.Tensor
     mask_BT: torch.Tensor
     advantages_BT: torch.Tensor
-    old_logprobs_BT: torch.Tensor
+    old_logprobs_BT: torch.Tensor | None
     ref_logprobs_BT: torch.Tensor
     sampling_logprobs_BT: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Updated:
+    """What an update did.
+
+    Attributes:
+        metrics: ``policy/...``.
+        logprobs_BT: of the tokens in the mask under the weights before it, [B, T-1]; None when there was no update and
+            nobody asked for them.
+    """
+
+    metrics: dict[str, float]
+    logprobs_BT: torch.Tensor | None
+
+
 class Policy(Protocol):
     """The model being trained, as one step sees it."""
+
+    @property
+    def updates_once(self) -> bool:
+        """Whether :meth:`update` takes all rows in one optimizer step: its forward pass is then that of the old weights."""
+        ...
 
     def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """Log-probability of each next token under the current weights, [B, T-1].
@@ -225,8 +244,8 @@ class Policy(Protocol):
         """The same under the frozen reference weights."""
         ...
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
-        """Optimise on the batch; returns the ``policy/`` metrics."""
+    def update(self, batch: TrainBatch) -> Updated:
+        """Optimise on the batch."""
         ...
 
 

@@ -157,6 +157,11 @@ class AlgorithmConfig:
     mismatch_high: float = number(2.0, least=1)
 
     @property
+    def reads_old_logprobs(self) -> bool:
+        """Does anything before the update read the policy's own log-probabilities?"""
+        return self.kl == Kl.in_reward or self.mismatch != Correction.off
+
+    @property
     def uses_reference(self) -> bool:
         """Does anything read the reference policy's log-probabilities?"""
         return self.kl != Kl.off and self.kl_coef != 0

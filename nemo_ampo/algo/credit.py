@@ -134,17 +134,20 @@ def assign_credit(samples: Sequence[Sample], penalties_B: Sequence[float], rules
     )
 
 
-def kl_penalties(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig) -> list[float]:
+def kl_penalties(
+    logprobs_BT: Tensor | None, ref_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig
+) -> list[float]:
     """What ``kl=in_reward`` takes off each reward: kl_coef times the estimates summed over the response; else 0.
 
     Args:
-        logprobs_BT: of the policy before the update.
+        logprobs_BT: of the policy before the update; None where nothing reads them.
         ref_logprobs_BT: of the reference policy.
         mask_BT: the response tokens.
         rules: ``kl``, ``kl_coef`` and ``kl_kind`` are read.
     """
     if rules.kl != Kl.in_reward:
         return [0.0] * len(mask_BT)
+    assert logprobs_BT is not None
     kl_BT = kl_estimate(logprobs_BT, ref_logprobs_BT, rules.kl_kind, mask_BT)
     return (rules.kl_coef * kl_BT.double().sum(-1)).tolist()
 

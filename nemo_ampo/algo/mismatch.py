@@ -22,6 +22,7 @@ class Mismatch:
 
     Attributes:
         tokens: drawn tokens.
+        gap: sum of |d|.
         error: sum of exp(|d|), the factor by which the two probabilities of a token differ.
         kl: sum of exp(d) - 1 - d, the k3 estimate of KL(engine || trainer).
         sequence_max: largest mean of exp(|d|) over the tokens of one response.
@@ -30,6 +31,7 @@ class Mismatch:
     """
 
     tokens: int
+    gap: float
     error: float
     kl: float
     sequence_max: float
@@ -38,9 +40,9 @@ class Mismatch:
 
 
 def importance_weights(
-    logprobs_BT: Tensor, sampling_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig
-) -> tuple[Tensor, Mismatch]:
-    """Weight of each token's policy loss, and how far engine and trainer are apart.
+    logprobs_BT: Tensor | None, sampling_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig
+) -> Tensor:
+    """Weight of each token's policy loss.
 
     With ratio = exp(d) of the token, or exp(sum of d) of its response with ``mismatch_level=sequence``, every exponent
     clamped to [-20, 20] in float32 first::
@@ -50,38 +52,54 @@ def importance_weights(
         mismatch=mask       weight = ratio inside [mismatch_low, mismatch_high], else 0   (masked importance sampling)
 
     Args:
-        logprobs_BT: the trainer's log-probabilities before the update.
+        logprobs_BT: the trainer's log-probabilities before the update; None where ``mismatch=off`` reads none.
         sampling_logprobs_BT: the engine's.
         mask_BT: the tokens that were drawn.
         rules: ``mismatch*`` is read.
 
     Returns:
-        Weights, float32 [B, T] without gradient, 1 outside the mask; and the sums for the metrics.
+        float32 [B, T] without gradient, 1 outside the mask.
     """
+    if rules.mismatch == Correction.off:
+        return torch.ones_like(sampling_logprobs_BT, dtype=torch.float32)
+    assert logprobs_BT is not None
+    ratio_BT = _ratio(_gap(logprobs_BT, sampling_logprobs_BT, mask_BT), rules)
+    if rules.mismatch == Correction.truncate:
+        weights_BT = ratio_BT.clamp(max=rules.mismatch_high)
+    else:
+        inside_BT = (ratio_BT >= rules.mismatch_low) & (ratio_BT <= rules.mismatch_high)
+        weights_BT = torch.where(inside_BT, ratio_BT, 0.0)
+    return torch.where(mask_BT.bool(), weights_BT, 1.0)
+
+
+def mismatch(logprobs_BT: Tensor, sampling_logprobs_BT: Tensor, mask_BT: Tensor, rules: AlgorithmConfig) -> Mismatch:
+    """How far engine and trainer are apart on the tokens of the mask; arguments of :func:`importance_weights`."""
     mask_BT = mask_BT.bool()
-    gap_BT = torch.where(mask_BT, logprobs_BT.detach().float() - sampling_logprobs_BT.float(), 0.0)
+    gap_BT = _gap(logprobs_BT, sampling_logprobs_BT, mask_BT)
     error_BT = torch.where(mask_BT, _exp(gap_BT.abs()), 0.0)
     exponent_BT = gap_BT.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     kl_BT = exponent_BT.expm1() - exponent_BT  # in float32 the usual gaps of 1e-4 would drown in rounding
     tokens_B = mask_BT.sum(-1)
-
-    log_ratio_BT = gap_BT.sum(-1, keepdim=True).expand_as(gap_BT) if rules.mismatch_level == Ratio.sequence else gap_BT
-    ratio_BT = _exp(log_ratio_BT)
-    if rules.mismatch == Correction.truncate:
-        weights_BT = ratio_BT.clamp(max=rules.mismatch_high)
-    elif rules.mismatch == Correction.mask:
-        inside_BT = (ratio_BT >= rules.mismatch_low) & (ratio_BT <= rules.mismatch_high)
-        weights_BT = torch.where(inside_BT, ratio_BT, 0.0)
-    else:
-        ratio_BT = weights_BT = torch.ones_like(gap_BT)
-    return torch.where(mask_BT, weights_BT, 1.0), Mismatch(
+    weights_BT = importance_weights(logprobs_BT, sampling_logprobs_BT, mask_BT, rules)
+    changed_BT = weights_BT != _ratio(gap_BT, rules) if rules.mismatch != Correction.off else torch.zeros_like(mask_BT)
+    return Mismatch(
         tokens=int(tokens_B.sum()),
+        gap=float(gap_BT.abs().sum()),
         error=float(error_BT.sum()),
         kl=float(kl_BT.sum()),
         sequence_max=float((error_BT.sum(-1) / tokens_B.clamp(min=1)).max()),
         weight=float(weights_BT[mask_BT].sum()),
-        changed=int((weights_BT != ratio_BT)[mask_BT].sum()),
+        changed=int(changed_BT[mask_BT].sum()),
     )
+
+
+def _gap(logprobs_BT: Tensor, sampling_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT.bool(), logprobs_BT.detach().float() - sampling_logprobs_BT.float(), 0.0)
+
+
+def _ratio(gap_BT: Tensor, rules: AlgorithmConfig) -> Tensor:
+    by_sequence = rules.mismatch_level == Ratio.sequence
+    return _exp(gap_BT.sum(-1, keepdim=True).expand_as(gap_BT) if by_sequence else gap_BT)
 
 
 def mismatch_metrics(parts: Sequence[Mismatch]) -> dict[str, float]:
@@ -90,6 +108,7 @@ def mismatch_metrics(parts: Sequence[Mismatch]) -> dict[str, float]:
     if not tokens:
         return {}
     return {
+        "engine/logprob_gap": sum(part.gap for part in parts) / tokens,
         "mismatch/error": sum(part.error for part in parts) / tokens,
         "mismatch/kl": sum(part.kl for part in parts) / tokens,
         "mismatch/sequence_max": max(part.sequence_max for part in parts),

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo_aligner.utils.train_utils import set_sync_funcs
 
 from nemo_ampo.algo.loss import Totals
-from nemo_ampo.megatron.micro_batches import MicroBatch, by_rows, by_tokens, needed_tokens
+from nemo_ampo.megatron.micro_batches import MicroBatch, by_rows, by_tokens, joined, needed_tokens
 from nemo_ampo.megatron.vocab_parallel import next_token_logits, next_token_logprobs
 
 
@@ -94,12 +94,11 @@ def token_logprobs(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, s
     """
     set_sync_funcs(model, forward_only=True)
     budget, lengths = model.cfg.get("tokens_per_micro_batch"), needed_tokens(mask_BT)
-    logprobs_BT = torch.zeros(mask_BT.shape, device=torch.cuda.current_device())
+    split = by_tokens(lengths, budget) if budget else by_rows(lengths, size, in_order=False)
+    batch = {"tokens_BT": tokens_BT, "mask_BT": mask_BT}
     with inference_mode(model):
-        for part in by_tokens(lengths, budget) if budget else by_rows(lengths, size):
-            found = _logprobs_of(model, **part.of({"tokens_BT": tokens_BT, "mask_BT": mask_BT}))
-            logprobs_BT[list(part.rows), : found.size(1)] = found
-    return logprobs_BT
+        logprobs_BT = joined([_logprobs_of(model, **part.of(batch)) for part in split], split, mask_BT)
+    return torch.zeros(mask_BT.shape, device=torch.cuda.current_device()) if logprobs_BT is None else logprobs_BT
 
 
 def _logprobs_of(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -121,13 +120,13 @@ def _logprobs_of(model: Any, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> 
         micro_batch_size=tokens_BT.size(0),
         collect_non_loss_data=True,
     )
-    return _from_last_stage(outputs[0] if outputs else None, (tokens_BT.size(0), tokens_BT.size(1) - 1))
+    return from_last_stage(outputs[0] if outputs else None, (tokens_BT.size(0), tokens_BT.size(1) - 1))
 
 
-def _from_last_stage(logprobs_BT: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+def from_last_stage(logprobs_BT: torch.Tensor | None, shape: Sequence[int]) -> torch.Tensor:
     """What only the last pipeline stage has, float32, on all stages; they know its shape."""
     if logprobs_BT is None:
-        logprobs_BT = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        logprobs_BT = torch.empty(tuple(shape), dtype=torch.float32, device=torch.cuda.current_device())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(logprobs_BT, last, parallel_state.get_pipeline_model_parallel_group())

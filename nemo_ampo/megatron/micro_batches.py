@@ -32,14 +32,26 @@ class MicroBatch:
         return {name: tensor[rows, : tensor.size(1) - whole + self.width] for name, tensor in batch.items()}
 
 
-def by_rows(lengths: Sequence[int], size: int) -> list[MicroBatch]:
-    """``size`` rows each in their order, the last with what is left, as wide as the longest of them.
+def joined(values: Sequence[torch.Tensor], split: Sequence[MicroBatch], mask_BT: torch.Tensor) -> torch.Tensor | None:
+    """What micro-batches gave for their tokens, as one tensor like the mask, float32, 0 elsewhere; None of nothing."""
+    if not values:
+        return None
+    whole_BT = torch.zeros(mask_BT.shape, device=values[0].device)
+    for part, value in zip(split, values, strict=True):
+        whole_BT[list(part.rows), : value.size(1)] = value
+    return whole_BT
+
+
+def by_rows(lengths: Sequence[int], size: int, in_order: bool = True) -> list[MicroBatch]:
+    """``size`` rows each, the last with what is left, as wide as the longest of them.
 
     Args:
         lengths: tokens of each row without padding.
         size: rows.
+        in_order: the rows as they come; else the longest first, which leaves less padding.
     """
-    parts = [range(begin, min(begin + size, len(lengths))) for begin in range(0, len(lengths), size)]
+    rows = range(len(lengths)) if in_order else _longest_first(lengths)
+    parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
     return [MicroBatch(tuple(part), _width(lengths[row] for row in part)) for part in parts]
 
 
@@ -55,7 +67,7 @@ def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[Mi
     def width(part: Sequence[int]) -> int:
         return _width(lengths[row] for row in part)
 
-    left = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    left = _longest_first(lengths)
     assert at_least <= len(left)
     parts: list[list[int]] = []
     while left:
@@ -67,6 +79,10 @@ def by_tokens(lengths: Sequence[int], budget: int, at_least: int = 0) -> list[Mi
         half = -(-len(parts[at]) // 2)
         parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
     return [MicroBatch(tuple(part), width(part)) for part in parts]
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
 
 def _width(lengths: Iterable[int]) -> int:

@@ -23,7 +23,8 @@ from nemo_ampo.algo.loss import (
     update_weights,
     weighted_sum,
 )
-from nemo_ampo.megatron.forward import accumulate, split_of_update, token_logprobs, totals_of_job
+from nemo_ampo.megatron.forward import accumulate, from_last_stage, split_of_update, token_logprobs, totals_of_job
+from nemo_ampo.megatron.micro_batches import joined
 from nemo_ampo.megatron.vocab_parallel import next_token_logits, next_token_logprobs
 
 LOSS_TERMS = ("loss", "pg_loss")
@@ -34,9 +35,16 @@ TOKEN_MEANS = ("kl", "entropy", "clip_fraction", "capped_fraction")
 
 
 class AmpoActor(MegatronGPTReinforceActorModel):
-    """Set :attr:`algorithm` after construction; NeMo builds the object from its own config."""
+    """Set :attr:`algorithm` after construction; NeMo builds the object from its own config.
+
+    Attributes:
+        algorithm: knobs.
+        logprobs_of_update_BT: of the tokens in the mask, float32 [B, T-1], from the last call of
+            :meth:`get_loss_and_metrics` whose batch did not bring ``old_logprobs_BT``; on every rank of the replica.
+    """
 
     algorithm: AlgorithmConfig
+    logprobs_of_update_BT: torch.Tensor
 
     def get_inference_log_probs(self, response_tokens: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Log-probability of each next token under the weights in place, float32 [B, T-1], on every rank.
@@ -70,13 +78,14 @@ class AmpoActor(MegatronGPTReinforceActorModel):
                 assert entropy_BT is not None
                 if algorithm.entropy_coef == 0:
                     entropy_BT = entropy_BT.detach()
-                tokens = token_loss(logprobs_BT, entropy_BT, batch, algorithm)
+                old = {"old_logprobs_BT": logprobs_BT.detach()}  # where this pass is the first since the tokens were drawn
+                tokens = token_loss(logprobs_BT, entropy_BT, old | batch, algorithm)
                 loss = weighted_sum(tokens.loss_BT, weights_BT)
                 terms = torch.stack([loss, weighted_sum(tokens.policy.loss_BT, weights_BT)]).detach().double()
                 per_token = (tokens.kl_BT, entropy_BT, tokens.policy.clipped_BT, tokens.policy.capped_BT)
                 sums = torch.stack([v.detach().double()[mask_BT].sum() for v in per_token] + [mask_BT.sum().double()])
                 ratio_max = torch.where(mask_BT, tokens.policy.ratio_BT, 0.0).max().double()
-                return loss, {"terms": terms, "sums": sums, "ratio_max": ratio_max}
+                return loss, {"terms": terms, "sums": sums, "ratio_max": ratio_max, **old}
 
             return next_token_logits(model, tokens_BT, mask_BT), loss_func
 
@@ -91,7 +100,7 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         ``model.micro_batch_size`` nor ``model.tokens_per_micro_batch``, which is refused without it.
 
         Args:
-            batch: fields of :class:`nemo_ampo.step.TrainBatch`, this replica's rows.
+            batch: fields of :class:`nemo_ampo.types.TrainBatch`, this replica's rows.
             forward_only: no gradients.
 
         Returns:
@@ -101,7 +110,11 @@ class AmpoActor(MegatronGPTReinforceActorModel):
         set_sync_funcs(self, forward_only)
         split = split_of_update(self, batch["mask_BT"])
         batch = batch | {"weights_BT": self._weights(batch["mask_BT"], len(split))}
-        values = _metrics_of_job(accumulate(self, self.get_actor_forward_output_and_loss_func(), batch, split, forward_only))
+        outputs = accumulate(self, self.get_actor_forward_output_and_loss_func(), batch, split, forward_only)
+        values = _metrics_of_job(outputs)
+        if "old_logprobs_BT" not in batch:
+            rows = [output["old_logprobs_BT"] for output in outputs]
+            self.logprobs_of_update_BT = from_last_stage(joined(rows, split, batch["mask_BT"]), batch["mask_BT"].shape)
         if not self.algorithm.uses_reference:
             del values["kl"]  # there was nothing to measure it against
         return values["loss"], values

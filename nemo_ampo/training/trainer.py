@@ -32,7 +32,7 @@ from nemo_ampo.run.runlog import RunLog
 from nemo_ampo.step import Parts, StepResult, ampo_step
 from nemo_ampo.training.optimise import optimise
 from nemo_ampo.training.sampler import SizedBatches, rows_of_step
-from nemo_ampo.types import Prompt, TrainBatch
+from nemo_ampo.types import Prompt, TrainBatch, Updated
 
 
 class AmpoTrainer(ReinforceTrainer):
@@ -131,20 +131,26 @@ class AmpoTrainer(ReinforceTrainer):
         return True
 
     def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """See :class:`nemo_ampo.step.Policy`."""
+        """See :class:`nemo_ampo.types.Policy`."""
         return self.model.get_inference_log_probs(tokens_BT.cuda(), mask_BT).cpu()
 
     def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """See :class:`nemo_ampo.step.Policy`. Without a KL term the reference is not needed and zeros are returned."""
+        """See :class:`nemo_ampo.types.Policy`. Without a KL term the reference is not needed and zeros are returned."""
         if not self.parts.algorithm.uses_reference:
             return torch.zeros(tokens_BT.size(0), tokens_BT.size(1) - 1)
         return self.model.get_init_policy_logprobs(tokens_BT.cuda(), mask_BT).cpu()
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
-        """One optimizer step per ``model.global_batch_size`` samples; see :class:`nemo_ampo.step.Policy`."""
+    @property
+    def updates_once(self) -> bool:
+        """See :class:`nemo_ampo.types.Policy`."""
+        rollout = self.parts.rollout
+        return rollout.prompts_per_step * rollout.group_size == int(self.model.cfg.global_batch_size)
+
+    def update(self, batch: TrainBatch) -> Updated:
+        """One optimizer step per ``model.global_batch_size`` samples; see :class:`nemo_ampo.types.Policy`."""
         if torch.cuda.is_available():
             clear_memory()
-        tensors = {name: tensor for name, tensor in vars(batch).items() if name != "sampling_logprobs_BT"}
+        tensors = {k: tensor for k, tensor in vars(batch).items() if tensor is not None and k != "sampling_logprobs_BT"}
         self.model.prepare_for_training()
         rows_per_update = get_num_microbatches() * self.model.cfg.micro_batch_size
         updates = []
@@ -154,7 +160,9 @@ class AmpoTrainer(ReinforceTrainer):
         self.model.finish_training()
         self.optimizer.zero_grad()
         means = {f"policy/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        return means | {"policy/skipped_updates": sum(u["skipped_updates"] for u in updates)}
+        skipped = {"policy/skipped_updates": sum(u["skipped_updates"] for u in updates)}
+        old_BT = batch.old_logprobs_BT
+        return Updated(means | skipped, self.model.logprobs_of_update_BT.cpu() if old_BT is None else old_BT)
 
     def _prompts_of_step(self) -> list[Prompt]:
         size = self.parts.rollout.prompts_per_step

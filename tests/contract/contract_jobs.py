@@ -464,14 +464,20 @@ class Trainer:
     def reference_logprobs(self, tokens: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return self._session.model.get_init_policy_logprobs(tokens, mask_BT)
 
-    def update(self, batch: Any) -> dict[str, float]:
-        from nemo_ampo.training.optimise import optimise
+    updates_once = True
 
-        tensors = {name: tensor for name, tensor in vars(batch).items() if name != "sampling_logprobs_BT"}
+    def update(self, batch: Any) -> Any:
+        from nemo_ampo.training.optimise import optimise
+        from nemo_ampo.types import Updated
+
+        known = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+        tensors = {name: tensor for name, tensor in known.items() if name != "sampling_logprobs_BT"}
         self._session.model.prepare_for_training()
         metrics = optimise(self._session, tensors, clip=1.0)
         self._session.model.finish_training()
-        return {f"policy/{name}": value for name, value in metrics.items()}
+        old_BT = batch.old_logprobs_BT
+        logprobs_BT = self._session.model.logprobs_of_update_BT if old_BT is None else old_BT
+        return Updated({f"policy/{name}": value for name, value in metrics.items()}, logprobs_BT)
 
 
 def two_steps(session: Any, engines: Engines, name: str, count: int = 2) -> list[dict[str, float]]:

@@ -110,7 +110,7 @@ def step(ranks: Any, at: Callable[[str], None]) -> None:
     from nemo_ampo.rollout.config import RolloutConfig
     from nemo_ampo.rollout.engine import Caps, Response, SyncReport
     from nemo_ampo.step import Parts, ampo_step
-    from nemo_ampo.types import Prompt, Verdict
+    from nemo_ampo.types import Prompt, Updated, Verdict
 
     class Engine:
         caps = Caps("raw", 8, 99, 99, 300, False)
@@ -145,15 +145,17 @@ def step(ranks: Any, at: Callable[[str], None]) -> None:
             return list(text)
 
     class Policy:
+        updates_once = False
+
         def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
             at("logprobs")
             return torch.full((len(tokens_BT), tokens_BT.size(1) - 1), -1.0)
 
         reference_logprobs = logprobs
 
-        def update(self, batch: Any) -> dict[str, float]:
+        def update(self, batch: Any) -> Updated:
             at("update")
-            return {}
+            return Updated({}, batch.old_logprobs_BT)
 
     rollout = RolloutConfig(prompts_per_step=2, group_size=2, max_prompt_tokens=9, max_new_tokens=90, batch_size=8)
     parts = Parts(

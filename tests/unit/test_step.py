@@ -20,7 +20,7 @@ from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport
 from nemo_ampo.rollout.probe import Probe, ProbeError
 from nemo_ampo.step import Parts, StepResult, ampo_step, expand
-from nemo_ampo.types import JudgeRequest, Prompt, TrainBatch, Verdict
+from nemo_ampo.types import JudgeRequest, Prompt, TrainBatch, Updated, Verdict
 
 GOOD = 'Thinking Level: 1\n<|begin_of_answer|>\n"Deal at {}."\n<|end_of_answer|>'
 BAD = "I will not think."
@@ -95,16 +95,20 @@ class Recorder:
     """A policy that keeps its batch."""
 
     batch: TrainBatch | None = None
+    updates_once: bool = True
+    passes: int = 0
 
     def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -0.75)
 
     def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -1.0)
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, batch: TrainBatch) -> Updated:
         self.batch = batch
-        return {"policy/loss": 1.0}
+        own_BT = torch.full(batch.mask_BT.shape, -0.75)
+        return Updated({"policy/loss": 1.0}, own_BT if batch.old_logprobs_BT is None else batch.old_logprobs_BT)
 
 
 def run(
@@ -112,9 +116,10 @@ def run(
     ranks: OneProcess = ALONE,
     algorithm: AlgorithmConfig = PRESETS["ampo"],
     judge: Scores | None = None,
+    updates_once: bool = True,
     **rollout: Any,
 ) -> tuple[StepResult, Recorder, Script, Scores]:
-    engine, judge, policy = Script(texts), judge or Scores(), Recorder()
+    engine, judge, policy = Script(texts), judge or Scores(), Recorder(updates_once=updates_once)
     parts = Parts(
         engine=engine,
         judge=judge,
@@ -235,6 +240,32 @@ def test_importance_weights_reach_the_loss() -> None:
         assert weighed_T.tolist() == pytest.approx([advantage * math.exp(-0.25)] * len(weighed_T))
     assert plain.metrics["mismatch/error"] == pytest.approx(math.exp(0.25))
     assert plain.metrics["mismatch/kl"] == pytest.approx(math.exp(-0.25) - 1 + 0.25)
+
+
+@pytest.mark.parametrize(
+    ("rules", "updates_once", "passes"),
+    [
+        ({}, True, 0),
+        ({}, False, 1),
+        ({"mismatch": "truncate"}, True, 1),
+        ({"advantage": "grpo", "kl": "in_reward", "kl_kind": "k1"}, True, 1),
+    ],
+)
+def test_a_pass_for_the_old_log_probabilities_is_taken_where_the_update_cannot_give_them(
+    rules: dict[str, Any], updates_once: bool, passes: int
+) -> None:
+    texts = [GOOD.format(10), GOOD.format(4), GOOD.format(10), BAD]
+    result, policy, _, _ = run(texts, algorithm=AlgorithmConfig(**rules), updates_once=updates_once)
+    assert policy.passes == passes and policy.batch is not None
+    assert (policy.batch.old_logprobs_BT is None) == (passes == 0)
+    assert result.metrics["engine/logprob_gap"] == pytest.approx(0.25)
+    assert result.metrics["mode/entropy"] > 0
+
+
+def test_a_step_without_a_sample_to_learn_from_takes_no_pass() -> None:
+    result, policy, _, _ = run([GOOD.format(10)] * 4, algorithm=PRESETS["dapo"])
+    assert policy.passes == 0 and policy.batch is None
+    assert result.metrics["train/sample_fraction"] == 0 and "engine/logprob_gap" not in result.metrics
 
 
 def test_filters_reach_the_engine() -> None:

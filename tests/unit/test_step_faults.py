@@ -25,7 +25,7 @@ from nemo_ampo.ranks import OneProcess
 from nemo_ampo.rollout.config import RolloutConfig
 from nemo_ampo.rollout.engine import Caps, OnFinish, Request, Response, SamplingSpec, SyncReport, UnavailableError
 from nemo_ampo.step import Parts, StepResult, ampo_step
-from nemo_ampo.types import JudgeRequest, Prompt, TrainBatch
+from nemo_ampo.types import JudgeRequest, Prompt, TrainBatch, Updated
 
 PROMPTS, GROUP, EOS = 24, 8, 0
 
@@ -79,6 +79,7 @@ class Recorder:
     """A policy that keeps its batches."""
 
     batches: list[TrainBatch] = field(default_factory=list)
+    updates_once: bool = True
 
     def logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -0.75)
@@ -86,9 +87,9 @@ class Recorder:
     def reference_logprobs(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         return torch.full((tokens_BT.size(0), tokens_BT.size(1) - 1), -1.0)
 
-    def update(self, batch: TrainBatch) -> dict[str, float]:
+    def update(self, batch: TrainBatch) -> Updated:
         self.batches.append(batch)
-        return {"policy/loss": 1.0}
+        return Updated({"policy/loss": 1.0}, torch.full(batch.mask_BT.shape, -0.75))
 
 
 TURNS = [turn(f"Ann{i}") for i in range(PROMPTS)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_ampo.algo.advantage import group_levels, grpo_advantage
 from nemo_ampo.algo.algorithm import PRESETS, AlgorithmConfig, Baseline, Correction, ModeLevel, Ratio, Scale
 from nemo_ampo.algo.loss import Surrogate, kl_estimate, policy_loss, surrogate, token_weights, weighted_sum
-from nemo_ampo.algo.mismatch import importance_weights, mismatch_metrics
+from nemo_ampo.algo.mismatch import importance_weights, mismatch, mismatch_metrics
 
 VERL = json.loads((Path(__file__).resolve().parents[1] / "golden" / "verl.json").read_text(encoding="utf-8"))
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
@@ -111,10 +111,10 @@ def test_importance_weights(case: str) -> None:
         mismatch_high=1.3 if correction == "mask" else 1.2,
     )
     mask_BT = given("mask_BT")
-    weights_BT, _ = importance_weights(given("old_BT"), given("sampling_BT"), mask_BT, rules)
+    weights_BT = importance_weights(given("old_BT"), given("sampling_BT"), mask_BT, rules)
     torch.testing.assert_close(weights_BT.double() * mask_BT, tensor(VERL["weights"][case]), **CLOSE)
 
 
 def test_mismatch_kl() -> None:
-    _, mismatch = importance_weights(given("old_BT"), given("sampling_BT"), given("mask_BT"), AlgorithmConfig())
-    assert mismatch_metrics([mismatch])["mismatch/kl"] == pytest.approx(VERL["mismatch"]["k3_kl"], abs=1e-6)
+    found = mismatch(given("old_BT"), given("sampling_BT"), given("mask_BT"), AlgorithmConfig())
+    assert mismatch_metrics([found])["mismatch/kl"] == pytest.approx(VERL["mismatch"]["k3_kl"], abs=1e-6)

@@ -168,7 +168,7 @@ def training_signal(rules: AlgorithmConfig) -> torch.Tensor:
     mask_BT = torch.arange(T) < torch.tensor([s.num_tokens for s in SAMPLES])[:, None]
     credit = assign_credit(SAMPLES, kl_penalties(old_BT, ref_BT, mask_BT, rules), rules)
     trained_BT = mask_BT & credit.shares.trained_B[:, None]
-    weights_BT, _ = importance_weights(old_BT, sampling_BT, mask_BT, rules)
+    weights_BT = importance_weights(old_BT, sampling_BT, mask_BT, rules)
     batch = {
         "old_logprobs_BT": old_BT,
         "ref_logprobs_BT": ref_BT,

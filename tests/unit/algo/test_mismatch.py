@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_ampo.algo.algorithm import AlgorithmConfig
-from nemo_ampo.algo.mismatch import Mismatch, importance_weights, mismatch_metrics
+from nemo_ampo.algo.mismatch import Mismatch, importance_weights, mismatch, mismatch_metrics
 
 # Trainer over engine: ratios 2, 1/2, 1 | 4 (then padding, where both hold rubbish).
 RATIOS = torch.tensor([[2.0, 0.5, 1.0], [4.0, 1.0, 1.0]])
@@ -18,8 +18,8 @@ TRAINER = torch.where(MASK, SAMPLING + RATIOS.log(), torch.tensor([[0.0, 0.0, 0.
 
 
 def measure(**knobs: object) -> tuple[list[list[float]], dict[str, float]]:
-    weights_BT, mismatch = importance_weights(TRAINER, SAMPLING, MASK, AlgorithmConfig(**knobs))  # type: ignore[arg-type]
-    return weights_BT.tolist(), mismatch_metrics([mismatch])
+    given = (TRAINER, SAMPLING, MASK, AlgorithmConfig(**knobs))  # type: ignore[arg-type]
+    return importance_weights(*given).tolist(), mismatch_metrics([mismatch(*given)])
 
 
 def test_what_is_measured_by_hand() -> None:
@@ -29,6 +29,7 @@ def test_what_is_measured_by_hand() -> None:
     k3 = [2 - 1 - math.log(2), 0.5 - 1 + math.log(2), 0.0, 4 - 1 - math.log(4)]
     assert metrics == pytest.approx(
         {
+            "engine/logprob_gap": math.log(2 * 2 * 1 * 4) / 4,
             "mismatch/error": (2 + 2 + 1 + 4) / 4,
             "mismatch/kl": sum(k3) / 4,
             "mismatch/sequence_max": max(5 / 3, 4.0),
@@ -62,29 +63,36 @@ def test_absurd_gaps_stay_finite(gap: float, level: str) -> None:
     sampling = torch.full((1, 4), -310.0)
     mask = torch.ones(1, 4, dtype=torch.bool)
     rules = AlgorithmConfig(mismatch="truncate", mismatch_level=level, mismatch_high=1e12)  # type: ignore[arg-type]
-    weights, mismatch = importance_weights(sampling + gap, sampling, mask, rules)
+    weights = importance_weights(sampling + gap, sampling, mask, rules)
     assert weights.isfinite().all() and weights.max() <= math.exp(20) * 1.0001
-    assert all(math.isfinite(value) for value in mismatch_metrics([mismatch]).values())
+    assert all(
+        math.isfinite(value) for value in mismatch_metrics([mismatch(sampling + gap, sampling, mask, rules)]).values()
+    )
 
 
 def test_a_small_gap_is_not_rounding_noise() -> None:
     """k3 of a gap of 1e-4 is 1e-8 / 2; float32 would give anything from -6e-8 to 6e-8."""
     sampling = torch.full((1, 64), -2.0)
     mask = torch.ones(1, 64, dtype=torch.bool)
-    _, mismatch = importance_weights(sampling + 1e-4, sampling, mask, AlgorithmConfig())
-    assert mismatch_metrics([mismatch])["mismatch/kl"] == pytest.approx(5e-9, rel=0.01)
+    found = mismatch(sampling + 1e-4, sampling, mask, AlgorithmConfig())
+    assert mismatch_metrics([found])["mismatch/kl"] == pytest.approx(5e-9, rel=0.01)
 
 
 def test_weights_are_float32_without_gradient() -> None:
     trainer = TRAINER.bfloat16().requires_grad_()
-    weights, _ = importance_weights(trainer, SAMPLING, MASK, AlgorithmConfig(mismatch="truncate"))  # type: ignore[arg-type]
+    weights = importance_weights(trainer, SAMPLING, MASK, AlgorithmConfig(mismatch="truncate"))  # type: ignore[arg-type]
     assert weights.dtype == torch.float32 and not weights.requires_grad
 
 
 def test_replicas_are_joined_by_their_tokens() -> None:
-    parts = [Mismatch(3, 6.0, 0.3, 2.5, 3.0, 0), Mismatch(1, 4.0, 0.1, 4.0, 0.5, 1), Mismatch(0, 0.0, 0.0, 0.0, 0.0, 0)]
+    parts = [
+        Mismatch(3, 1.5, 6.0, 0.3, 2.5, 3.0, 0),
+        Mismatch(1, 0.5, 4.0, 0.1, 4.0, 0.5, 1),
+        Mismatch(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0),
+    ]
     assert mismatch_metrics(parts) == pytest.approx(
         {
+            "engine/logprob_gap": 0.5,
             "mismatch/error": 2.5,
             "mismatch/kl": 0.1,
             "mismatch/sequence_max": 4.0,

@@ -37,6 +37,11 @@ def test_every_row_is_in_one_micro_batch_within_the_budget(budget: int, at_least
 
 def test_rows_without_a_budget_keep_their_order() -> None:
     assert by_rows([9, 3, 8, 1, 17], 2) == [MicroBatch((0, 1), 16), MicroBatch((2, 3), 8), MicroBatch((4,), 24)]
+    assert by_rows([9, 3, 8, 1, 17], 2, in_order=False) == [
+        MicroBatch((4, 0), 24),
+        MicroBatch((2, 1), 8),
+        MicroBatch((3,), 8),
+    ]
     assert by_rows([], 2) == []
 
 
