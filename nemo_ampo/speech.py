@@ -13,12 +13,24 @@ import re
 
 from nemo_ampo.text import unbroken
 
+_WORDS = (
+    *("INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_CALLS", "TOOL_RESULTS", "TOOL_CONTENT", "ARGS", "CALL_ID", "THINK"),
+    *("IMG", "IMG_BREAK", "IMG_END", "PREFIX", "MIDDLE", "SUFFIX", "MASK", "gMASK", "sMASK", "CLS", "SEP", "PAD", "UNK"),
+    *("BOS", "EOS"),
+)
 _CONTROL = re.compile(
     r"<(?=[|/A-Za-z\uff5c]|<SYS)"
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\b)"
+    rf"|\[(?=\||/?(?:{'|'.join(_WORDS)})\b)"
+    r"|\](?=~[!b])|\[(?=e~\[)"
 )
 
-_TURN = re.compile(r"((?:Turn|TURN|\bturn)[\s#]*\d+)\s*[:\uff1a]")
+_UNSEEN = "\u00ad\u200b-\u200f\u2060-\u2064\ufeff*_`()"
+"""What shows nothing between the signs of a word, or only how it is set."""
+_TURN = re.compile(
+    rf"((?:(?<![^\W\d_])|(?=(?-i:T)))t[{_UNSEEN}]*u[{_UNSEEN}]*r[{_UNSEEN}]*n[\s#{_UNSEEN}]*\d+)"
+    rf"[\s{_UNSEEN}]*[:\uff1a\u2236\ufe55\ufe13\ua789]",
+    re.IGNORECASE,
+)
 
 
 def without_control_tokens(text: str) -> str:

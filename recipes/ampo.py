@@ -80,7 +80,7 @@ def run(cfg: DictConfig) -> bool:
     from nemo_ampo.rollout import require_engine
 
     require_engine(config.rollout.engine)
-    with hold_run_with_all_ranks(Path(config.run.dir)):
+    with hold_run_with_all_ranks(Path(config.run.dir), config.checkpoint.dir):
         return _train(cfg, config)
 
 

@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> bool:
     config = read_config(cfg, BcConfig)
     check_bc(config, cfg, world_size())
     check_trackers(config.run)
-    with hold_run_with_all_ranks(Path(config.run.dir)):
+    with hold_run_with_all_ranks(Path(config.run.dir), config.checkpoint.dir):
         return _clone(cfg, config)
 
 

@@ -19,6 +19,7 @@ from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import NEMO_SECTIONS, read_config
 from nemo_ampo.config.stages import check_parallel_layout, check_start
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.output.outcome import EXIT_USER_ERROR
 from nemo_ampo.output.terminal import printable_output, show
 from nemo_ampo.overrides import override
@@ -46,17 +47,23 @@ class DoctorConfig:
 
 
 def run(cfg: DictConfig) -> bool:
-    """Examine the engine; True when nothing failed."""
+    """Examine the engine; True when nothing failed. Its files are its own, whatever else lies in ``run.dir``."""
+    cfg.run.dir = str(Path(cfg.run.dir) / "rollout-doctor")
     kept = {name: cfg[name] for name in ("run", "rollout", *NEMO_SECTIONS)}
     config = read_config(OmegaConf.create(kept), DoctorConfig)  # type: ignore[type-var]
-    from nemo_ampo.rollout import EngineSetup, make_engine, require_engine
+    from nemo_ampo.rollout import require_engine
     from nemo_ampo.rollout.config import check_rollout
 
     check_rollout(config.rollout)
     require_engine(config.rollout.engine)
     check_start(config.run.init_from)
+    with hold_run_with_all_ranks(Path(config.run.dir)):
+        return _examine(cfg, config)
 
+
+def _examine(cfg: DictConfig, config: DoctorConfig) -> bool:
     from nemo_ampo.data.chat import encode_prompt
+    from nemo_ampo.rollout import EngineSetup, make_engine
 
     split = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
     start = read_start(config.run, lambda model: check_parallel_layout(model, *split))

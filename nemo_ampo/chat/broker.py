@@ -35,6 +35,8 @@ _GREETING_BYTES = 1024
 _GREETING_S = 2.0
 _MAX_STRANGERS = 128
 """Connections, beside one for each rank, that have not shown the token yet; one more, and the oldest has to go."""
+_TAKEN_AT_ONCE = 64
+"""Connections that are accepted before any is looked at; the kernel lets more wait a second."""
 _CONNECT_PAUSE_S = 0.2
 _CONNECT_S = 10.0
 
@@ -67,8 +69,10 @@ class Broker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers: dict[asyncio.Task[None], None] = {}
         self._finding: asyncio.Future[Any] = self._loop.create_future()
+        self._had_trouble = False
+        self._loop.set_exception_handler(self._trouble)
         self._server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, host, 0, limit=_GREETING_BYTES, backlog=1024)
+            asyncio.start_server(self._serve, host, 0, limit=_GREETING_BYTES, backlog=_TAKEN_AT_ONCE)
         )
         self.port: int = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._run, name="chat-broker", daemon=True)
@@ -79,6 +83,12 @@ class Broker:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
+
+    def _trouble(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio would log with a traceback each time, such as files that have run out."""
+        if not self._had_trouble:
+            self._had_trouble = True
+            _log.warning("the job's limiter: %s (%r)", context["message"], context.get("exception"))
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -145,6 +155,8 @@ class _Connection:
     def handle(self, message: dict[str, Any]) -> None:
         """One request. ``settle`` and ``cancel`` need no answer; the others are answered when they can be."""
         number, do = int(message["id"]), message["do"]
+        if do not in ("settle", "cancel") and (number in self._tasks or number in self._leases):
+            raise ValueError(f"request {number} twice")
         if do == "settle":
             self._settle(number, *_amounts(message))
         elif do == "cancel":
@@ -382,13 +394,18 @@ class BrokerClient:
 
 
 def is_there(host: str, port: int, token: str, timeout_s: float = _GREETING_S) -> bool:
-    """Whether a broker with this token serves at an address."""
+    """Whether a broker with this token serves at an address and says so in time."""
+    end = time.monotonic() + timeout_s
     try:
         with socket.create_connection((host, port), timeout=timeout_s) as connection:
             connection.sendall(_packed({"token": token}))
             expected = _packed({"welcome": True})
             received = b""
-            while len(received) < len(expected) and (piece := connection.recv(len(expected) - len(received))):
+            while expected.startswith(received) and received != expected:
+                connection.settimeout(max(end - time.monotonic(), 1e-3))
+                piece = connection.recv(len(expected) - len(received))
+                if not piece or time.monotonic() > end:
+                    return False
                 received += piece
             return received == expected
     except (OSError, ValueError, OverflowError):

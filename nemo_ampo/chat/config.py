@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.files import is_file, is_folder, missing
+from nemo_ampo.files import disk_errors, is_file, is_folder, missing
 from nemo_ampo.ranges import check_numbers, number, seconds
 
 STRUCTURED = ("auto", "on", "off")
@@ -222,7 +224,12 @@ def is_http(address: str) -> bool:
     """Is this the URL of a web server?"""
     try:
         url = urlsplit(address)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        host = url.hostname or ""
+        if re.fullmatch("[0-9.]+", host):
+            IPv4Address(host)
+        elif ":" not in host:
+            host.encode("idna")  # of labels that are neither empty nor too long
+        return url.scheme in ("http", "https") and bool(host) and url.port != 0 and not re.search(r"\s", address)
     except ValueError:
         return False
 
@@ -238,3 +245,14 @@ def check_endpoint_files(config: EndpointConfig) -> None:
             raise ConfigError(f"{config.section}.{key}: {missing(path)}")
     if config.cache is not None and is_folder(config.cache):
         raise ConfigError(f"{config.section}.cache: {config.cache} is a folder; give the name of a file")
+    for key, path in (("cache", config.cache), ("replay", config.replay)):
+        if path is not None and not may_be_cache(path):
+            raise ConfigError(f"{config.section}.{key}: {path} is not a cache of replies; give another name")
+
+
+def may_be_cache(path: str) -> bool:
+    """Whether a file is a database of SQLite, or can become one because it is empty or not there."""
+    if not is_file(path):
+        return not Path(path).exists()
+    with disk_errors(f"cannot read {path}"), Path(path).open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\0")

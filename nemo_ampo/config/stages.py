@@ -21,7 +21,7 @@ from nemo_ampo.config.nemo_keys import GPU_FUSIONS, check_nemo, check_schedule
 from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.files import check_folder, file_name_problem, is_file, is_folder, missing, no_model_folder
+from nemo_ampo.files import check_folder, disk_errors, file_name_problem, is_file, is_folder, missing, no_model_folder
 from nemo_ampo.judge.config import JudgeConfig, check_judge
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
@@ -97,7 +97,7 @@ def check_ampo(config: AmpoConfig, nemo: DictConfig, world_size: int) -> None:
     if config.data.train is not None:
         _file("data.train", config.data.train)
     if config.data.system_prompt is not None:
-        _file("data.system_prompt", config.data.system_prompt)
+        _text_file("data.system_prompt", config.data.system_prompt)
     rollout = config.rollout
     if rollout.group_size < 2:
         raise ConfigError(
@@ -292,7 +292,7 @@ def check_evaluate(config: EvaluateConfig, raw: DictConfig) -> None:
     check_folder("run.dir", config.run.dir)
     _file("data.turns", config.data.turns)
     if config.data.system_prompt is not None:
-        _file("data.system_prompt", config.data.system_prompt)
+        _text_file("data.system_prompt", config.data.system_prompt)
     if not is_file(Path(config.run.checkpoint) / "config.json"):
         raise ConfigError(f"run.checkpoint: {no_model_folder(config.run.checkpoint)}")
     check_judge(config.judge)
@@ -359,3 +359,12 @@ def check_start(path: str) -> None:
 def _file(key: str, path: str) -> None:
     if not is_file(path):
         raise ConfigError(f"{key}: {missing(path)}")
+
+
+def _text_file(key: str, path: str) -> None:
+    _file(key, path)
+    with disk_errors(f"{key}: cannot read {path}"):
+        try:
+            Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{key}: {path} is not UTF-8 text (byte {error.start})") from None

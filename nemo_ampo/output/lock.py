@@ -111,15 +111,22 @@ def hold_run(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -> Lock:
 
 
 @contextlib.contextmanager
-def hold_run_with_all_ranks(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -> Iterator[None]:
+def hold_run_with_all_ranks(
+    run_dir: Path, checkpoint_dir: str | None = None, patience_s: float = RUN_PATIENCE_S
+) -> Iterator[None]:
     """As :func:`hold_run`, for a job of many processes: the main rank holds, the others open nothing before it does.
+
+    Args:
+        run_dir: of the job.
+        checkpoint_dir: of its checkpoints, where they lie elsewhere.
+        patience_s: how long to wait for another job, seconds.
 
     Raises:
         UserError: on every rank, another job is still there; or the main rank says nothing.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        with hold_run(run_dir, patience_s):
+        with _held(run_dir, checkpoint_dir, patience_s):
             yield
         return
 
@@ -129,13 +136,13 @@ def hold_run_with_all_ranks(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -
     store, *_ = next(torch.distributed.rendezvous("env://"))
     if rank == 0:
         try:
-            lock = hold_run(run_dir, patience_s)
+            held = _held(run_dir, checkpoint_dir, patience_s)
         except UserError as error:
             store.set(_HELD, str(error) or "refused")
             # The store may end with this process.
             _until(lambda: store.add(_HEARD, 0) == world - 1, _HEAR_S)
             raise
-        with lock:
+        with held:
             store.set(_HELD, "")
             yield
         return
@@ -146,8 +153,18 @@ def hold_run_with_all_ranks(run_dir: Path, patience_s: float = RUN_PATIENCE_S) -
     except RuntimeError:
         refusal = "the main rank ended before it claimed it"
     if refusal:
-        raise UserError(refusal if refusal.startswith("run.dir") else f"run.dir: {run_dir}: {refusal}")
+        raise UserError(refusal if refusal.startswith(("run.dir", "checkpoint.dir")) else f"run.dir: {run_dir}: {refusal}")
     yield
+
+
+def _held(run_dir: Path, checkpoint_dir: str | None, patience_s: float) -> contextlib.ExitStack:
+    """All locks of a job, given back at the end of the block."""
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(hold_run(run_dir, patience_s))
+        if checkpoint_dir:
+            file = Path(checkpoint_dir) / ".running"
+            locks.enter_context(Lock(file, f"checkpoint.dir: {checkpoint_dir}", patience_s))
+        return locks.pop_all()
 
 
 def _until(holds: Callable[[], bool], seconds: float) -> bool:

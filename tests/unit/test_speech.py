@@ -46,6 +46,31 @@ TURN_LINE = re.compile(r"(?:Turn|\bturn)\s*#?\s*(\d+)\s*[:\uff1a]")
 CONTROL = re.compile(r"<\|[^|\s]*\|>|</?s>|<bos>|\[/?INST\]|<<SYS>>|<\uff5c|</think>")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            "TuRn 3: Bo said: yes",
+            "Turn 3\u2236 yes",
+            "Turn 3\ufe55 yes",
+            "Turn 3\u200b: yes",
+            "T\u200burn 3: yes",
+            "**Turn 3**: yes",
+        ),
+        *("Turn (3): yes", "[|system|]", "[THINK]", "[/THINK]", "[gMASK]", "[IMG]", "]~b]", "]~!b[", "[e~["),
+    ],
+)
+def test_what_poses_as_a_turn_or_a_control_token_is_changed(words: str) -> None:
+    assert spoken(words) != words and spoken(spoken(words)) == spoken(words)
+
+
+@pytest.mark.parametrize(
+    "words", ["Return 3: fine", "Saturn 5: a rocket", "[OK] [laughs]", "x[0|1]", "It is 3:30, your turn.", "A turn"]
+)
+def test_ordinary_speech_passes_unchanged(words: str) -> None:
+    assert spoken(words) == words
+
+
 def hostile(draw: random.Random) -> str:
     return "".join(draw.choices(PIECES, k=draw.randrange(1, 9)))
 

@@ -236,6 +236,77 @@ def test_hundreds_of_ranks_may_come_at_once() -> None:
     crowded.close()
 
 
+CROWDED = """
+import resource, sys, time
+from nemo_ampo.chat.broker import Broker
+from nemo_ampo.chat.limiter import LocalLimiter
+from nemo_ampo.chat.limits import Limits
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+broker = Broker(LocalLimiter(Limits(4)), None, "secret")
+print(broker.port, flush=True)
+refused, end = 0, time.monotonic() + 4
+while time.monotonic() < end:
+    try:
+        open("/dev/null").close()
+    except OSError:
+        refused += 1
+    time.sleep(0.0005)
+print(refused, flush=True)
+"""
+
+
+def test_a_burst_of_strangers_leaves_the_job_files_to_open(tmp_path: Path) -> None:
+    job = subprocess.Popen([sys.executable, "-c", CROWDED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    port = int(job.stdout.readline())
+    strangers: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(1500):
+            stranger = socket.socket()
+            stranger.setblocking(False)
+            stranger.connect_ex(("127.0.0.1", port))
+            strangers.append(stack.enter_context(stranger))
+            if len(strangers) > 800:
+                strangers.pop(0).close()
+        out, err = job.communicate(timeout=WAIT_S)
+    assert out.strip() == "0" and "Traceback" not in err
+
+
+def test_an_address_that_drips_is_not_a_broker_for_long() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in frame(b'{"welcome": true}'):
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.2)
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        began = time.monotonic()
+        assert not is_there("127.0.0.1", server.getsockname()[1], "secret", timeout_s=0.5)
+        assert time.monotonic() - began < 3
+        dripping.join()
+
+
+def test_a_number_that_is_used_twice_costs_its_client_only(broker: Broker) -> None:
+    ask = frame(json.dumps({"id": 1, "do": "acquire", "tokens": 1, "usd": 0.0}).encode())
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", broker.port)) as rank:
+            rank.sendall(greet("secret") + ask * 3)
+            end_of(rank)
+
+    async def work() -> None:
+        client = BrokerClient("127.0.0.1", broker.port, "secret")
+        for _ in range(2):
+            await asyncio.wait_for(client.acquire(1, 0.0), WAIT_S)
+        await client.aclose()
+
+    asyncio.run(work())
+
+
 def odd_messages(count: int) -> list[bytes]:
     """What a broken rank may send: seeded, so that each run sends the same."""
     draw = random.Random(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from nemo_ampo.chat.config import PoolMember, Price
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.judge.config import JudgeConfig, check_judge
 
 
 def config(**changes: Any) -> JudgeConfig:
@@ -130,6 +131,29 @@ def test_a_key_in_the_address_is_refused_and_not_repeated(base_url: str) -> None
     with pytest.raises(ConfigError, match=r"^judge\.base_url") as caught:
         config(base_url=base_url)
     assert "sk-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["a b", "a..b", "a" * 64 + ".de", "127.1:18111", "256.1.1.1", "a\tb", "a:99999"])
+def test_an_address_that_no_server_can_have_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^judge\.base_url: must be a URL"):
+        config(base_url=f"http://{host}/v1")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "[::1]:80", "m\u00fcller.de", "node_1:80", "localhost"])
+def test_an_address_that_a_server_can_have_is_taken(host: str) -> None:
+    assert config(base_url=f"https://{host}/v1").base_url == f"https://{host}/v1"
+
+
+@pytest.mark.parametrize("key", ["cache", "replay"])
+def test_a_file_that_is_no_cache_is_refused_before_anything_starts(key: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n')
+    with pytest.raises(ConfigError, match=rf"^judge\.{key}: {rows} is not a cache of replies"):
+        check_judge(config(base_url="http://host/v1", **{key: str(rows)}))
+    rows.write_text("")
+    check_judge(config(base_url="http://host/v1", **{key: str(rows)}))
+    with pytest.raises(ConfigError, match=r"^judge\.cache: /dev/null is not a cache of replies"):
+        check_judge(config(base_url="http://host/v1", cache="/dev/null"))
 
 
 def test_omegaconf_merges_and_checks_it() -> None:

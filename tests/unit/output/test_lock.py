@@ -62,6 +62,18 @@ def test_a_killed_job_lets_go(tmp_path: Path) -> None:
     hold_run(tmp_path, patience_s=0).release()
 
 
+def test_two_jobs_do_not_share_checkpoints(tmp_path: Path) -> None:
+    shared = str(tmp_path / "checkpoints")
+    with hold_run_with_all_ranks(tmp_path / "a", shared):
+        second = hold_run_with_all_ranks(tmp_path / "b", shared, patience_s=0)
+        with pytest.raises(UserError, match=rf"^checkpoint\.dir: {shared} is in use by another job"), second:
+            pass
+        with hold_run_with_all_ranks(tmp_path / "b", None, patience_s=0):
+            pass
+    with hold_run_with_all_ranks(tmp_path / "b", shared, patience_s=0):
+        pass
+
+
 def test_one_process_does_not_hold_a_folder_twice(tmp_path: Path) -> None:
     with hold_run(tmp_path), pytest.raises(UserError, match=f"in use by another job .process {os.getpid()} on "):
         hold_run(tmp_path, patience_s=0)

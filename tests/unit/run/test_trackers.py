@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,40 @@ def test_an_unusable_mlflow_address_is_one_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://here")
     with pytest.raises(ConfigError, match=r"run\.mlflow: nonsense://here"):
         check_trackers(config(tmp_path, mlflow=True))
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Refuses everything and repeats the credentials it was sent."""
+
+    def do_GET(self) -> None:
+        body = f"bad auth {self.headers['Authorization']}".encode()
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("way", ["token", "address", "dead address"])
+def test_a_service_that_repeats_its_credentials_gives_nothing_away(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = 9 if way == "dead address" else server.server_port
+        user = "" if way == "token" else "me:s3cr3t%2Fpassword@"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{user}127.0.0.1:{port}")
+        if way == "token":
+            monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "s3cr3t/password")
+        write(config(tmp_path, mlflow=True), 0, 1)
+        server.shutdown()
+    said = capfd.readouterr().err
+    assert said.count("warning: run.mlflow") == 1
+    for secret in ("s3cr3t", base64.b64encode(b"me:s3cr3t/password").decode()):
+        assert secret not in said
 
 
 def test_a_tracker_file_that_is_damaged_costs_its_ids_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
