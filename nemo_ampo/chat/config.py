@@ -253,6 +253,9 @@ def check_endpoint_files(config: EndpointConfig) -> None:
 def may_be_cache(path: str) -> bool:
     """Whether a file is a database of SQLite, or can become one because it is empty or not there."""
     if not is_file(path):
-        return not Path(path).exists()
+        try:
+            return not Path(path).exists()
+        except (OSError, ValueError):  # a name that no file can have
+            return False
     with disk_errors(f"cannot read {path}"), Path(path).open("rb") as file:
         return file.read(16) in (b"", b"SQLite format 3\0")
