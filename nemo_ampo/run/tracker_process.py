@@ -22,6 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
+
+from nemo_ampo.chat.secrets import Secrets
 
 PROJECT = "nemo-ampo"
 PARAMS_PER_CALL = 100
@@ -204,8 +207,20 @@ class _Worker(threading.Thread):
             self._answers.flush()
 
 
+def without_secrets(text: str) -> str:
+    """Without the services' keys and passwords, which servers and libraries repeat."""
+    keys = [
+        value
+        for name, value in os.environ.items()
+        if re.fullmatch(r"(WANDB|MLFLOW|AWS|AZURE)_\w*(KEY|TOKEN|PASSWORD)", name)
+    ]
+    addresses = [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "WANDB_BASE_URL")]
+    passwords = [found.group(1) for address in addresses if (found := re.search(r"//[^/@]*?:([^/@]*)@", address))]
+    return re.sub("//[^/@ ]*@", "//", Secrets([*keys, *passwords, *map(unquote, passwords)]).redact(text))
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _end() -> None:

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import queue
-import re
 import secrets
 import subprocess
 import sys
@@ -27,13 +26,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol
-from urllib.parse import unquote
 
-from nemo_ampo.chat.secrets import Secrets
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.files import write_once
 from nemo_ampo.run.config import RunConfig
-from nemo_ampo.run.tracker_process import MOST_WAITING, Setup
+from nemo_ampo.run.tracker_process import MOST_WAITING, Setup, without_secrets
 from nemo_ampo.text import one_line
 
 IDS_FILE = "trackers.json"
@@ -80,7 +77,7 @@ def check_trackers(run: RunConfig) -> None:
         try:
             MlflowClient(uri)
         except Exception as error:  # whatever it finds in the address, a missing driver of a database included
-            raise ConfigError(_without_secrets(f"run.mlflow: {one_line(uri)}: {one_line(str(error))}")) from None
+            raise ConfigError(without_secrets(f"run.mlflow: {one_line(uri)}: {one_line(str(error))}")) from None
 
 
 def open_trackers(run: RunConfig, stage: str, first_step: int, config: Mapping[str, Any]) -> list[Tracker]:
@@ -287,16 +284,4 @@ class _Ids:
 
 
 def _warn(what: str, why: str) -> None:
-    print(f"warning: {what} ({_without_secrets(one_line(why))})", file=sys.stderr, flush=True)
-
-
-def _without_secrets(text: str) -> str:
-    """Without the services' keys and passwords, which servers and libraries repeat."""
-    keys = [
-        value
-        for name, value in os.environ.items()
-        if re.fullmatch(r"(WANDB|MLFLOW|AWS|AZURE)_\w*(KEY|TOKEN|PASSWORD)", name)
-    ]
-    addresses = [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "WANDB_BASE_URL")]
-    passwords = [found.group(1) for address in addresses if (found := re.search(r"//[^/@]*?:([^/@]*)@", address))]
-    return re.sub("//[^/@ ]*@", "//", Secrets([*keys, *passwords, *map(unquote, passwords)]).redact(text))
+    print(f"warning: {what} ({without_secrets(one_line(why))})", file=sys.stderr, flush=True)
