@@ -159,7 +159,8 @@ def _bounded(use: Callable[..., Any]) -> Callable[..., Any]:
         if any(isinstance(value, int) and abs(value) > _most.get() for value in (*given, *named.values())):
             raise _EndlessError("asks for text without bound")
         for value in given:
-            _check_widths(getattr(value, "__self__", None) if callable(value) else None)
+            if callable(value):  # jinja2 wraps a text's own ``format``
+                _check_widths(getattr(getattr(value, "__wrapped__", value), "__self__", None))
         result = use(*given, **named)
         _check_size(_length(result))
         return result
