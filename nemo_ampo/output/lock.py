@@ -162,8 +162,7 @@ def _held(run_dir: Path, checkpoint_dir: str | None, patience_s: float) -> conte
     with contextlib.ExitStack() as locks:
         locks.enter_context(hold_run(run_dir, patience_s))
         if checkpoint_dir:
-            file = Path(checkpoint_dir) / ".running"
-            locks.enter_context(Lock(file, f"checkpoint.dir: {checkpoint_dir}", patience_s))
+            locks.enter_context(hold_output(Path(checkpoint_dir), "checkpoint.dir", patience_s))
         return locks.pop_all()
 
 
