@@ -101,7 +101,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
 def check_lengths(
     config: BcConfig, cfg: DictConfig, most: int, train: Sequence[BcExample], heldout: Sequence[BcExample]
 ) -> None:
-    """Do the rows fit the model's and are there enough for a batch?
+    """Do the rows fit the model's positions, and are there enough for a batch?
 
     Raises:
         ConfigError: naming the key and the value that fits.

@@ -41,9 +41,9 @@ def shown(proxy: str) -> str:
     return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
-def passwords(proxy: str) -> Iterator[str]:
-    """What must not be shown of a proxy's address: its password, and user and password together."""
-    credentials = proxy.partition("://")[2].rpartition("@")[0]
+def passwords(address: str) -> Iterator[str]:
+    """What must not be shown of the address of a proxy or service: its password, and user and password together."""
+    credentials = address.partition("://")[2].rpartition("@")[0]
     user, _, password = credentials.partition(":")
     if password:
         yield from (password, unquote(password), f"{unquote(user)}:{unquote(password)}")

@@ -19,9 +19,9 @@ from nemo_ampo.algo.rewards import RewardConfig
 from nemo_ampo.checkpoint.config import CheckpointConfig
 from nemo_ampo.config.nemo_keys import GPU_FUSIONS, check_nemo, check_schedule
 from nemo_ampo.data.config import AmpoDataConfig, BcDataConfig
-from nemo_ampo.errors import ConfigError
+from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.files import check_folder, disk_errors, file_name_problem, is_file, is_folder, missing, no_model_folder
+from nemo_ampo.files import check_folder, file_name_problem, is_file, is_folder, missing, no_model_folder, read_text
 from nemo_ampo.judge.config import JudgeConfig, check_judge
 from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
@@ -363,8 +363,7 @@ def _file(key: str, path: str) -> None:
 
 def _text_file(key: str, path: str) -> None:
     _file(key, path)
-    with disk_errors(f"{key}: cannot read {path}"):
-        try:
-            Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{key}: {path} is not UTF-8 text (byte {error.start})") from None
+    try:
+        read_text(Path(path))
+    except UserError as error:
+        raise ConfigError(f"{key}: {error}") from None

@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
+from nemo_ampo.chat.proxies import passwords
 from nemo_ampo.chat.secrets import Secrets
 
 PROJECT = "nemo-ampo"
@@ -215,8 +215,8 @@ def without_secrets(text: str) -> str:
         if re.fullmatch(r"(WANDB|MLFLOW|AWS|AZURE)_\w*(KEY|TOKEN|PASSWORD)", name)
     ]
     addresses = [os.environ.get(name, "") for name in ("MLFLOW_TRACKING_URI", "WANDB_BASE_URL")]
-    passwords = [found.group(1) for address in addresses if (found := re.search(r"//[^/@]*?:([^/@]*)@", address))]
-    return re.sub("//[^/@ ]*@", "//", Secrets([*keys, *passwords, *map(unquote, passwords)]).redact(text))
+    in_addresses = [secret for address in addresses for secret in passwords(address)]
+    return re.sub("//[^/@]*@", "//", Secrets([*keys, *in_addresses]).redact(text))
 
 
 def _first_line(error: BaseException) -> str:
