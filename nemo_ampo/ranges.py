@@ -104,14 +104,23 @@ def check_numbers(section: str, values: Any) -> None:
         ConfigError: naming the first key whose value is not allowed, and what would be.
     """
     for key, value, allowed in _leaves(section, values, None):
-        if isinstance(value, str):
-            problem = text_problem(value)
-            if problem is not None:
-                raise ConfigError(f"{key}: {problem}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            rule = allowed or Range(-math.inf, math.inf, whole=False)
-            if not rule.holds(value):
-                raise ConfigError(f"{key}: must be {told(rule, value)}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and allowed is not None and not allowed.holds(value):
+            raise ConfigError(f"{key}: must be {told(allowed, value)}")
+        check_leaf(key, value)
+
+
+def check_leaf(key: str, value: Any) -> None:
+    """What every value of a config obeys, one without a rule of its own too.
+
+    Raises:
+        ConfigError: naming the key of a number that is not finite, or of text that no system call takes.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}: must be {told('a finite number', value)}")
+    problem = text_problem(value) if isinstance(value, str) else None
+    if problem is not None:
+        raise ConfigError(f"{key}: {problem}")
 
 
 def told(rule: object, value: Any) -> str:
@@ -137,7 +146,7 @@ def _leaves(key: str, value: Any, allowed: Range | None) -> Iterator[tuple[str, 
             yield from _leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name), f.metadata.get("range"))
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(f"{key}.{name}" if is_dataclass(inner) else key, inner, allowed)
+            yield from _leaves(f"{key}.{name}", inner, allowed)
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
             yield from _leaves(f"{key}[{place}]" if is_dataclass(inner) else key, inner, allowed)

@@ -408,14 +408,15 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for name, function in COMMANDS.items():
-        app.command(name, context_settings=PASS_THROUGH.get(name))(printable_output()(full_or_read_only()(function)))
+        app.command(name, context_settings=PASS_THROUGH.get(name))(printable_output()(function))
     return app
 
 
 def main() -> None:
     """Entry point of the ``nemo-ampo`` script."""
     try:
-        make_app()()
+        with full_or_read_only():
+            make_app()()
     except UserError as error:
         with printable_output():
             typer.echo(f"error: {error}", err=True)

@@ -5,7 +5,6 @@ What NeMo, Lightning or Megatron would refuse after the model is loaded, or neve
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.ranges import LARGEST_SEED, Range, as_yaml, text_problem, told
+from nemo_ampo.ranges import LARGEST_SEED, Range, as_yaml, check_leaf, told
 
 
 class Rule(Protocol):
@@ -287,10 +286,7 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
             f"model.optim.sched.max_steps: {laid} has no effect beside trainer.max_steps={steps}; leave it out"
         )
     for key, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}: must be a finite number, got {value}")
-        if isinstance(value, str) and text_problem(value):
-            raise ConfigError(f"{key}: {text_problem(value)}")
+        check_leaf(key, value)
 
 
 def _flat(cfg: DictConfig, section: str) -> Iterator[tuple[str, Any]]:

@@ -59,6 +59,7 @@ def test_the_shipped_values_are_within_the_ranges(stage: str, tmp_path: Path) ->
         ("ampo", "run.device=tpu"),
         ("ampo", "run.log_rollouts=-2"),
         *(("ampo", f"algorithm.{key}={value}") for key in ("entropy_coef", "kl_coef") for value in ("nan", "inf", -1)),
+        *(("ampo", f"+judge.extra_body.penalty={value}") for value in ("nan", "inf")),
         ("bc", "data.max_tokens=0"),
         ("bc", "data.heldout_replies=-1"),
         ("bc", "model.tensor_model_parallel_size=3"),
@@ -72,7 +73,7 @@ def test_the_shipped_values_are_within_the_ranges(stage: str, tmp_path: Path) ->
     ],
 )
 def test_a_value_outside_is_one_line_that_names_the_key(stage: str, override: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")) as caught:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].strip("+").replace(".", r"\.")) as caught:
         check(stage, tmp_path, override)
     assert "\n" not in str(caught.value)
 

@@ -57,6 +57,13 @@ def test_help_lists_every_command_and_imports_next_to_nothing() -> None:
         assert f" {name} " in done.stdout
 
 
+def test_help_into_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "nemo_ampo.commands.cli", "score", "--help"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "error: cannot write a file: No space left on device\n")
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in PASS_THROUGH])
 def test_every_command_explains_itself(name: str) -> None:
     result = invoke(name, "--help")

@@ -142,7 +142,7 @@ def test_tokens_are_estimated_without_a_tokenizer() -> None:
         ({"temperature": 3.0}, "policy.temperature: must be a number of at least 1e-05 and at most 2, or 0"),
         ({"top_p": 0.0}, "policy.top_p"),
         ({"mode_bias": {5: 1.0}}, "policy.mode_bias: there is no mode 5"),
-        ({"mode_bias": {1: float("inf")}}, "policy.mode_bias: must be a number of at least -1000000"),
+        ({"mode_bias": {1: float("inf")}}, "policy.mode_bias.1: must be a number of at least -1000000"),
         ({"mode_bias": {1: 1.0}, "modes": False}, "policy.mode_bias: needs policy.modes=true"),
         ({"base_url": "nonsense", "model": "m"}, "policy.base_url"),
     ],
