@@ -358,6 +358,16 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def derived_seed(what: str, bits: int = 31) -> int:
+    """A seed from what it is for, never from the order in which things happen: the leading bits of the text's SHA-256.
+
+    Args:
+        what: seed of the run and everything else that tells this draw from any other.
+        bits: so many, at most 64.
+    """
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big") >> (64 - bits)
+
+
 def is_file(path: str | Path) -> bool:
     """Whether a file is there; False too for a name that no file can have."""
     try:

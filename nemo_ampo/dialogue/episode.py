@@ -6,7 +6,6 @@ is asked for, so :func:`play` can go on from whatever was stored before.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from nemo_ampo.dialogue.prompts import PromptTexts, View, instruction_after, ins
 from nemo_ampo.dialogue.records import LEAVING_WORDS, Episode, EpisodeKey, Termination, Turn
 from nemo_ampo.dialogue.scenarios import SEATS, Scenario
 from nemo_ampo.errors import ChatError
+from nemo_ampo.files import derived_seed
 from nemo_ampo.types import Seat
 
 _LEAVING_PHRASES = (LEAVING_WORDS, "leave the conversation")
@@ -139,8 +139,7 @@ def leaves(text: str, rule: LeaveRule) -> bool:
 
 def turn_seed(key: EpisodeKey, index: int) -> int:
     """Sampling seed of one utterance, 0..2^31-1: from seed, pairing, seat and turn, not from the order of play."""
-    digest = hashlib.sha256(f"{key.seed} {key.combo_id} {key.seat} {index}".encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1
+    return derived_seed(f"{key.seed} {key.combo_id} {key.seat} {index}")
 
 
 def _turn(index: int, seat: Seat, speaker: str, said: Said) -> Turn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,20 @@ class AnswerFile:
         with disk_errors(f"cannot write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add_replies(self, replies: Mapping[int, StoredReply]) -> None:
-        """Keep a batch of replies.
+    def add_reply(self, index: int, reply: StoredReply) -> None:
+        """Keep a reply.
 
         Raises:
-            DiskError: these, or a verdict before them, cannot be written.
+            DiskError: it, or a verdict before it, cannot be written.
         """
         self.require_written()
-        self.replies.update(replies)
-        self._append({"record": "reply", "index": index} | vars(reply) for index, reply in replies.items())
+        self.replies[index] = reply
+        self._append({"record": "reply", "index": index} | vars(reply))
 
     def add_verdict(self, index: int, verdict: Verdict) -> None:
         """Keep a verdict. That it cannot be written is said by :meth:`require_written`: nobody waits for this thread."""
         try:
-            self._append([{"record": "verdict", "index": index, "agent1": verdict.agent1, "agent2": verdict.agent2}])
+            self._append({"record": "verdict", "index": index, "agent1": verdict.agent1, "agent2": verdict.agent2})
         except DiskError as error:
             self._failure = error
         self.verdicts[index] = verdict
@@ -88,8 +88,8 @@ class AnswerFile:
         if self._failure is not None:
             raise self._failure
 
-    def _append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        content = "".join(json.dumps(sealed(row)) + "\n" for row in rows).encode("ascii")
+    def _append(self, row: Mapping[str, Any]) -> None:
+        content = f"{json.dumps(sealed(row))}\n".encode("ascii")
         with self._lock, disk_errors(f"cannot write {self._path}"):
             append_whole(self._path, content)
 

@@ -1,26 +1,26 @@
-"""How good is an exported checkpoint on held-out turns? Answers drawn with transformers, judged and scored as in training.
+"""How good is an exported checkpoint on held-out turns? Drawn by the serving engine, judged and scored as in training.
 
 This is the embedded evaluation: one reply per held-out turn. It loads nothing of NeMo, so it also proves that the export is
-an ordinary Hugging Face folder. Legend: B rows, T positions.
+an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, as_completed, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.algo.rewards import RewardConfig, score_reply
-from nemo_ampo.errors import AskedToStopError, BudgetError, DataError, JudgeError, UserError
+from nemo_ampo.errors import AskedToStopError, BudgetError, DataError, EngineError, JudgeError, UserError
 from nemo_ampo.evaluate.answer_file import AnswerFile, StoredReply
 from nemo_ampo.evaluate.config import EvaluateConfig
-from nemo_ampo.files import sealed, sha256_of, write_once
+from nemo_ampo.files import derived_seed, sealed, sha256_of, write_once
 from nemo_ampo.output.lock import hold_output
 from nemo_ampo.output.outcome import PARTIAL_FOLDER, Outcome
 from nemo_ampo.output.protocol import digest, keep_protocol
@@ -28,12 +28,9 @@ from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import MODES
 from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.metrics import mean
-from nemo_ampo.serve.dial import DialProcessor, ModeDial
 from nemo_ampo.types import ALL_TAGS, DialogueTurn, JudgeRequest, RewardParts, Verdict
 
 if TYPE_CHECKING:
-    import torch
-
     from nemo_ampo.judge.background import JudgeThread
 
 
@@ -263,7 +260,7 @@ def _answer_and_judge(
     device: str,
     begin: Callable[[], None],
 ) -> Unjudged:
-    """Draw and judge what is missing, batch by batch; a batch is judged while the next one is drawn.
+    """Draw and judge what is missing; replies are judged while others are drawn.
 
     ``begin`` is called once the judge is known to answer: a start that failed binds the evaluation to nothing.
     """
@@ -279,17 +276,10 @@ def _answer_and_judge(
         with stop_after_calls(judge.ask_no_more) as stop:
             for index in sorted(answers.replies):
                 work.submit(index)
-            policy: _Policy | None = None
-            for number, places in enumerate(_batches(len(asked), config.generate.batch_size)):
-                if all(index in answers.replies for index in places):
-                    continue
-                if work.spent or stop.requested:
-                    break
-                policy = policy or _Policy(tokenizer, config, device)
-                drawn = policy.draw([asked[index] for index in places], number)
-                answers.add_replies({i: reply for i, reply in zip(places, drawn, strict=True) if i not in answers.replies})
-                for index in places:
-                    work.submit(index)
+            missing = [index for index in range(len(asked)) if index not in answers.replies]
+            for index, reply in _draw(asked, missing, config, device, ends=lambda: work.spent or stop.requested):
+                answers.add_reply(index, reply)
+                work.submit(index)
             return work.finish()
 
 
@@ -341,99 +331,49 @@ class _Judging:
         return unjudged
 
 
-def _batches(count: int, size: int) -> list[range]:
-    return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
-
-
-class _Policy:
-    """The evaluated checkpoint."""
-
-    def __init__(self, tokenizer: Any, config: EvaluateConfig, device: str) -> None:
-        from nemo_ampo.model_folder.loading import load_model
-        from nemo_ampo.model_folder.policy_files import stop_token_ids
-
-        folder = Path(config.run.checkpoint)
-        model: Any = load_model(folder)
-        self._model = model.to("cuda" if device == "gpu" else "cpu").eval()
-        self._tokenizer, self._config = tokenizer, config
-        self._stops = stop_token_ids(folder, tokenizer)
-        self._dial = ModeDial(tokenizer) if config.generate.mode_bias else None
-
-    def draw(self, asked: list[PlannedAnswer], number: int) -> list[StoredReply]:
-        """Replies of a batch.
-
-        Args:
-            asked: the batch.
-            number: of the batch, which has a seed of its own: an evaluation that goes on draws what one that never
-                stopped does.
-        """
-        import torch
-
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self._config.run.seed} {number}".encode()).digest()[:4]))
-        replies = generate(self._model, [question.prompt for question in asked], self._stops, self._config, self._dial)
-        return [
-            StoredReply(question.turn.row_id, self._tokenizer.decode(ids, skip_special_tokens=True), len(ids))
-            for question, ids in zip(asked, replies, strict=True)
-        ]
-
-
-def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
-    return answer_of(reply.text, strict=config.reward.strict_format)
-
-
-def generate(
-    model: Any, prompts: list[list[int]], stops: tuple[int, ...], config: EvaluateConfig, dial: ModeDial | None = None
-) -> list[list[int]]:
-    """Reply tokens of a batch of prompts, each up to and including its stop token; ``dial`` applies the mode dial.
+def _draw(
+    asked: list[PlannedAnswer], missing: Sequence[int], config: EvaluateConfig, device: str, ends: Callable[[], bool]
+) -> Iterator[tuple[int, StoredReply]]:
+    """Replies as they end, with their places. Each has a seed of its own and is computed as if it were alone, so that an
+    evaluation that goes on draws what one that never stopped does. Once ``ends`` is true, what is not finished is given up.
 
     Raises:
         UserError: the model computes nothing that could be drawn from.
     """
-    import torch
+    if not missing or ends():
+        return
+    from nemo_ampo.serve.engine import GenerateRequest, ServingEngine
 
-    width = max(map(len, prompts))
-    pad = stops[0]
-    ids_BT = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    sampled = config.generate.temperature > 0
-    options: dict[str, Any] = (
-        {"do_sample": True, "temperature": config.generate.temperature, "top_k": 0, "top_p": 1.0}
-        if sampled
-        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    how, rows = config.generate, min(config.generate.batch_size, len(asked))
+    engine = ServingEngine(
+        Path(config.run.checkpoint), device="cuda" if device == "gpu" else "cpu", max_batch=rows, height=rows
     )
-    options["logits_processor"] = [functools.partial(_finite, config.run.checkpoint)]
-    if dial is not None:
-        options["logits_processor"] += [DialProcessor(dial, config.generate.mode_bias or {}, width)]
-    with torch.no_grad():
-        out_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            max_new_tokens=config.generate.max_new_tokens,
-            eos_token_id=list(stops),
-            pad_token_id=pad,
-            **options,
-        )
-    return [_until_stop(row, stops) for row in out_BT[:, width:].tolist()]
+    with closing(engine):
+        drawn = {
+            engine.submit(
+                GenerateRequest(
+                    prompt=tuple(asked[index].prompt),
+                    max_tokens=how.max_new_tokens,
+                    temperature=how.temperature,
+                    seed=derived_seed(f"{config.run.seed}/{index}"),
+                    mode_bias=how.mode_bias or {},
+                )
+            ): index
+            for index in missing
+        }
+        for future in as_completed(drawn):
+            index = drawn[future]
+            try:
+                reply = future.result()
+            except EngineError as error:
+                raise UserError(f"{config.run.checkpoint}: {error}") from error
+            yield index, StoredReply(asked[index].turn.row_id, reply.text, len(reply.ids))
+            if ends():
+                return
 
 
-def _finite(checkpoint: str, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-    """The logits as they are.
-
-    Raises:
-        UserError: they are no numbers, so that nothing can be drawn.
-    """
-    if not logits_BV.isfinite().all():
-        raise UserError(
-            f"{checkpoint}: the model computes logits that are no finite numbers, as {logits_BV.dtype} holds them"
-        )
-    return logits_BV
-
-
-def _until_stop(ids: list[int], stops: tuple[int, ...]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in stops:
-            return ids[: position + 1]
-    return ids
+def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
+    return answer_of(reply.text, strict=config.reward.strict_format)
 
 
 def _score(

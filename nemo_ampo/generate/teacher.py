@@ -6,13 +6,13 @@ by rule; the teacher is told what was wrong and asked again a bounded number of 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from nemo_ampo.errors import FormatError
+from nemo_ampo.files import derived_seed
 from nemo_ampo.prompts import load_prompt
 from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING, END_ANSWER, END_THINKING, parse_reply, spoken_text
 from nemo_ampo.reply.modes import MODES
@@ -114,4 +114,4 @@ def skeleton(mode: int) -> str:
 
 def question_seed(seed: int, question_id: str) -> int:
     """Sampling seed of one question, 0..2^31-1: from its name, not from the order of the calls."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{question_id}".encode()).digest()[:4]) >> 1
+    return derived_seed(f"{seed}/{question_id}")

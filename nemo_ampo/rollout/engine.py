@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 
 from nemo_ampo.errors import EngineError
+from nemo_ampo.files import derived_seed
 
 Finish = Literal["eos", "stop_string", "length"]
 LogprobKind = Literal["raw", "sampling"]
@@ -205,8 +206,7 @@ def request_seed(run_seed: int, step: int, prompt: str, sample: int) -> int:
 
     So a run draws the same responses on one process, two data-parallel ranks, or after a resume.
     """
-    digest = hashlib.sha256(f"{run_seed}/{step}/{prompt}/{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return derived_seed(f"{run_seed}/{step}/{prompt}/{sample}", bits=63)
 
 
 def check_requests(requests: Sequence[Request], sampling: SamplingSpec, caps: Caps) -> None:

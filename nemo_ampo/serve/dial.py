@@ -15,7 +15,6 @@ from nemo_ampo.reply.grammar import BEGIN_ANSWER, BEGIN_THINKING
 from nemo_ampo.reply.modes import MODES
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -48,29 +47,6 @@ class ModeDial:
     def biases(self, mode_bias: Mapping[int, float]) -> dict[int, float]:
         """Token to the number added to its logit."""
         return {self.choices[mode]: bias for mode, bias in mode_bias.items()}
-
-
-class DialProcessor:
-    """The dial for ``transformers``' ``generate``: a logits processor.
-
-    Args:
-        dial: of the model's tokenizer.
-        mode_bias: mode to the number added to its logit.
-        prompt_width: columns of the batch that are prompt.
-    """
-
-    def __init__(self, dial: ModeDial, mode_bias: Mapping[int, float], prompt_width: int) -> None:
-        self._dial = dial
-        self._biases = dial.biases(mode_bias)
-        self._prompt_width = prompt_width
-
-    def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Biased logits of the next token, [B, V]."""
-        chooses_B = [self._dial.chooses_next(row[self._prompt_width :]) for row in ids_BT.tolist()]
-        biased_BV = logits_BV.clone()
-        for token, bias in self._biases.items():
-            biased_BV[chooses_B, token] += bias
-        return biased_BV
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, mode: int, thinks: bool) -> list[int]:

@@ -97,12 +97,16 @@ class ServingEngine:
         device: torch device.
         dtype: torch dtype name, or ``auto`` for the stored one.
         max_batch: rows decoded together.
+        height: rows of a decoding step, idle ones included, which decides the last bits of what is computed. By default few
+            on a CPU, where an idle row costs as much as another, and ``max_batch`` on a GPU, where it costs next to nothing.
 
     Raises:
         UserError: the folder cannot be loaded or has no usable chat template.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: str = "auto", max_batch: int = 32) -> None:
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: str = "auto", max_batch: int = 32, height: int | None = None
+    ) -> None:
         self.tokenizer = load_tokenizer(folder)
         check_tokenizer(self.tokenizer)
         self._model: Any = load_model(folder, dtype)
@@ -113,8 +117,7 @@ class ServingEngine:
         self._stops = frozenset(stop_token_ids(folder, self.tokenizer))
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._max_batch = max_batch
-        # On a CPU each row of a step costs time, idle or not; on a GPU a higher step costs hardly more.
-        self._height = min(max_batch, _CPU_HEIGHT) if self._model.device.type == "cpu" else max_batch
+        self._height = height or (min(max_batch, _CPU_HEIGHT) if self._model.device.type == "cpu" else max_batch)
         self._dial: ModeDial | None = None
         self._rows: list[_Row] = []
         self._waiting: deque[_Row] = deque()
@@ -271,7 +274,7 @@ def sample(logits_V: torch.Tensor, temperature: float, top_p: float, generator: 
     """
     logits_V = logits_V - logits_V.max()  # so that no division by a small temperature leaves the range of float32
     if not bool(torch.isfinite(logits_V.max())):
-        raise EngineError("the model's logits are not numbers")
+        raise EngineError("the model's logits are no finite numbers: its weights are, or their format is too small")
     if temperature == 0:
         return int(logits_V.argmax())
     probs_V = torch.softmax(logits_V / temperature, dim=-1)

@@ -21,9 +21,11 @@ def reply(index: int) -> StoredReply:
 
 def fill(path: Path) -> None:
     file = AnswerFile(path, ROWS)
-    file.add_replies({0: reply(0), 1: reply(1)})
+    file.add_reply(0, reply(0))
+    file.add_reply(1, reply(1))
     file.add_verdict(1, Verdict(3.5, 10))
-    file.add_replies({2: reply(2), 3: reply(3)})
+    file.add_reply(2, reply(2))
+    file.add_reply(3, reply(3))
     file.add_verdict(3, Verdict(0, 1))
 
 
@@ -93,7 +95,7 @@ def test_a_verdict_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.symlink_to("/dev/full")
     file = AnswerFile(tmp_path / "other.jsonl", ROWS)
-    file.add_replies({0: reply(0)})
+    file.add_reply(0, reply(0))
     file._path = path
     file.add_verdict(0, Verdict(1, 2))
     with pytest.raises(DiskError, match=r"cannot write .*a\.jsonl: "):

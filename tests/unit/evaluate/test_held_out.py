@@ -9,11 +9,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fault_judge import MODEL, FaultJudge, fault_judge
 from tiny_hf import edit_weights, write_model
 
@@ -28,6 +28,7 @@ from nemo_ampo.judge.client import _FIRST_REQUEST
 from nemo_ampo.prompts import load_prompt, render_judge_prompt
 from nemo_ampo.report.training.inputs import parse_evaluation, read_evaluation
 from nemo_ampo.report.training.tables import evaluation_rows
+from nemo_ampo.serve.engine import Generated, GenerateRequest, ServingEngine
 from nemo_ampo.world.pack import make_pack
 from recipes import evaluate as recipe
 from recipes.launch import main
@@ -55,12 +56,14 @@ def run(policy: Path, judge: FaultJudge, tmp_path: Path, monkeypatch: pytest.Mon
 
     tokenizer = AutoTokenizer.from_pretrained(policy / "hf")
 
-    def generate(model: Any, prompts: list[list[int]], stops: tuple[int, ...], *_: Any) -> list[list[int]]:
-        """What a trained policy says, drawn like a real one; an untrained one would say nothing the judge must see."""
-        texts = [f'Thinking Level: 1\n<|begin_of_answer|>\n"Meet {torch.rand(())}."\n<|end_of_answer|>' for _ in prompts]
-        return [[*tokenizer.encode(text, add_special_tokens=False), stops[0]] for text in texts]
+    def submit(self: ServingEngine, request: GenerateRequest) -> Future[Generated]:
+        """What a trained policy says, drawn by the request's seed; an untrained one would say nothing the judge must see."""
+        text = f'Thinking Level: 1\n<|begin_of_answer|>\n"Meet {request.seed}."\n<|end_of_answer|>'
+        reply: Future[Generated] = Future()
+        reply.set_result(Generated(tuple(tokenizer.encode(text, add_special_tokens=False)), text, "stop"))
+        return reply
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr(ServingEngine, "submit", submit)
 
     def evaluate(*overrides: str, name: str = "one") -> int:
         given = [
@@ -258,7 +261,8 @@ def test_a_model_that_computes_no_numbers_is_one_line(policy: Path, judge: Fault
     given = (f"run.dir={tmp_path}", "run.name=one", f"run.checkpoint={hf}", "run.device=cpu", f"judge.base_url={judge.url}")
     turns = f"data.turns={policy / 'world' / 'rl_heldout.jsonl'}"
     assert main("evaluate", recipe.run, ["--config-name", "tiny", *given, turns, f"judge.model={MODEL}"]) == 2
-    assert capsys.readouterr().err.endswith("logits that are no finite numbers, as torch.float32 holds them\n")
+    err = capsys.readouterr().err
+    assert f"{hf}: " in err and "the model's logits are no finite numbers" in err and len(err.splitlines()) == 1, err
 
 
 def test_a_second_start_of_the_same_evaluation_is_refused(
