@@ -17,7 +17,7 @@ from nemo_ampo.algo.credit import assign_credit, kl_penalties, mode_token_span
 from nemo_ampo.algo.guard import GuardConfig, small_groups
 from nemo_ampo.algo.mismatch import importance_weights, mismatch, mismatch_metrics
 from nemo_ampo.algo.mode_choice import choice_metrics
-from nemo_ampo.algo.rewards import RewardConfig, score_reply
+from nemo_ampo.algo.rewards import RewardConfig, scored_reply
 from nemo_ampo.judge.verdicts import Judged, PendingVerdict, StopAsked, VerdictSource, all_verdicts
 from nemo_ampo.ranks import Ranks, slice_for
 from nemo_ampo.reply.grammar import answer_of
@@ -209,25 +209,15 @@ def without_small_groups(samples: list[Sample], parts: Parts) -> list[Sample]:
 
 
 def score(turn: DialogueTurn, request: Request, response: Response, judged: Judged, parts: Parts) -> Sample:
-    """Reward of one response, with everything a report needs to explain it."""
-    text = decode(response, parts.tokenizer)
-    answer = answer_of(text, strict=parts.reward.strict_format)
-    answer_tokens = len(parts.tokenizer.tokenize(answer)) if answer is not None else 0
-    reward = score_reply(turn, text, judged.verdict, answer_tokens, parts.reward)
+    """Reward of one response, and its place in the step."""
+    text, tokens = decode(response, parts.tokenizer), response.token_ids
+    scored = scored_reply(turn, text, len(tokens), judged.verdict, judged.error, parts.tokenizer, parts.reward)
     return Sample(
+        **vars(scored),
         group=request.request_id // parts.rollout.group_size,
-        row_id=turn.row_id,
-        dialogue="\n".join(turn.dialog),
-        tag=turn.tag,
         turn=turn.turn,
-        text=text,
-        num_tokens=len(response.token_ids),
-        answer_tokens=answer_tokens,
         finish=response.finish,
-        parts=reward,
-        mode_tokens=mode_token_span(response.token_ids, text, reward.mode, parts.tokenizer),
-        verdict=judged.verdict,
-        judge_error=judged.error,
+        mode_tokens=mode_token_span(tokens, text, scored.parts.mode, parts.tokenizer),
         judge_latency_s=judged.latency_s,
     )
 

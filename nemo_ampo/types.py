@@ -6,8 +6,8 @@ All records are frozen; absent is ``None``, never a value in the score range. Le
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -150,40 +150,55 @@ class Prompt:
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One response of one prompt, scored. Small enough to be gathered from every replica.
+@dataclass(frozen=True, kw_only=True)
+class ScoredReply:
+    """One reply to a dialogue turn, judged and rewarded.
 
     Attributes:
-        group: index of the prompt within the step.
         row_id: of the dialogue turn.
         dialogue: what was said before, and the open line.
         tag: the turn's label, for reports.
-        turn: index of the turn in its dialogue, 0 is the opening.
-        text: decoded response without special tokens.
-        num_tokens: response tokens, the stop token included.
-        answer_tokens: tokens of the spoken answer with its quotes, 0 without one.
-        finish: why the engine stopped.
+        text: decoded without special tokens.
+        num_tokens: of the reply, the stop token included.
+        answer_tokens: of the spoken answer with its quotes, 0 without one.
         parts: reward and what it was made of.
-        mode_tokens: first and last-plus-one of the response tokens that name the mode; equal when none does.
         verdict: None when the judge was not asked or failed.
         judge_error: kind of the judge's failure.
+    """
+
+    row_id: str
+    dialogue: str
+    tag: str | None
+    text: str
+    num_tokens: int
+    answer_tokens: int
+    parts: RewardParts
+    verdict: Verdict | None = None
+    judge_error: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As written to ``rollouts.jsonl`` and to the result of an evaluation: flat, without the judge's words."""
+        row = asdict(self)
+        parts, verdict = row.pop("parts"), row.pop("verdict") or {}
+        return row | parts | {f"{seat}_score": verdict.get(seat) for seat in ("agent1", "agent2")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(ScoredReply):
+    """One response of one prompt of a step. Small enough to be gathered from every replica.
+
+    Attributes:
+        group: index of the prompt within the step.
+        turn: index of the turn in its dialogue, 0 is the opening.
+        finish: why the engine stopped.
+        mode_tokens: first and last-plus-one of the response tokens that name the mode; equal when none does.
         judge_latency_s: from submission to verdict, seconds.
     """
 
     group: int
-    row_id: str
-    dialogue: str
-    tag: str | None
     turn: int
-    text: str
-    num_tokens: int
-    answer_tokens: int
     finish: str
-    parts: RewardParts
     mode_tokens: tuple[int, int] = (0, 0)
-    verdict: Verdict | None = None
-    judge_error: str | None = None
     judge_latency_s: float | None = None
 
 

@@ -12,9 +12,9 @@ from enum import StrEnum
 
 from nemo_ampo.errors import ConfigError, FormatError
 from nemo_ampo.ranges import check_numbers, number
-from nemo_ampo.reply.grammar import parse_reply
+from nemo_ampo.reply.grammar import answer_of, parse_reply
 from nemo_ampo.reply.modes import NO_MODE
-from nemo_ampo.types import DialogueTurn, RewardParts, Verdict
+from nemo_ampo.types import DialogueTurn, RewardParts, ScoredReply, Tokenizer, Verdict
 
 MAX_GOAL = 10.0
 """Top of the judge's scale of goal achievement; 0 is its bottom."""
@@ -171,3 +171,35 @@ def score_reply(
     goal = goal_gain(turn.state, verdict.of(turn.seat))
     reward = combine(goal, length, config) if answer_tokens >= config.min_answer_tokens else 0.0
     return RewardParts(reward, goal, length, reply.mode, valid=True)
+
+
+def scored_reply(
+    turn: DialogueTurn,
+    text: str,
+    num_tokens: int,
+    verdict: Verdict | None,
+    judge_error: str | None,
+    tokenizer: Tokenizer,
+    config: RewardConfig,
+) -> ScoredReply:
+    """One reply with its reward, and everything a report needs to explain it.
+
+    Args:
+        turn, text, verdict, config: as in :func:`score_reply`.
+        num_tokens: of the reply, the stop token included.
+        judge_error: kind of the judge's failure.
+        tokenizer: counts the answer's tokens.
+    """
+    answer = answer_of(text, strict=config.strict_format)
+    answer_tokens = len(tokenizer.tokenize(answer)) if answer is not None else 0
+    return ScoredReply(
+        row_id=turn.row_id,
+        dialogue="\n".join(turn.dialog),
+        tag=turn.tag,
+        text=text,
+        num_tokens=num_tokens,
+        answer_tokens=answer_tokens,
+        parts=score_reply(turn, text, verdict, answer_tokens, config),
+        verdict=verdict,
+        judge_error=judge_error,
+    )

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.algo.rewards import RewardConfig, score_reply
+from nemo_ampo.algo.rewards import scored_reply
 from nemo_ampo.errors import AskedToStopError, BudgetError, DataError, EngineError, JudgeError, UserError
 from nemo_ampo.evaluate.answer_file import AnswerFile, StoredReply
 from nemo_ampo.evaluate.config import EvaluateConfig
@@ -28,52 +28,10 @@ from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import MODES
 from nemo_ampo.run.interrupt import stop_after_calls
 from nemo_ampo.run.metrics import mean
-from nemo_ampo.types import ALL_TAGS, DialogueTurn, JudgeRequest, RewardParts, Verdict
+from nemo_ampo.types import ALL_TAGS, DialogueTurn, JudgeRequest, ScoredReply, Verdict
 
 if TYPE_CHECKING:
     from nemo_ampo.judge.background import JudgeThread
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One reply of the evaluated checkpoint.
-
-    Attributes:
-        turn: what was asked.
-        text: decoded reply.
-        num_tokens: reply tokens, the stop token included.
-        answer: the spoken part, None when the reply breaks the grammar.
-        parts: reward and what it was made of.
-        verdict: None when the judge was not asked or failed.
-        judge_error: kind of the judge's failure.
-    """
-
-    turn: DialogueTurn
-    text: str
-    num_tokens: int
-    answer: str | None
-    parts: RewardParts
-    verdict: Verdict | None
-    judge_error: str | None
-
-    def row(self) -> dict[str, Any]:
-        """As written to the results file."""
-        return {
-            "row_id": self.turn.row_id,
-            "tag": self.turn.tag,
-            "dialogue": "\n".join(self.turn.dialog),
-            "text": self.text,
-            "answer": self.answer,
-            "num_tokens": self.num_tokens,
-            "mode": self.parts.mode,
-            "reward": self.parts.reward,
-            "goal": self.parts.goal,
-            "valid": self.parts.valid,
-            "format_rule": self.parts.format_rule,
-            "agent1_score": self.verdict.agent1 if self.verdict else None,
-            "agent2_score": self.verdict.agent2 if self.verdict else None,
-            "judge_error": self.judge_error,
-        }
 
 
 @dataclass(frozen=True)
@@ -141,16 +99,16 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
         answers = AnswerFile(kept, [question.turn.row_id for question in asked])
         unjudged = _answer_and_judge(asked, answers, tokenizer, config, own, device, begin=hold)
         scored = [
-            _score(
-                question.turn,
-                answers.replies[i],
+            scored_reply(
+                asked[i].turn,
+                reply.text,
+                reply.num_tokens,
                 answers.verdicts.get(i),
                 unjudged.failures.get(i),
                 tokenizer,
                 config.reward,
             )
-            for i, question in enumerate(asked)
-            if i in answers.replies
+            for i, reply in sorted(answers.replies.items())
         ]
         outcome = _outcome(len(asked), scored, unjudged.by)
         result = {
@@ -161,7 +119,7 @@ def evaluate(config: EvaluateConfig, device: str) -> tuple[Path, Outcome]:
             "planned": outcome.planned,
             "complete": outcome.complete,
             "summary": summarise(scored),
-            "samples": [answer.row() for answer in scored],
+            "samples": [reply.row() | {"answer": _answer(reply, config)} for reply in scored],
         }
         path = whole if outcome.complete else partial
         write_once(path, json.dumps(sealed(result), ensure_ascii=False, indent=1))
@@ -206,24 +164,24 @@ def check_positions(asked: Sequence[PlannedAnswer], folder: Path, config: Evalua
             )
 
 
-def _outcome(planned: int, answers: Sequence[Answered], stopped: str | None) -> Outcome:
+def _outcome(planned: int, answers: Sequence[ScoredReply], stopped: str | None) -> Outcome:
     outcome = Outcome(planned, begun=len(answers), words=("answers drawn", "judged or needing no judge"), stopped=stopped)
     for answer in answers:
         if answer.judge_error is None:
             outcome.done += 1
         else:
-            outcome.miss(f"verdict ({answer.judge_error})", f"row {answer.turn.row_id}: no verdict ({answer.judge_error})")
+            outcome.miss(f"verdict ({answer.judge_error})", f"row {answer.row_id}: no verdict ({answer.judge_error})")
     return outcome
 
 
-def summarise(answers: Sequence[Answered]) -> dict[str, dict[str, Any]]:
+def summarise(answers: Sequence[ScoredReply]) -> dict[str, dict[str, Any]]:
     """Means over all answers and per tag. A failed judge call is left out of reward and goal, and counted."""
-    tags = sorted({a.turn.tag for a in answers if a.turn.tag})
-    groups = {ALL_TAGS: list(answers)} | {tag: [a for a in answers if a.turn.tag == tag] for tag in tags}
+    tags = sorted({a.tag for a in answers if a.tag})
+    groups = {ALL_TAGS: list(answers)} | {tag: [a for a in answers if a.tag == tag] for tag in tags}
     return {name: _summary(group) for name, group in groups.items()}
 
 
-def _summary(answers: Sequence[Answered]) -> dict[str, Any]:
+def _summary(answers: Sequence[ScoredReply]) -> dict[str, Any]:
     """Means of one group; null where there is nothing to average."""
     means = {
         "reward": mean(a.parts.reward for a in answers),
@@ -372,19 +330,5 @@ def _draw(
                 return
 
 
-def _answer(reply: StoredReply, config: EvaluateConfig) -> str | None:
+def _answer(reply: StoredReply | ScoredReply, config: EvaluateConfig) -> str | None:
     return answer_of(reply.text, strict=config.reward.strict_format)
-
-
-def _score(
-    turn: DialogueTurn,
-    reply: StoredReply,
-    verdict: Verdict | None,
-    failure: str | None,
-    tokenizer: Any,
-    reward: RewardConfig,
-) -> Answered:
-    answer = answer_of(reply.text, strict=reward.strict_format)
-    answer_tokens = len(tokenizer.tokenize(answer)) if answer is not None else 0
-    parts = score_reply(turn, reply.text, verdict, answer_tokens, reward)
-    return Answered(turn, reply.text, reply.num_tokens, answer, parts, verdict, failure)

@@ -8,7 +8,6 @@ number alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -216,19 +215,9 @@ class AmpoTrainer(ReinforceTrainer):
     def _log(self, result: StepResult, metrics: dict[str, float]) -> None:
         self.run_log.metrics(self.step, metrics)
         self.logger.log_metrics(metrics, step=self.step)
-        rows = [sample_row(sample, value) for sample, value in zip(result.samples, result.advantages, strict=True)]
+        scored = zip(result.samples, result.advantages, strict=True)
+        rows = [sample.row() | {"advantage": advantage} for sample, advantage in scored]
         self.run_log.rollouts(self.step, rows if self.log_rollouts < 0 else rows[: self.log_rollouts])
-
-
-def sample_row(sample: Any, advantage: float) -> dict[str, Any]:
-    """One line of ``rollouts.jsonl``."""
-    row = asdict(sample)
-    parts, verdict = row.pop("parts"), row.pop("verdict")
-    row |= parts
-    row["advantage"] = advantage
-    row["agent1_score"] = verdict["agent1"] if verdict else None
-    row["agent2_score"] = verdict["agent2"] if verdict else None
-    return row
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

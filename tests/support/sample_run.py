@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +80,6 @@ def _obeys(text: str) -> bool:
     return True
 
 
-def sample_row(sample: Sample, advantage: float) -> dict[str, Any]:
-    row = asdict(sample)
-    parts, verdict = row.pop("parts"), row.pop("verdict")
-    scores = {f"{seat}_score": verdict[seat] if verdict else None for seat in ("agent1", "agent2")}
-    return row | parts | scores | {"advantage": advantage}
-
-
 def ask(judge: StatsRecorder, sample: Sample, rng: random.Random) -> None:
     """What the client counts for one sample."""
     if sample.verdict is None and sample.judge_error is None:
@@ -144,7 +136,7 @@ def write_ampo(folder: Path, steps: int, extra_rows: tuple[dict[str, Any], ...] 
         )
         streaks = streaks.after(metrics, guard)
         log.metrics(step, metrics | streaks.metrics(guard))
-        rows = [sample_row(s, a) for s, a in zip(samples, advantages_B.tolist(), strict=True)]
+        rows = [s.row() | {"advantage": a} for s, a in zip(samples, advantages_B.tolist(), strict=True)]
         log.rollouts(step, [*extra_rows, *rows] if step == 0 else rows)
 
 
