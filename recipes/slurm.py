@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from omegaconf import OmegaConf
 
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Standing, write_plan
-from nemo_ampo.output.lock import RUN_PATIENCE_S
+from nemo_ampo.output.lock import hold_run
 from nemo_ampo.output.terminal import printable_output
-from nemo_ampo.overrides import override, typed_path
-from recipes.batch_recipe import TRAINING, PipelineConfig, StageConfig, read_recipe, start_of
-from recipes.pipeline import hold_folder, remember_settings
-from recipes.stages import Stage, Stages
+from nemo_ampo.overrides import typed_path
+from recipes.batch_recipe import TRAINING, JudgeMode, PipelineConfig, StageConfig, makes_start, read_recipe, start_of
+from recipes.pipeline import remember
+from recipes.stages import Stage, stages_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class RolloutLimits:
 
     max_prompt: int
     max_total: int
+
+    @property
+    def options(self) -> str:
+        """As ``slurm/rollout_server.sh`` takes them."""
+        return f"--max-prompt {self.max_prompt} --max-total {self.max_total}"
 
 
 def own_rollout_server(recipe: PipelineConfig) -> RolloutLimits | None:
@@ -63,8 +68,8 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
     from nemo_ampo.config.compose import compose
     from nemo_ampo.job.plan import checkpoint_bytes, kept_bytes, model_of
 
-    if recipe.data.world:
-        return 1e9  # the job itself makes the tiny checkpoint; there is nothing to count yet
+    if makes_start(recipe):
+        return 1e9  # the job itself makes the checkpoint, a small one; there is nothing to count yet
     try:
         facts = model_of(start_of(recipe), "")
     except UserError as error:
@@ -80,41 +85,6 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
         total += kept_bytes(cfg, facts) + weights * (1 + (name == "bc") + (name in recipe.evaluate.policies))
     written = sum(path.stat().st_size for path in Path(recipe.run_dir).rglob("*") if path.is_file())
     return max(0.0, total - written)
-
-
-def stages(recipe: PipelineConfig, judge_url: str, rollout_url: str = "") -> list[Stage]:
-    """The pipeline of a checked recipe, asking the judge at ``judge_url``.
-
-    Args:
-        recipe: checked.
-        judge_url: of the judge.
-        rollout_url: of the rollout server the job starts itself; empty without one.
-    """
-    judge = [override("judge.base_url", judge_url)]
-    if recipe.judge.model:
-        judge.append(override("judge.model", recipe.judge.model))
-    all_of = Stages(Path(recipe.run_dir), tuple(judge), recipe.seed)
-    data, checkpoint = recipe.data, start_of(recipe)
-    if data.world:
-        data = replace(
-            data,
-            bc_train=str(all_of.rows("bc_train")),
-            bc_heldout=str(all_of.rows("bc_heldout")),
-            rl_train=str(all_of.rows("rl_train")),
-            heldout=str(all_of.rows("rl_heldout")),
-        )
-    assert data.bc_train and data.bc_heldout and data.heldout
-    turns = override("data.train", data.rl_train) if data.rl_train else override("data.sotopia_dir", data.sotopia_dir)
-    rollout = [override("rollout.trtllm_server.url", rollout_url)] if rollout_url else []
-    policies, evaluate = recipe.evaluate.policies, recipe.evaluate
-    return [
-        *([all_of.world(), all_of.tiny_checkpoint(checkpoint)] if data.world else []),
-        all_of.convert(checkpoint),
-        all_of.clone(recipe.bc.config, data.bc_train, data.bc_heldout, *recipe.bc.overrides),
-        all_of.train(recipe.ampo.config, turns, *rollout, *recipe.ampo.overrides),
-        *(all_of.export(name) for name in policies),
-        *(all_of.evaluate(name, evaluate.config, data.heldout, *evaluate.overrides) for name in policies),
-    ]
 
 
 def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
@@ -157,7 +127,7 @@ def memory_command(args: argparse.Namespace) -> None:
 
     hardware, too_large = hardware_of(args.gpu), {}
     recipe = read_recipe(args.recipe, args.overrides)
-    facts = MODELS["tiny"] if recipe.data.world else model_of(start_of(recipe), "")
+    facts = MODELS["tiny"] if makes_start(recipe) else model_of(start_of(recipe), "")
     for name in TRAINING:
         if args.only and name not in args.only:
             continue
@@ -186,7 +156,7 @@ def plan_command(args: argparse.Namespace) -> None:
     """Print the stages; with ``--record`` also write the run folder's plan."""
     recipe = read_recipe(args.recipe, args.overrides)
     judge_url = args.judge_url or recipe.judge.base_url or "http://judge.invalid/v1"
-    plan = stages(recipe, judge_url, args.rollout_url)
+    plan = stages_of(recipe, judge_url, args.rollout_url)
     if args.only:
         plan = [stage for stage in plan if stage.name.split("-")[0] in args.only]
     with_mpi = check_stage_configs(plan, args.ranks)
@@ -196,14 +166,11 @@ def plan_command(args: argparse.Namespace) -> None:
 
 
 def record(recipe: PipelineConfig) -> None:
-    """The run folder's settings and plan. Where its servers are may change from attempt to attempt, the rest may not."""
+    """The run folder's settings, and its plan for ``nemo-ampo status``."""
     folder = Path(recipe.run_dir)
-    settings: Any = OmegaConf.to_container(OmegaConf.structured(recipe), enum_to_str=True)
-    for place in ("judge", "rollout"):
-        settings.pop(place)
-    with hold_folder(folder, RUN_PATIENCE_S):
-        remember_settings(folder, settings)
-        write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages(recipe, "")])
+    with hold_run(folder):
+        remember(recipe)
+        write_plan(folder, [PlannedStage(s.name, str(s.output), s.name in TRAINING) for s in stages_of(recipe, "")])
 
 
 def show_command(args: argparse.Namespace) -> None:
@@ -213,22 +180,24 @@ def show_command(args: argparse.Namespace) -> None:
 
 
 def get_command(args: argparse.Namespace) -> None:
-    """Print what the shell needs to know of the recipe, one value a line."""
+    """Print what the shell needs to know of the recipe, one ``NAME=value`` a line."""
     recipe = read_recipe(args.recipe, args.overrides)
+    if recipe.judge.mode is JudgeMode.demo:
+        raise ConfigError("judge.mode: demo is for python -m recipes.pipeline; in a batch job it can be hetjob or external")
     limits = own_rollout_server(recipe)
-    print(
-        recipe.run_dir,
-        recipe.judge.mode.value,
-        recipe.judge.base_url or "-",
-        recipe.judge.port,
-        recipe.judge.start_s,
-        start_of(recipe) if limits else "-",
-        recipe.rollout.port,
-        recipe.rollout.start_s,
-        " ".join(f"--{f.name.replace('_', '-')} {getattr(limits, f.name)}" for f in fields(limits)) if limits else "-",
-        math.ceil(bytes_to_come(recipe) / 1e9),
-        sep="\n",
-    )
+    facts = {
+        "RUN": recipe.run_dir,
+        "RUN_GB": math.ceil(bytes_to_come(recipe) / 1e9),
+        "JUDGE_MODE": recipe.judge.mode.value,
+        "JUDGE_URL": recipe.judge.base_url or "",
+        "JUDGE_PORT": recipe.judge.port,
+        "JUDGE_START_S": recipe.judge.start_s,
+        "ROLLOUT_MODEL": start_of(recipe) if limits else "",
+        "ROLLOUT_PORT": recipe.rollout.port,
+        "ROLLOUT_START_S": recipe.rollout.start_s,
+        "ROLLOUT_LIMITS": limits.options if limits else "",
+    }
+    print("\n".join(f"{name}={value}" for name, value in facts.items()))
 
 
 def begin_command(args: argparse.Namespace) -> None:

