@@ -71,8 +71,13 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     )
     ranks, resumed = MegatronRanks(), session.resumed
     start.record(system_prompt_of(rows), resolved, hashes)
-    if train.dropped and ranks.is_main:
-        print(f"dropped {len(train.dropped)} rows longer than data.max_tokens={data.max_tokens}", file=sys.stderr)
+    for name, encoded in (("train", train), ("heldout", heldout)):
+        if encoded.dropped and ranks.is_main:
+            of = len(encoded.dropped) + len(encoded.examples)
+            say = (
+                f"dropped {len(encoded.dropped)} of {of} rows of data.{name}, longer than data.max_tokens={data.max_tokens}"
+            )
+            print(say, file=sys.stderr)
     trainer = BcTrainer(
         parts=BcParts(
             train=train.examples,

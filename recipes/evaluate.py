@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import check_evaluate
-from nemo_ampo.errors import BudgetError
+from nemo_ampo.errors import UserError
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.output.terminal import show
 from recipes.launch import main
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> bool:
     show(evaluation_table([read_evaluation(written)]), columns=80)
     print(outcome.line(), flush=True)
     if outcome.stopped is not None:
-        raise BudgetError(outcome.stopped)
+        raise UserError(outcome.stopped)
     return outcome.complete
 
 

@@ -169,8 +169,8 @@ def encode_bc_row(row: BcRow, tokenizer: PreTrainedTokenizerBase, max_len: int) 
     example = _encode(row, tokenizer)
     if len(example.tokens) > max_len:
         raise DataError(
-            f"{row.row_id}: {len(example.tokens)} tokens ({example.prompt_len} of them prompt) exceed the "
-            f"limit of {max_len}; raise the limit, shorten the row, or ask for too long rows to be dropped"
+            f"{row.row_id}: {len(example.tokens)} tokens ({example.prompt_len} of them prompt) exceed "
+            f"data.max_tokens={max_len}; raise it, shorten the row, or set data.on_too_long=drop"
         )
     return example
 
@@ -191,7 +191,7 @@ def encode_bc_rows(
     encoded = [_encode(row, tokenizer) for row in rows]
     kept = tuple(example for example in encoded if len(example.tokens) <= max_len)
     if not kept:
-        raise DataError(f"all {len(encoded)} rows are longer than the limit of {max_len} tokens")
+        raise DataError(f"all {len(encoded)} rows are longer than data.max_tokens={max_len}")
     return EncodedRows(kept, tuple(e.row_id for e in encoded if len(e.tokens) > max_len))
 
 

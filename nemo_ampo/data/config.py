@@ -24,7 +24,7 @@ class BcDataConfig:
     Attributes:
         train, heldout: JSON or JSONL with system, instruction, input, output.
         max_tokens: longest prompt plus reply, tokens.
-        on_too_long: ``error`` or ``drop`` (counted in the log).
+        on_too_long: ``error`` or ``drop`` (said and counted on stderr).
         heldout_replies: held-out prompts answered by the model at each validation to measure the share of valid replies.
         max_new_tokens: limit of those replies, tokens.
         allow_evaluation_scenarios: train on rows of SOTOPIA's evaluation situations all the same.

@@ -22,7 +22,7 @@ from nemo_ampo.evaluate.answer_file import AnswerFile, StoredReply
 from nemo_ampo.evaluate.config import EvaluateConfig
 from nemo_ampo.files import derived_seed, sealed, sha256_of, write_once
 from nemo_ampo.output.lock import hold_output
-from nemo_ampo.output.outcome import PARTIAL_FOLDER, Outcome
+from nemo_ampo.output.outcome import PARTIAL_FOLDER, TRIED_IN_VAIN, Outcome
 from nemo_ampo.output.protocol import digest, keep_protocol
 from nemo_ampo.reply.grammar import answer_of
 from nemo_ampo.reply.modes import MODES
@@ -202,7 +202,7 @@ class Unjudged:
 
     Attributes:
         failures: place of an answer to the kind of the judge's failure.
-        by: the budget that was spent, in one line.
+        by: what only the user can change, in one line: a spent budget, or a judge that refuses whatever it is asked.
     """
 
     failures: dict[int, str] = field(default_factory=dict)
@@ -235,7 +235,7 @@ def _answer_and_judge(
             for index in sorted(answers.replies):
                 work.submit(index)
             missing = [index for index in range(len(asked)) if index not in answers.replies]
-            for index, reply in _draw(asked, missing, config, device, ends=lambda: work.spent or stop.requested):
+            for index, reply in _draw(asked, missing, config, device, ends=lambda: work.in_vain or stop.requested):
                 answers.add_reply(index, reply)
                 work.submit(index)
             return work.finish()
@@ -261,10 +261,16 @@ class _Judging:
             self._answers.add_verdict(index, done.result())
 
     @property
-    def spent(self) -> bool:
-        """The job may not ask any more."""
-        done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
-        return any(isinstance(future.exception(), UserError) for future in done)
+    def in_vain(self) -> bool:
+        """Whatever else is asked will not be answered: a budget is spent, or the judge refused all so far."""
+        errors = [future.exception() for future in self._futures.values() if future.done() and not future.cancelled()]
+        return any(isinstance(e, UserError) for e in errors) or self._refusal(errors, TRIED_IN_VAIN) is not None
+
+    def _refusal(self, errors: Sequence[BaseException | None], tried: int) -> str | None:
+        """What the judge says, where it refused every one of at least so many questions and would again."""
+        refusals = [error for error in errors if isinstance(error, JudgeError) and error.permanent]
+        none_answered = not self._answers.verdicts and len(refusals) == len(errors) >= tried
+        return f"judge: {refusals[0]}" if none_answered else None
 
     def finish(self) -> Unjudged:
         """Wait for all: those under way are paid for.
@@ -275,9 +281,9 @@ class _Judging:
         """
         wait(self._futures.values())
         self._answers.require_written()
-        unjudged = Unjudged()
-        for index, future in self._futures.items():
-            error = future.exception()
+        errors = {index: future.exception() for index, future in self._futures.items()}
+        unjudged = Unjudged(by=self._refusal(list(errors.values()), tried=1))
+        for index, error in errors.items():
             if isinstance(error, AskedToStopError):
                 unjudged.failures[index] = "asked to stop"
             elif isinstance(error, BudgetError):

@@ -18,7 +18,8 @@ PARTIAL_FOLDER = "partial"
 """Where a result lies that is not complete, so that nothing takes it for one that is."""
 
 _SHOWN_FAILURES = 5
-_TRIED_IN_VAIN = 3
+TRIED_IN_VAIN = 3
+"""Where so many were refused and none was not, the others will be too."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Outcome:
     @property
     def in_vain(self) -> bool:
         """Nothing is done, and several were tried: whatever refused them will refuse the others."""
-        return self.done == 0 and self.missing.total() >= _TRIED_IN_VAIN
+        return self.done == 0 and self.missing.total() >= TRIED_IN_VAIN
 
     def miss(self, kind: str, failure: str) -> None:
         """Count one that was tried in vain, and keep the first few.

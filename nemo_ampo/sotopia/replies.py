@@ -7,13 +7,16 @@ without scores is asked about afresh by the next run, and the file stays as smal
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from nemo_ampo.chat.cache import ReplyFile
 from nemo_ampo.chat.completion import Completion
-from nemo_ampo.errors import ChatError
+from nemo_ampo.errors import ChatError, DiskError
+
+_log = logging.getLogger(__name__)
 
 
 class RepliesUnderWay:
@@ -25,6 +28,8 @@ class RepliesUnderWay:
 
     def __init__(self, file: ReplyFile) -> None:
         self._file = file
+        self._settled: list[str] = []
+        self._told = False
         self._asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 
     @contextmanager
@@ -36,7 +41,15 @@ class RepliesUnderWay:
             yield
         finally:
             self._asked.reset(token)
-        self._file.forget(keys)
+        self._settled += keys
+        try:
+            self._file.forget(self._settled)
+        except DiskError as error:  # an alarm: no score depends on it, and the next question's end tries again
+            if not self._told:
+                self._told = True
+                _log.warning("%s; before episodes without scores are to be judged again, remove it", error)
+        else:
+            self._settled.clear()
 
     async def get(self, key: str, *, failures: bool = False) -> Completion | None:
         """See :class:`~nemo_ampo.chat.cache.Cache`."""

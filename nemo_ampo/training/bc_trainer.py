@@ -145,10 +145,11 @@ class BcTrainer(SupervisedTrainer):
             Request(i, example.tokens[: example.prompt_len], request_seed(self.parts.seed, 0, "heldout", i))
             for i, example in self._my_heldout(self.parts.data.heldout_replies)
         ]
-        if not requests:
+        if not self.parts.heldout[: self.parts.data.heldout_replies]:
             return {}
+        # A replica without a prompt of its own still takes part in what all do.
         sampling = SamplingSpec(self.parts.data.max_new_tokens, self.parts.stop_token_ids)
-        responses = self.parts.engine.generate(requests, sampling)
+        responses = self.parts.engine.generate(requests, sampling) if requests else []
         texts = [self.parts.tokenizer.decode(r.token_ids, skip_special_tokens=True) for r in responses]
         modes = self.parts.ranks.gather([_mode(text) for text in texts])
         return {"valid_replies": mean(float(m != NO_MODE) for m in modes)} | {

@@ -52,6 +52,7 @@ class FaultJudge:
         silent: while set, nobody gets an answer.
         held: while set, answers wait.
         answer_after_s: before an answer is given, seconds.
+        refuses_after: status 400 from so many calls on.
     """
 
     def __init__(self, percent: float, heal_after: int | None = None) -> None:
@@ -61,6 +62,7 @@ class FaultJudge:
         self._lock = threading.Lock()
         self.silent, self.held = threading.Event(), threading.Event()
         self.answer_after_s = 0.0
+        self.refuses_after: int | None = None
         self._server = Server(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
@@ -111,6 +113,8 @@ class FaultJudge:
                     time.sleep(0.05)
                 if was_silent or fault == "hang_up":
                     self.close_connection = True
+                elif judge.refuses_after is not None and judge.asked.total() > judge.refuses_after:
+                    self._send(400, {"error": {"message": "not with me"}})
                 elif fault == "status":
                     self._send(500, {"error": {"message": "out of order"}})
                 else:

@@ -131,14 +131,17 @@ def test_a_too_long_row_is_an_error_or_dropped_by_name(tmp_path, tiny_tokenizer,
     short, long = (len(encode_bc_row(r, tiny_tokenizer, 2000).tokens) for r in rows)
     assert short < long
     assert len(encode_bc_row(rows[1], tiny_tokenizer, long).tokens) == long  # the limit itself is allowed
-    with pytest.raises(DataError, match=rf"row 2: {long} tokens \(\d+ of them prompt\) exceed the limit of {long - 1}"):
+    with pytest.raises(
+        DataError,
+        match=rf"row 2: {long} tokens \(\d+ of them prompt\) exceed data.max_tokens={long - 1}; .*data.on_too_long=drop",
+    ):
         encode_bc_row(rows[1], tiny_tokenizer, long - 1)
     with pytest.raises(DataError, match="row 2"):
         encode_bc_rows(rows, tiny_tokenizer, long - 1)
     kept = encode_bc_rows(rows, tiny_tokenizer, long - 1, on_too_long="drop")
     assert [e.row_id for e in kept.examples] == [f"{path}, row 1"] and kept.dropped == (f"{path}, row 2",)
     assert encode_bc_rows(rows, tiny_tokenizer, long).dropped == ()
-    with pytest.raises(DataError, match="all 2 rows are longer than the limit of 5"):
+    with pytest.raises(DataError, match="all 2 rows are longer than data.max_tokens=5"):
         encode_bc_rows(rows, tiny_tokenizer, 5, on_too_long="drop")
 
 

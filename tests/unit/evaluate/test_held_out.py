@@ -109,6 +109,22 @@ def test_without_verdicts_it_is_partial_and_the_same_command_asks_for_what_is_mi
     assert not list((tmp_path / "partial").iterdir())
 
 
+def test_a_judge_that_refuses_everything_is_something_to_mend(
+    run: Evaluate, judge: FaultJudge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first calls went well. One that refuses some of what it is asked leaves verdicts missing instead."""
+    assert run("judge.max_calls=1", name="probes") == 2
+    judge.refuses_after = 2 * judge.asked.total() + 4
+    assert run("judge.max_concurrency=1", "judge.max_calls=50", name="some") == 75
+    capsys.readouterr()
+    judge.asked.clear()
+    judge.refuses_after = 2
+    assert run() == 2
+    out, err = capsys.readouterr()
+    assert "PARTIAL: " in out and "error: judge: status 400" in err and "not with me" in err
+    assert not (tmp_path / "one.json").exists() and "missing: verdict (status)" in out
+
+
 def test_a_spent_budget_keeps_every_paid_verdict_and_goes_on_as_if_it_had_never_stopped(
     run: Evaluate, judge: FaultJudge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
