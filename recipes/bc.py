@@ -73,11 +73,8 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
     start.record(system_prompt_of(rows), resolved, hashes)
     for name, encoded in (("train", train), ("heldout", heldout)):
         if encoded.dropped and ranks.is_main:
-            of = len(encoded.dropped) + len(encoded.examples)
-            say = (
-                f"dropped {len(encoded.dropped)} of {of} rows of data.{name}, longer than data.max_tokens={data.max_tokens}"
-            )
-            print(say, file=sys.stderr)
+            dropped, longer = len(encoded.dropped), f"longer than data.max_tokens={data.max_tokens}"
+            print(f"dropped {dropped} of {dropped + len(encoded.examples)} rows of data.{name}, {longer}", file=sys.stderr)
     trainer = BcTrainer(
         parts=BcParts(
             train=train.examples,

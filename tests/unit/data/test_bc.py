@@ -141,7 +141,7 @@ def test_a_too_long_row_is_an_error_or_dropped_by_name(tmp_path, tiny_tokenizer,
     kept = encode_bc_rows(rows, tiny_tokenizer, long - 1, on_too_long="drop")
     assert [e.row_id for e in kept.examples] == [f"{path}, row 1"] and kept.dropped == (f"{path}, row 2",)
     assert encode_bc_rows(rows, tiny_tokenizer, long).dropped == ()
-    with pytest.raises(DataError, match="all 2 rows are longer than data.max_tokens=5"):
+    with pytest.raises(DataError, match=r"all 2 rows are longer than data\.max_tokens=5"):
         encode_bc_rows(rows, tiny_tokenizer, 5, on_too_long="drop")
 
 
