@@ -34,6 +34,7 @@ from nemo_ampo.chat.config import EndpointConfig
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
 from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
+from nemo_ampo.chat.proxies import proxy_for
 from nemo_ampo.chat.question import CHARS_PER_TOKEN, Message, Question
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
 from nemo_ampo.chat.transport import TRANSIENT_STATUSES, Transport
@@ -577,6 +578,8 @@ class ChatClient:
         if failure.status in (401, 403):
             held = " and ".join(endpoint.secrets)
             cure = f"check the key in {held}" if held else f"set {section}.api_key_env"
+            if proxy_for(endpoint.base_url) is not None:  # either of the two may be who refuses
+                cure += ", or let the address past the proxy (no_proxy)"
         elif failure.status in (402, 429) and failure.permanent:
             cure = "the account behind the key has nothing left: top it up, or give another key or address"
         elif failure.status in (400, 422) and asked is not None:

@@ -127,8 +127,11 @@ def _situations(args: argparse.Namespace) -> Situations:
 
 
 def _config(args: argparse.Namespace) -> JobConfig:
-    system = load_prompt(args.system_prompt)
-    system.require(())  # nothing fills a placeholder in it
+    try:
+        system = load_prompt(args.system_prompt)
+        system.require(())  # nothing fills a placeholder in it
+    except ConfigError as error:
+        raise ConfigError(f"--system-prompt: {error}") from None
     temperatures = (*FIRST_TEMPERATURES, *[LATER_TEMPERATURE] * args.tries)[: args.tries]
     if args.judge is not None and args.judge_model is None:
         raise ConfigError("--judge-model: needed with --judge")

@@ -341,6 +341,20 @@ def test_cancelled_calls_give_their_slots_back(server: ScriptedChat, config: Any
     assert completion.text == "hi"
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+def test_who_is_refused_learns_that_it_may_have_been_the_proxy(
+    server: ScriptedChat, config: Any, monkeypatch: pytest.MonkeyPatch, proxied: bool
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    if proxied:
+        monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
+    server.play(Act("no", 403))
+    asked = config("http://judge.invalid/v1" if proxied else server.url)
+    with pytest.raises(ConfigError, match=r"status 403.*; set .*api_key_env") as caught:
+        with_client(asked, lambda client: client.check([client.question(HELLO, temperature=0.0)]))
+    assert str(caught.value).endswith("let the address past the proxy (no_proxy)") is proxied
+
+
 def test_the_proxy_of_the_environment_is_used(server: ScriptedChat, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     server.play(Act(says("through the proxy")))
     monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))

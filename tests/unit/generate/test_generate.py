@@ -238,7 +238,7 @@ ODD_OPTIONS = [
         (("--world", 3, "--modes-per-turn", 5), "--modes-per-turn: expected 1 to 4"),
         (("--world", 3, "--max-usd", 1), "--max-usd: nothing says what rules costs"),
         (("--world", 3, "--judge", "http://localhost:1/v1"), "--judge-model: needed"),
-        (("--world", 3, "--system-prompt", "no_such"), "no such file"),
+        (("--world", 3, "--system-prompt", "no_such"), "--system-prompt: prompt 'no_such': no such file"),
         (("--world", 3, "--system-prompt", "judge"), "prompt judge: unknown placeholder"),
         *((("--world", 3, *option), f"{option[0]}: has no effect without --sotopia-dir") for option in OF_A_FOLDER),
         *((("--world", 3, *option), f"{option[0]}: has no effect without --judge") for option in OF_A_JUDGE),
