@@ -24,6 +24,7 @@ REQUIRED = {
     "ampo": ["run.dir=r", "run.init_from=m", "data.train=t", "judge.base_url=http://localhost:1/v1"],
     "evaluate": ["run.dir=r", "run.name=n", "run.checkpoint=c", "data.turns=t", "judge.base_url=http://localhost:1/v1"],
 }
+PIPELINES = ("tiny", "quickstart", "smollm2", "qwen2.5_7b", "llama3.1_8b")
 SOTOPIA = ("self_play", "partner", "vs_base", "api", "reference")
 SHIPPED = [(stage, model) for stage in REQUIRED for model in MODELS] + [("sotopia", pairing) for pairing in SOTOPIA]
 REQUIRED["sotopia"] = ["run.dir=r", "data.sotopia_dir=s", "judge.base_url=http://localhost:1/v1", "judge.model=j"]
@@ -39,7 +40,7 @@ AGENTS = {
 
 def test_nothing_is_shipped_untested() -> None:
     shipped = {p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")}
-    pipelines = {f"pipeline/{m}.yaml" for m in ("tiny", "qwen2.5_7b", "llama3.1_8b")}  # tested in test_slurm_recipe.py
+    pipelines = {f"pipeline/{m}.yaml" for m in PIPELINES}  # tested in test_slurm_recipe.py
     assert shipped == {f"{s}/{m}.yaml" for s, m in SHIPPED} | {f"{s}/base.yaml" for s in STAGES} | pipelines
 
 
