@@ -92,6 +92,9 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
         cfg=cfg.trainer.sft,
         **session.trainer_arguments,
     )
+    if ranks.is_main and trainer.max_steps < cfg.trainer.sft.max_steps:
+        sft, ends = cfg.trainer.sft, f"ends this after {trainer.max_steps} steps of {len(train.examples)} rows"
+        print(f"trainer.sft.max_epochs={sft.max_epochs} {ends}, before max_steps={sft.max_steps}", file=sys.stderr)
     if resumed:
         trainer.load_state_dict(resumed.counters)
     if not trainer.fit():

@@ -179,7 +179,9 @@ def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
     path, name = Path(nemo_path), PurePosixPath(MODEL_CONFIG_NAME)
     with disk_errors(f"cannot read {path}"), open_checkpoint(path) as files:
         if name not in files.openers:
-            raise UserError(f"{path}: not a .nemo file (no {MODEL_CONFIG_NAME} in it)")
+            is_hf = PurePosixPath("config.json") in files.openers
+            cure = "; a Hugging Face folder is converted first: python -m converters.hf_to_nemo" if is_hf else ""
+            raise UserError(f"{path}: not a .nemo file (no {MODEL_CONFIG_NAME} in it){cure}")
         return _parse_config(files.read(name), f"{path}: {MODEL_CONFIG_NAME}")
 
 

@@ -77,7 +77,7 @@ def check_config(
     no_files: Annotated[bool, typer.Option("--no-files", help="Do not ask whether the files it names exist.")] = False,
     ranks: Annotated[int, typer.Option(help="Processes the job will have.", envvar="WORLD_SIZE", min=1)] = 1,
 ) -> None:
-    """Check a stage's configuration as the stage would, and print it resolved. Loads no model."""
+    """Check a stage's configuration as the stage would, and print it resolved. Loads no model, reads no data file."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

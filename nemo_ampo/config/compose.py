@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -20,6 +21,9 @@ from nemo_ampo.files import shipped
 from nemo_ampo.overrides import as_typed, override
 
 CONFIGS = shipped("configs")
+
+
+_NO_SUCH_KEY = re.compile(r"Could not override '([^']+)'")
 
 
 def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
@@ -40,11 +44,14 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
         known = ", ".join(sorted(p.stem for p in where.glob("*.yaml") if p.stem != "base"))
         raise ConfigError(f"--config-name {name}: no {where / name}.yaml; {stage} has {known}")
     overrides = [as_typed(given, lambda key: _is_text(stage, key)) for given in overrides]
-    try:
-        with initialize_config_dir(str(where), version_base=None):
+    with initialize_config_dir(str(where), version_base=None):
+        try:
             cfg = hydra_compose(name, list(overrides))
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        except HydraException as error:
+            said = " ".join(str(error).split())
+            unknown = _NO_SUCH_KEY.match(said)
+            # Hydra's own advice, to add the key, ends at a key that nothing reads.
+            raise ConfigError(_unknown_key(hydra_compose(name), unknown[1]) if unknown else said) from None
     _refuse_unknown_keys(cfg, OmegaConf.load(CONFIGS / stage / "base.yaml"))
     fill_preset(cfg)
     _refuse_dangling(cfg)
@@ -80,6 +87,25 @@ def _refuse_dangling(node: Any) -> None:
                 raise ConfigError(f"{node._get_full_key(key)}: {_first_line(error)}; to mean it as it is: {meant}") from None
 
 
+def _unknown_key(cfg: DictConfig, key: str) -> str:
+    """In words, the first part of a dotted key that a config has not."""
+    node: Any = cfg
+    path = list[str]()
+    for part in key.split("."):
+        path.append(part)
+        if part not in node.keys():  # noqa: SIM118 - a key without a value yet is not "in" it
+            return f"{'.'.join(path)}: no such key; {_meant(part, [str(name) for name in node])}"
+        node = node._get_node(part)
+        if not isinstance(node, DictConfig):
+            break
+    return f"{key}: no such key; {'.'.join(path)} holds none"
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -99,8 +125,6 @@ def _refuse_unknown_keys(cfg: DictConfig, base: Any) -> None:
         known = list(dict.fromkeys([*ours, *added]))
         for key in OmegaConf.select(cfg, section) or {}:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
                 whose = "; what the model is, its checkpoint says" if section == "model" else ""
-                raise ConfigError(f"{section}.{key}: no such key; {hint}{whose}")
+                raise ConfigError(f"{section}.{key}: no such key; {_meant(str(key), known)}{whose}")
         pending += [f"{section}.{key}" for key in ours if isinstance(ours._get_node(key), DictConfig) and len(ours[key])]

@@ -111,6 +111,21 @@ def test_a_misspelt_key_of_nemo_in_a_file_is_refused(tmp_path: Path, before: str
         compose("ampo", "mine", [], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data.trian=x", "data.trian: no such key; did you mean train?"),
+        ("dta.train=x", "dta: no such key; did you mean data?"),
+        ("data.train.x=1", "data.train.x: no such key; data.train holds none"),
+        ("colour=red", "colour: no such key; it has run, data, "),
+    ],
+)
+def test_a_misspelt_key_of_the_command_line_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose("bc", "tiny", [given])
+    assert str(caught.value).startswith(message)
+
+
 def test_only_a_key_that_something_reads_can_be_added() -> None:
     assert compose("ampo", "tiny", ["+model.optim.sched.name=CosineAnnealing"]).model.optim.sched.name == "CosineAnnealing"
     assert compose("ampo", "tiny", ["+trainer.deterministic=true"]).trainer.deterministic is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from nemo_ampo.algo.advantage import ampo_advantage, ampo_with_report, grpo_advantage
 from nemo_ampo.commands.cli import COMMANDS
 from nemo_ampo.config.stages import STAGES
+from nemo_ampo.errors import DataError
 from recipes.batch_recipe import PipelineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,3 +183,19 @@ def test_every_command_exists(page: str) -> None:
     assert sorted(ours - set(COMMANDS)) == []
     targets = set(re.findall(r"^([a-z][\w-]*):", text_of("Makefile"), flags=re.MULTILINE))
     assert sorted(set(re.findall(r"`make ([a-z][\w-]*)", text)) - targets) == []
+
+
+def test_the_rows_shown_are_rows(tmp_path: Path) -> None:
+    from nemo_ampo.data.bc import read_bc_rows
+    from nemo_ampo.data.episodes import read_turns
+
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    cloning, turn = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    for name, row in (("bc", cloning), ("rl", turn)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert [row.mode for row in read_bc_rows(tmp_path / "bc.jsonl")] == [1]
+    assert [row.seat for row in read_turns(tmp_path / "rl.jsonl")] == ["agent2"]
+    for field in turn:
+        (tmp_path / "less.jsonl").write_text(json.dumps({key: value for key, value in turn.items() if key != field}) + "\n")
+        with pytest.raises(DataError, match=f"'{field}'"):
+            read_turns(tmp_path / "less.jsonl")

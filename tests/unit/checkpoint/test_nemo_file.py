@@ -119,7 +119,7 @@ def test_damage_of_an_unpacked_file_is_named(tmp_path: Path, assets: Path, name:
 
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path: Path, assets: Path) -> None:
-    with pytest.raises(UserError, match=r"hf: not a .nemo file \(no model_config.yaml in it\)"):
+    with pytest.raises(UserError, match=r"hf: not a .nemo file \(no model_config.yaml in it\); a Hugging Face .*hf_to_nemo"):
         read_model_config(assets)
     with pytest.raises(UserError, match="has no model_weights/ folder"):
         check_unpacked(assets)
