@@ -247,6 +247,8 @@ class _Judging:
     def __init__(self, asked: list[PlannedAnswer], answers: AnswerFile, judge: JudgeThread, config: EvaluateConfig) -> None:
         self._asked, self._answers, self._judge, self._config = asked, answers, judge, config
         self._futures: dict[int, Future[Verdict]] = {}
+        self._errors: list[BaseException] = []
+        self._spent = False
 
     def submit(self, index: int) -> None:
         """Have an answer judged, unless it was, or says nothing."""
@@ -257,20 +259,24 @@ class _Judging:
         future.add_done_callback(functools.partial(self._keep, index))
 
     def _keep(self, index: int, done: Future[Verdict]) -> None:
-        if not done.cancelled() and done.exception() is None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self._spent = self._spent or isinstance(error, UserError)
+            self._errors.append(error)
+        elif not done.cancelled():
             self._answers.add_verdict(index, done.result())
 
     @property
     def in_vain(self) -> bool:
         """Whatever else is asked will not be answered: a budget is spent, or the judge refused all so far."""
-        errors = [future.exception() for future in self._futures.values() if future.done() and not future.cancelled()]
-        return any(isinstance(e, UserError) for e in errors) or self._refusal(errors, TRIED_IN_VAIN) is not None
+        return self._spent or self._refusal(self._errors, TRIED_IN_VAIN) is not None
 
-    def _refusal(self, errors: Sequence[BaseException | None], tried: int) -> str | None:
+    def _refusal(self, errors: Sequence[BaseException], tried: int) -> str | None:
         """What the judge says, where it refused every one of at least so many questions and would again."""
-        refusals = [error for error in errors if isinstance(error, JudgeError) and error.permanent]
-        none_answered = not self._answers.verdicts and len(refusals) == len(errors) >= tried
-        return f"judge: {refusals[0]}" if none_answered else None
+        if self._answers.verdicts or len(errors) < tried:
+            return None
+        refused_all = all(isinstance(error, JudgeError) and error.permanent for error in errors)
+        return f"judge: {errors[0]}" if refused_all else None
 
     def finish(self) -> Unjudged:
         """Wait for all: those under way are paid for.
@@ -282,7 +288,7 @@ class _Judging:
         wait(self._futures.values())
         self._answers.require_written()
         errors = {index: future.exception() for index, future in self._futures.items()}
-        unjudged = Unjudged(by=self._refusal(list(errors.values()), tried=1))
+        unjudged = Unjudged(by=self._refusal([error for error in errors.values() if error is not None], tried=1))
         for index, error in errors.items():
             if isinstance(error, AskedToStopError):
                 unjudged.failures[index] = "asked to stop"
