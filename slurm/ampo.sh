@@ -20,4 +20,4 @@ ROOT=${AMPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." &
 [[ -f $ROOT/slurm/common.sh ]] || { echo "error: no slurm/common.sh in $ROOT; submit from the project's folder or set AMPO_ROOT" >&2 && exit 2; }
 # shellcheck source=slurm/common.sh
 source "$ROOT/slurm/common.sh"
-run_job ampo.sh "" "$@"
+run_job ampo.sh "$@"

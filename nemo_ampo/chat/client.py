@@ -1,44 +1,30 @@
-"""A chat API as an async client: one question, one answer, with two kinds of patience.
+"""A chat API as an async client: one question, one answer that its reader can read.
 
-A call that brought no reply at all (timeout, broken connection, 429, 5xx) is repeated after a random, exponentially
-growing wait, or at once at another address of the pool: :meth:`ChatClient.complete`. A reply that its reader cannot
-read is asked for again at the next temperature of a schedule, the first time with the reader's complaint:
-:meth:`ChatClient.ask`. Every other status fails at once. When patience ends, :class:`ChatError`.
+Patience with calls that bring no reply is :mod:`nemo_ampo.chat.calls`'s. A reply that its reader cannot read is asked for
+again at the next temperature of a schedule, the first time with the reader's complaint: :meth:`ChatClient.ask`. When
+patience ends, :class:`ChatError`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
-import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_random_exponential,
-)
-
 from nemo_ampo.chat.cache import Cache, ReplyFile
-from nemo_ampo.chat.completion import CallError, Completion, read_completion, read_model_ids
+from nemo_ampo.chat.calls import Calls
+from nemo_ampo.chat.completion import Completion
 from nemo_ampo.chat.config import EndpointConfig
+from nemo_ampo.chat.first_call import PROBE, PROBE_SCHEMA, check_model, reach
 from nemo_ampo.chat.limiter import Limiter, LocalLimiter
 from nemo_ampo.chat.limits import Limits
-from nemo_ampo.chat.pool import REFUSALS, Endpoint, Pool
-from nemo_ampo.chat.proxies import proxy_for
-from nemo_ampo.chat.question import CHARS_PER_TOKEN, Message, Question
+from nemo_ampo.chat.question import Message, Question
 from nemo_ampo.chat.stats import ChatStats, StatsRecorder
-from nemo_ampo.chat.transport import TRANSIENT_STATUSES, Transport
-from nemo_ampo.errors import BudgetError, ChatError, ConfigError, DiskError, UserError
+from nemo_ampo.errors import ChatError, DiskError, UserError
 from nemo_ampo.speech import without_control_tokens
 from nemo_ampo.text import one_line
 
@@ -47,14 +33,6 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-_SCHEMA_REFUSED = (400, 422, 501)
-_PROBE: list[Message] = [{"role": "user", "content": 'Answer with this JSON object: {"answer": "yes"}'}]
-_PROBE_SCHEMA = {
-    "type": "object",
-    "properties": {"answer": {"type": "string"}},
-    "required": ["answer"],
-    "additionalProperties": False,
-}
 _SHOWN_REPLY_CHARS = 4000
 
 
@@ -100,12 +78,9 @@ class ChatClient:
         recording: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        self._pool = Pool(config)
-        secrets = [text for endpoint in self._pool.endpoints for text in endpoint.secrets.values()]
-        self._transport = Transport(config.timeout_s, secrets, config.ca_file)
-        self._limiter: Limiter = limiter or LocalLimiter(Limits.of(config))
-        self._cache = cache or open_cache(config, recording or {})
         self._stats = stats or StatsRecorder()
+        self._calls = Calls(config, limiter or LocalLimiter(Limits.of(config)), self._stats)
+        self._cache = cache or open_cache(config, recording or {})
         self._running: dict[str, asyncio.Task[Completion]] = {}
         self._told: set[str] = set()
         self._solved = False
@@ -126,8 +101,7 @@ class ChatClient:
         """Close connections, limiter and cache."""
         for task in self._running.values():
             task.cancel()
-        await self._transport.aclose()
-        await self._limiter.aclose()
+        await self._calls.aclose()
         if self._cache is not None:
             await self._cache.aclose()
 
@@ -148,7 +122,7 @@ class ChatClient:
             return await self._complete(question)
 
     async def _complete(self, question: Question) -> Completion:
-        return await self._patiently(question) if self._cache is None else await self._remembered(question, self._cache)
+        return await self._calls.reply(question) if self._cache is None else await self._remembered(question, self._cache)
 
     @contextmanager
     def _noting_refusals(self) -> Iterator[None]:
@@ -253,36 +227,27 @@ class ChatClient:
                 cost as any other, whose replies are not kept. Without any, an address that lists the model is not asked.
 
         Raises:
-            ConfigError: one line that names the address and what is wrong. An address that knows the model and is only busy
-                or broken is no error: patience with that is the run's business.
+            ConfigError: see :func:`~nemo_ampo.chat.first_call.check_model`.
         """
+        schema = PROBE_SCHEMA if self.config.structured == "on" else None
+        probe = self.question(PROBE, temperature=0.0, schema=schema)
         if self.config.replay is None:
-            await asyncio.gather(*[self._check_endpoint(endpoint, questions) for endpoint in self._pool.endpoints])
+            endpoints = self._calls.pool.endpoints
+            await asyncio.gather(*[check_model(self._calls, endpoint, questions, probe) for endpoint in endpoints])
 
     async def reach(self) -> None:
-        """Ask every address for its models, which costs nothing: is it there, and does it let us in? A replay asks nobody.
-
-        Raises:
-            ConfigError: one line that names the address and what is wrong.
-        """
-
-        async def one(endpoint: Endpoint) -> None:
-            try:
-                await self._listed_models(endpoint)
-            except CallError as failure:
-                raise ConfigError(self._explain(endpoint, failure, None)) from None
-
+        """Ask every address for its models, see :func:`~nemo_ampo.chat.first_call.reach`. A replay asks nobody."""
         if self.config.replay is None:
-            await asyncio.gather(*[one(endpoint) for endpoint in self._pool.endpoints])
+            await asyncio.gather(*[reach(self._calls, endpoint) for endpoint in self._calls.pool.endpoints])
 
     @property
     def takes_schema(self) -> list[bool | None]:
         """Of every address, whether it takes a JSON schema; None until known. May be set to what another process found."""
-        return [endpoint.structured for endpoint in self._pool.endpoints]
+        return [endpoint.structured for endpoint in self._calls.pool.endpoints]
 
     @takes_schema.setter
     def takes_schema(self, found: Sequence[bool | None]) -> None:
-        for endpoint, takes in zip(self._pool.endpoints, found, strict=True):
+        for endpoint, takes in zip(self._calls.pool.endpoints, found, strict=True):
             endpoint.structured = takes
 
     async def _try_each(
@@ -312,12 +277,12 @@ class ChatClient:
                 failure = ChatError(getattr(error, "kind", "parse"), one_line(str(error)) + ended)
             self._stats.unreadable()
             if completion.cut:  # as the next one would be
-                cut = f"{failure}: it was cut at {self._limit(how.get('max_tokens'), how.get('extra_body'))}"
+                cut = f"{failure}: it was cut at {self._calls.limit_of(how.get('max_tokens'), how.get('extra_body'))}"
                 raise ChatError(failure.kind, cut, permanent=True)
             if number == last_try:
                 raise ChatError(failure.kind, f"{failure} (try {number} of {last_try})")
             complaint = _complaint(completion.text, str(failure)) if explain and number == 1 else []
-            self._repeat(failure.kind, str(failure))
+            self._calls.repeating(failure.kind, str(failure))
         raise AssertionError("unreachable: there is at least one temperature")
 
     async def _remembered(self, question: Question, cache: Cache) -> Completion:
@@ -349,7 +314,7 @@ class ChatClient:
 
     async def _kept(self, question: Question, key: str, cache: Cache) -> Completion:
         try:
-            completion = await self._patiently(question)
+            completion = await self._calls.reply(question)
         except ChatError as failure:
             await self._keep(cache, key, failure)
             raise
@@ -373,195 +338,6 @@ class ChatClient:
         if not task.cancelled():
             task.exception()  # seen, also when whoever asked is gone
 
-    async def _patiently(self, question: Question) -> Completion:
-        """A reply; repeats the call while it fails in a way that may pass or another address may do better."""
-        avoid: set[Endpoint] = set()
-        known: list[CallError] = []
-        try:
-            # The first call is made outside: the controller would take a tenth of the time that a good one takes here.
-            return await self._anywhere(question, avoid)
-        except CallError as failure:
-            known.append(failure)
-
-        async def call() -> Completion:
-            if known:
-                raise known.pop()
-            return await self._anywhere(question, avoid)
-
-        # One controller per question: tenacity's keeps the state of the iteration it is in.
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(1 + self.config.connection_retries),
-            wait=lambda state: self._wait_s(state, avoid),
-            retry=retry_if_exception(lambda error: isinstance(error, CallError) and self._may_heal(error, avoid)),
-            before_sleep=self._before_sleep,
-            reraise=True,
-        )
-        return await retrying(call)
-
-    async def _anywhere(self, question: Question, avoid: set[Endpoint]) -> Completion:
-        """One call at the best address; on failure that address is added to ``avoid``."""
-        while (endpoint := self._pool.pick(avoid)) is None:
-            await asyncio.sleep(min(self._pool.wait_s(), 1.0))
-        endpoint.in_flight += 1
-        try:
-            completion = await self._call(endpoint, question)
-        except CallError as failure:
-            avoid.add(endpoint)
-            self._pool.failed(endpoint, failure)
-            raise
-        finally:
-            endpoint.in_flight -= 1
-        self._pool.succeeded(endpoint)
-        return completion
-
-    async def _call(self, endpoint: Endpoint, question: Question) -> Completion:
-        """One call, or two where the endpoint is found to refuse the schema."""
-        structured = question.schema is not None and endpoint.structured is not False
-        try:
-            completion = await self._send(endpoint, question, structured)
-        except CallError as failure:
-            undecided = structured and endpoint.structured is None and self.config.structured == "auto"
-            if not undecided or failure.status not in _SCHEMA_REFUSED:
-                raise
-            self._repeat("structured", str(failure))
-            completion = await self._send(endpoint, question, structured=False)
-            endpoint.structured = False
-            return completion
-        if structured:
-            endpoint.structured = True
-        return completion
-
-    async def _send(self, endpoint: Endpoint, question: Question, structured: bool) -> Completion:
-        """One HTTP call, once the limiter lets it go. No lease is held while waiting for a repetition."""
-        price = self.config.price.get(endpoint.model)
-        most = (question.prompt_tokens, question.max_tokens)
-        lease = await self._limiter.acquire(sum(most), price.usd(*most) if price else 0.0)
-        tokens, usd = 0, 0.0
-        try:
-            self._stats.called()
-            started = time.monotonic()
-            payload = question.payload(endpoint.model, structured)
-            body = await self._transport.post(endpoint.url("chat/completions"), endpoint.key, payload, endpoint.headers)
-            used = reported = (0, 0)
-            try:
-                completion = read_completion(body)
-                # Once more after decoding: text that came in parts is together only now.
-                text, reasoning = self._transport.redact(completion.text), self._transport.redact(completion.reasoning or "")
-                completion = replace(completion, text=text, reasoning=reasoning or None)
-                used = reported = (completion.prompt_tokens, completion.completion_tokens)
-                if used == (0, 0):  # not reported, but not free
-                    said = len(completion.text) + len(completion.reasoning or "")
-                    used = (question.prompt_tokens, math.ceil(said / CHARS_PER_TOKEN))
-            except CallError as failure:
-                used = reported = failure.usage
-                raise
-            finally:
-                tokens, usd = sum(used), price.usd(*used) if price else 0.0
-                self._stats.answered(time.monotonic() - started, *reported, usd)
-            return completion
-        finally:
-            self._limiter.settle(lease, tokens, usd)
-
-    async def _check_endpoint(self, endpoint: Endpoint, questions: Sequence[Question]) -> None:
-        must = self.config.structured == "on"
-        asked: Question | None = None
-        listed = False
-        try:
-            listed = endpoint.model in await self._listed_models(endpoint)
-            if not listed or must:
-                # Not every endpoint lists its models, or all of their names. A real call decides.
-                questions = questions or [self.question(_PROBE, temperature=0.0, schema=_PROBE_SCHEMA if must else None)]
-            for asked in questions:
-                completion = await self._first(endpoint, asked)
-                if completion.cut and "}" not in completion.text:
-                    limit = self._limit(asked.max_tokens, asked.extra_body)
-                    raise ConfigError(f"{self._at(endpoint)}: the first reply was cut at {limit}; allow it more")
-                required = asked.schema.get("required", []) if asked.schema is not None else []
-                if must and not _is_object_with(completion.text, required):
-                    raise self._lacks_schema(endpoint, f"it said: {one_line(completion.text, 60)}")
-        except BudgetError:
-            return  # whether the run needs a further call, and what it keeps without, is for the run to say
-        except CallError as failure:
-            if not (listed and failure.transient) or failure.kind == "parse":
-                raise ConfigError(self._explain(endpoint, failure, asked)) from None
-            _log.warning("%s: no first answer: %s", self._at(endpoint), failure)
-
-    async def _first(self, endpoint: Endpoint, question: Question) -> Completion:
-        """A reply to a first question; as patient as with any other.
-
-        Finds out, too, whether the endpoint fails because of the schema, whatever it says to it.
-        """
-        must = self.config.structured == "on"
-        for retry in range(1 + self.config.connection_retries):
-            try:
-                return await self._call(endpoint, question)
-            except CallError as error:
-                failure = error
-            suspect = (
-                failure.transient and failure.status not in TRANSIENT_STATUSES
-            )  # an address that asks for a pause gets it
-            if question.schema is not None and endpoint.structured is None and suspect and not must:
-                try:
-                    completion = await self._send(endpoint, question, structured=False)
-                except CallError:
-                    pass
-                else:
-                    try:  # once more, so that one bad moment does not decide for the whole run
-                        return await self._call(endpoint, question)
-                    except CallError:
-                        self._repeat("structured", str(failure))
-                        endpoint.structured = False
-                        return completion
-            if not failure.transient:
-                break
-            if retry < self.config.connection_retries:
-                self._repeat(failure.cause, str(failure))
-                bound_s = min(self.config.backoff_initial_s * 2.0 ** min(retry, 30), self.config.backoff_max_s)
-                asked_for_s = min(failure.retry_after_s, self.config.retry_after_max_s)
-                await asyncio.sleep(max(random.uniform(0, bound_s), asked_for_s))
-        if must and failure.status in _SCHEMA_REFUSED:
-            raise self._lacks_schema(endpoint, f"{failure}; {_sent(endpoint, question)}")
-        raise failure
-
-    def _lacks_schema(self, endpoint: Endpoint, why: str) -> ConfigError:
-        lacks = f"{endpoint.base_url} does not hold {endpoint.model} to a JSON schema"
-        return ConfigError(f"{self.config.section}.structured=on: {lacks} ({why}); set it to auto")
-
-    def _limit(self, max_tokens: int | None, extra_body: Mapping[str, Any] | None) -> str:
-        """The setting that limits a reply."""
-        extra = {**self.config.extra_body, **(extra_body or {})}
-        named = next((name for name in ("max_completion_tokens", "max_tokens") if extra.get(name) is not None), None)
-        if named is not None:
-            return f"{self.config.section}.extra_body.{named}={extra[named]}"
-        return f"{self.config.section}.max_tokens={max_tokens if max_tokens is not None else self.config.max_tokens}"
-
-    async def _listed_models(self, endpoint: Endpoint) -> list[str]:
-        """Ids under ``/models``; empty if the endpoint does not say."""
-        try:
-            body = await self._transport.get(endpoint.url("models"), endpoint.key, endpoint.headers)
-        except CallError as failure:
-            if failure.status is None or failure.status in (401, 403):
-                raise
-            return []
-        return read_model_ids(body)
-
-    def _may_heal(self, failure: CallError, avoid: set[Endpoint]) -> bool:
-        return failure.transient or (failure.status in REFUSALS and self._pool.has_other(avoid))
-
-    def _wait_s(self, state: RetryCallState, avoid: set[Endpoint]) -> float:
-        if self._pool.has_other(avoid):
-            return 0.0
-        backoff_s = wait_random_exponential(multiplier=self.config.backoff_initial_s, max=self.config.backoff_max_s)(state)
-        return max(backoff_s, min(_failure(state).retry_after_s, self.config.retry_after_max_s))
-
-    def _before_sleep(self, state: RetryCallState) -> None:
-        failure = _failure(state)
-        self._repeat(failure.cause, str(failure))
-
-    def _repeat(self, cause: str, reason: str) -> None:
-        self._stats.repeated(cause)
-        _log.info("%s %s: asking again: %s", self.config.section, self.config.model, reason)
-
     def _give_up(self, failure: ChatError) -> None:
         """Count a question that stays without an answer; the first of each kind is told to whoever watches the run."""
         self._stats.failed(failure.kind)
@@ -569,26 +345,6 @@ class ChatClient:
             self._told.add(failure.kind)
             section = self.config.section
             _log.warning("%s: no answer: %s (others of kind %s are only counted)", section, failure, failure.kind)
-
-    def _at(self, endpoint: Endpoint) -> str:
-        return f"{self.config.section}.base_url {endpoint.base_url}"
-
-    def _explain(self, endpoint: Endpoint, failure: CallError, asked: Question | None) -> str:
-        section = self.config.section
-        if failure.status in (401, 403):
-            held = " and ".join(endpoint.secrets)
-            cure = f"check the key in {held}" if held else f"set {section}.api_key_env"
-            if proxy_for(endpoint.base_url) is not None:  # either of the two may be who refuses
-                cure += ", or let the address past the proxy (no_proxy)"
-        elif failure.status in (402, 429) and failure.permanent:
-            cure = "the account behind the key has nothing left: top it up, or give another key or address"
-        elif failure.status in (400, 422) and asked is not None:
-            cure = f"{_sent(endpoint, asked)}; change these ({section}.extra_body={{FIELD: null}} leaves one out)"
-        elif failure.status is not None or failure.kind == "parse":  # somebody is there
-            cure = f"check {section}.model ({endpoint.model}) and the address, which often ends in /v1"
-        else:
-            cure = f"start the {section} or correct the address"
-        return f"{self._at(endpoint)}: {failure}; {cure}"
 
 
 def open_cache(config: EndpointConfig, recording: Mapping[str, Any]) -> ReplyFile | None:
@@ -608,12 +364,6 @@ def open_cache(config: EndpointConfig, recording: Mapping[str, Any]) -> ReplyFil
     return None
 
 
-def _sent(endpoint: Endpoint, question: Question) -> str:
-    """What a question was sent with, beside its words."""
-    fields = question.payload(endpoint.model, structured=False)
-    return "it was sent " + ", ".join(f"{name}={one_line(str(fields[name]), 60)}" for name in fields if name != "messages")
-
-
 def _complaint(reply: str, reason: str) -> list[Message]:
     """What the second try adds to the conversation."""
     shown = reply[:_SHOWN_REPLY_CHARS].strip() or "(nothing)"
@@ -623,18 +373,3 @@ def _complaint(reply: str, reason: str) -> list[Message]:
         {"role": "assistant", "content": without_control_tokens(shown)},
         {"role": "user", "content": without_control_tokens(request)},
     ]
-
-
-def _is_object_with(text: str, keys: Iterable[str]) -> bool:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and all(key in record for key in keys)
-
-
-def _failure(state: RetryCallState) -> CallError:
-    assert state.outcome is not None
-    failure = state.outcome.exception()
-    assert isinstance(failure, CallError)
-    return failure

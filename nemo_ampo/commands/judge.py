@@ -36,7 +36,7 @@ def read_stage(stage: str, config_name: str, overrides: Sequence[str], folder: P
         )
         raise ConfigError(f"STAGE: expected one of {', '.join(STAGES)}, got {stage!r}{hint}")
     raw = compose(stage, config_name, overrides, folder)
-    return read_config(raw, stages.STAGES[stage]), raw
+    return read_config(raw, stages.STAGES[stage].schema), raw
 
 
 def read_stage_turns(stage: str, config: Any) -> list[DialogueTurn]:

@@ -12,8 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate, check_model
-from nemo_ampo.sotopia.config import check_sotopia
+from nemo_ampo.config.stages import STAGES, AmpoConfig, BcConfig, check_model
 
 
 def check_stage(stage: str, cfg: DictConfig, world_size: int, *, files: bool = True) -> None:
@@ -30,16 +29,12 @@ def check_stage(stage: str, cfg: DictConfig, world_size: int, *, files: bool = T
     """
     from nemo_ampo.checkpoint.nemo_file import read_model_config
 
-    config: Any = read_config(cfg, STAGES[stage])
+    keys = STAGES[stage]
+    config: Any = read_config(cfg, keys.schema)
     with nullcontext(config) if files else _with_existing_files(config) as checked:
-        if stage == "sotopia":
-            check_sotopia(checked)
-        elif stage == "evaluate":
-            check_evaluate(checked, cfg)
-        else:
-            (check_bc if stage == "bc" else check_ampo)(checked, cfg, world_size)
-            if files:
-                check_model(config, cfg, read_model_config(config.run.init_from))
+        keys.check(checked, cfg, world_size)
+    if files and isinstance(config, BcConfig | AmpoConfig):
+        check_model(config, cfg, read_model_config(config.run.init_from))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
-    ConfigStore.instance().store(f"{stage}_keys", default_keys(STAGES[stage]))
+    ConfigStore.instance().store(f"{stage}_keys", default_keys(STAGES[stage].schema))
 
     where = (folder or CONFIGS / stage).resolve()
     if not (where / f"{name}.yaml").is_file():
@@ -61,7 +61,7 @@ def compose(stage: str, name: str, overrides: Sequence[str], folder: Path | None
 def _is_text(stage: str, key: str) -> bool:
     """Whether a key of our own sections holds text."""
     section, _, rest = key.partition(".")
-    hint = get_type_hints(STAGES[stage]).get(section)
+    hint = get_type_hints(STAGES[stage].schema).get(section)
     for name in rest.split("."):
         hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
     return hint is str or hint == str | None

@@ -7,6 +7,7 @@ once with its unit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from nemo_ampo.megatron import WIDTH_MULTIPLE
 from nemo_ampo.reply.modes import bias_problem
 from nemo_ampo.rollout.config import RolloutConfig, check_rollout
 from nemo_ampo.run.config import RunConfig
-from nemo_ampo.sotopia.config import SotopiaConfig
+from nemo_ampo.sotopia.config import SotopiaConfig, check_sotopia
 
 DEVICES = ("auto", "cpu", "gpu")
 MOST_TOKENS = ("rollout.max_prompt_tokens", "rollout.max_new_tokens")
@@ -55,9 +56,6 @@ class AmpoConfig:
     guard: GuardConfig
     judge: JudgeConfig
     checkpoint: CheckpointConfig
-
-
-STAGES: dict[str, type[Any]] = {"bc": BcConfig, "ampo": AmpoConfig, "evaluate": EvaluateConfig, "sotopia": SotopiaConfig}
 
 
 def check_bc(config: BcConfig, nemo: DictConfig, world_size: int) -> None:
@@ -367,3 +365,25 @@ def _text_file(key: str, path: str) -> None:
         read_text(Path(path))
     except UserError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+@dataclass(frozen=True)
+class StageKeys:
+    """What a stage's YAML may say.
+
+    Attributes:
+        schema: dataclass of our sections.
+        check: rules between keys and files they name, of the typed config, the whole composed one, and the number of ranks;
+            raises ConfigError.
+    """
+
+    schema: type[Any]
+    check: Callable[[Any, DictConfig, int], None]
+
+
+STAGES = {
+    "bc": StageKeys(BcConfig, check_bc),
+    "ampo": StageKeys(AmpoConfig, check_ampo),
+    "evaluate": StageKeys(EvaluateConfig, lambda config, raw, _: check_evaluate(config, raw)),
+    "sotopia": StageKeys(SotopiaConfig, lambda config, _raw, _ranks: check_sotopia(config)),
+}

@@ -101,7 +101,7 @@ def carried_out(plan: Rehearsal, rank: int, device: str, folder: Path, began: fl
     from nemo_ampo.training.session import fill_config, open_session
 
     cfg, is_ampo = OmegaConf.create(plan.cfg), plan.stage == "ampo"
-    config: Any = read_config(cfg, STAGES[plan.stage])
+    config: Any = read_config(cfg, STAGES[plan.stage].schema)
     fill_config(cfg, folder, OmegaConf.create(dict(plan.model)), {"transformer_engine": False}, "cpu")
     size = plan.nodes * plan.gpus // (cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size)
     rows = plan.micro_batches * plan.rows

@@ -47,7 +47,7 @@ def test_nothing_is_shipped_untested() -> None:
 @pytest.mark.parametrize(("stage", "model"), SHIPPED)
 def test_shipped_config_is_complete_and_typed(stage: str, model: str) -> None:
     cfg = compose(stage, model, [*REQUIRED[stage], *AGENTS.get(model, [])])
-    read_config(cfg, STAGES[stage])
+    read_config(cfg, STAGES[stage].schema)
     OmegaConf.resolve(cfg)
 
 

@@ -19,10 +19,9 @@ from converters.model_config import nemo_config
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.config.nemo_keys import NEMO, SCHEDULES, check_schedule
 from nemo_ampo.config.reading import read_config, read_section
-from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_device, check_evaluate, check_model
+from nemo_ampo.config.stages import STAGES, check_device, check_model
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.model_folder.facts import facts_of
-from nemo_ampo.sotopia.config import check_sotopia
 
 ODD: tuple[Any, ...] = (
     *(float("nan"), float("inf"), float("-inf"), -1, 0, -0.5, 10**400, 2**31, 2**63, 1e300, True),
@@ -50,20 +49,13 @@ def composed(stage: str, folder: Path) -> DictConfig:
 
 
 def check(stage: str, cfg: DictConfig) -> Any:
-    config: Any = read_config(cfg, STAGES[stage])
+    config: Any = read_config(cfg, STAGES[stage].schema)
     check_rules(stage, config, cfg)
     return config
 
 
 def check_rules(stage: str, config: Any, cfg: DictConfig) -> None:
-    if stage == "bc":
-        check_bc(config, cfg, 1)
-    elif stage == "ampo":
-        check_ampo(config, cfg, 1)
-    elif stage == "evaluate":
-        check_evaluate(config, cfg)
-    else:
-        check_sotopia(config)
+    STAGES[stage].check(config, cfg, 1)
 
 
 def keys_of(value: Any, prefix: str = "") -> list[str]:
@@ -89,7 +81,7 @@ def numbers_without_a_range(section: type[Any], prefix: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_number_of_ours_has_a_range_beside_its_default(stage: str) -> None:
-    assert numbers_without_a_range(STAGES[stage], stage) == []
+    assert numbers_without_a_range(STAGES[stage].schema, stage) == []
 
 
 @pytest.mark.parametrize("stage", NEMO)
@@ -133,7 +125,7 @@ def changed(cfg: DictConfig, key: str, value: Any) -> Iterator[None]:
 
 def problems(stage: str, config: Any, cfg: DictConfig, key: str, value: Any, usual: Any) -> list[str]:
     """What is wrong with how the stage takes the value; the sections it is not in are those of the good ``config``."""
-    name, section = key.partition(".")[0], get_type_hints(STAGES[stage])
+    name, section = key.partition(".")[0], get_type_hints(STAGES[stage].schema)
     try:
         if name in section:
             config = replace(config, **{name: read_section(name, section[name], cfg.get(name))})

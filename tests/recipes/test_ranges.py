@@ -10,7 +10,7 @@ from converters.model_config import ARCHITECTURE_KEYS
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.config.nemo_keys import GPU_FUSIONS
 from nemo_ampo.config.reading import read_config
-from nemo_ampo.config.stages import STAGES, check_ampo, check_bc, check_evaluate
+from nemo_ampo.config.stages import STAGES
 from nemo_ampo.errors import ConfigError
 
 
@@ -26,13 +26,8 @@ def check(stage: str, folder: Path, *overrides: str) -> None:
         ],
     }
     cfg = compose(stage, "tiny", [*given[stage], *overrides])
-    config = read_config(cfg, STAGES[stage])
-    if stage == "bc":
-        check_bc(config, cfg, 1)
-    elif stage == "ampo":
-        check_ampo(config, cfg, 1)
-    else:
-        check_evaluate(config, cfg)
+    keys = STAGES[stage]
+    keys.check(read_config(cfg, keys.schema), cfg, 1)
 
 
 @pytest.mark.parametrize("stage", ["bc", "ampo", "evaluate"])

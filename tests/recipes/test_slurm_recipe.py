@@ -12,9 +12,10 @@ import yaml
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
+from recipes.batch_checks import RolloutLimits, bytes_to_come, check_stage_configs, own_rollout_server
 from recipes.batch_recipe import DataFiles, read_recipe
 from recipes.pipeline import main as run_here
-from recipes.slurm import RolloutLimits, bytes_to_come, check_stage_configs, main, own_rollout_server
+from recipes.slurm import main
 from recipes.stages import stages_of
 
 TINY = CONFIGS / "pipeline" / "tiny.yaml"
@@ -152,27 +153,22 @@ def test_a_run_that_draws_from_a_server_without_a_url_starts_one_with_room_for_i
 
 
 def test_a_folder_keeps_its_settings_and_lets_the_judge_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", str(written(tmp_path, files(tmp_path))), "--record"]
-    assert main(command) == 0
-    assert [stage.name for stage in read_plan(tmp_path / "run")][:3] == ["convert", "bc", "ampo"]
-    assert main([*command[:2], "judge.base_url=http://elsewhere:2/v1", "--record"]) == 0
-    assert main([*command[:2], "seed=2", "--record"]) == 2
+    command = ["job", "ampo.sh", str(TINY), f"run_dir={tmp_path / 'run'}", "judge.mode=external"]
+    assert main([*command, f"judge.base_url={URL}"]) == 0
+    assert [stage.name for stage in read_plan(tmp_path / "run")][2:5] == ["convert", "bc", "ampo"]
+    assert main([*command, "judge.base_url=http://elsewhere:2/v1"]) == 0
+    assert main([*command, f"judge.base_url={URL}", "seed=2"]) == 2
     assert "was made with seed=1, now 2" in capsys.readouterr().err
 
 
 def test_a_judge_is_started_where_there_is_one_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for recipe, command in ((TINY, run_here), (TINY.with_name("quickstart.yaml"), lambda words: main(["get", *words]))):
+    for recipe, command in (
+        (TINY, run_here),
+        (TINY.with_name("quickstart.yaml"), lambda words: main(["job", "ampo.sh", *words])),
+    ):
         assert command([str(recipe), f"run_dir={tmp_path / 'r'}"]) == 2
         assert "error: judge.mode: " in capsys.readouterr().err
     assert not (tmp_path / "r" / "settings.json").exists()
-
-
-def test_overrides_may_stand_behind_options_as_the_help_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(TINY), "--ranks", "2", f"run_dir={tmp_path / 'r'}", "ampo.rollout.group_size=32"]) == 0
-    assert "rollout.group_size=32" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", str(TINY), f"run_dir={tmp_path / 'r'}", "--rank-s", "2"])
-    assert "unrecognized arguments: --rank-s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

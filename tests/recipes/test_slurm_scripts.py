@@ -102,12 +102,18 @@ def refused(*arguments: str, **environment: str) -> str:
         (["ampo.model.tensor_model_parallel_size=2"], {}, "does not divide the 1 ranks"),
         (["judge.mod=hetjob"], {}, "judge.mod"),
         (["judge.mode=external"], {}, "judge.base_url: a URL is required"),
-        ([], {"AMPO_CONTAINER": "docker"}, "AMPO_CONTAINER: expected none, pyxis or apptainer"),
-        ([], {"AMPO_CONTAINER": "pyxis"}, "AMPO_IMAGE: an image is required"),
+        ([], {"AMPO_CONTAINER": "pyxis"}, "AMPO_PLAN_PYTHON: with AMPO_CONTAINER=pyxis a small Python outside"),
+        ([], {"AMPO_PLAN_PYTHON": "/nowhere/python"}, "AMPO_PLAN_PYTHON: /nowhere/python does not start on "),
+        (
+            [],
+            {"AMPO_CONTAINER": "docker", "AMPO_PLAN_PYTHON": sys.executable},
+            "AMPO_CONTAINER: expected none, pyxis, apptainer",
+        ),
+        ([], {"AMPO_CONTAINER": "pyxis", "AMPO_PLAN_PYTHON": sys.executable}, "AMPO_IMAGE: an image is required"),
         ([], {"AMPO_JUDGE_IMAGE": "j", "AMPO_JUDGE_COMMAND": "serve"}, "AMPO_JUDGE_IMAGE: nothing starts it"),
         (
             [],
-            {"AMPO_JUDGE_IMAGE": "j", "AMPO_CONTAINER": "pyxis", "AMPO_IMAGE": "i"},
+            {"AMPO_JUDGE_IMAGE": "j", "AMPO_CONTAINER": "pyxis", "AMPO_IMAGE": "i", "AMPO_PLAN_PYTHON": sys.executable},
             "AMPO_JUDGE_IMAGE: the demo judge runs in AMPO_IMAGE; set AMPO_JUDGE_COMMAND",
         ),
     ],
@@ -117,9 +123,10 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], environment: di
 
 
 def test_a_job_without_the_groups_of_its_servers_is_refused() -> None:
-    text = refused(SLURM_JOB_ID="5", SLURM_JOB_NODELIST="")
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": ""}
+    text = refused(AMPO_JUDGE_GPUS="1", **job)
     assert "this job has no group for each of: judge; submit with slurm/ampo.sh" in text
-    text = refused("ampo.rollout.engine=trtllm_server", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="", SLURM_HET_SIZE="2")
+    text = refused("ampo.rollout.engine=trtllm_server", **job)
     assert "this job has no group for each of: judge rollout" in text
 
 

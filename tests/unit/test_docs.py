@@ -126,7 +126,7 @@ def config_keys(schema: Any, prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_of_ours_exists(page: str) -> None:
-    known = set().union(*(config_keys(schema) for schema in (*STAGES.values(), PipelineConfig)))
+    known = set().union(*(config_keys(schema) for schema in (*(keys.schema for keys in STAGES.values()), PipelineConfig)))
     sections = "|".join(sorted({key.split(".")[0] for key in known}))
     used = set(re.findall(rf"[`\s]((?:{sections})\.[a-z]\w*)(?:=[^`\s]*)?[`\s]", text_of(page)))
     files = {name for name in used if name.endswith((".jsonl", ".md", ".py", ".sh", ".nemo"))}

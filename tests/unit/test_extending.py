@@ -20,7 +20,7 @@ BLOCK = re.compile(rf"(?:{WHERE})?```(?:python|text)\n(?P<code>.*?)```", re.S)
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_a_section_does_what_it_says(title: str, tmp_path: Path) -> None:
-    for folder in ("nemo_ampo", "converters", "examples"):
+    for folder in ("nemo_ampo", "converters", "recipes", "configs", "examples"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     changed, checks = set(), []
     for block in BLOCK.finditer(SECTIONS[title]):
@@ -30,16 +30,17 @@ def test_a_section_does_what_it_says(title: str, tmp_path: Path) -> None:
         file = tmp_path / block["file"]
         changed.add(block["file"])
         if block["how"] is None:
+            file.parent.mkdir(exist_ok=True)
             file.write_text(block["code"], encoding="utf-8")
             continue
         text = file.read_text(encoding="utf-8")
         [found] = re.findall(rf"^ *{re.escape(block['line'])}\n", text, re.M)
         file.write_text(text.replace(found, (found if block["how"] == "after" else "") + block["code"]), encoding="utf-8")
-    assert len(checks) == 1 and 1 <= len(changed) <= 3
+    assert len(checks) == 1 and 1 <= len(changed) <= 4
     done = subprocess.run([sys.executable, "-c", checks[0]], cwd=tmp_path, capture_output=True, text=True, check=False,
                           env={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
 def test_every_kind_of_extension_has_its_section() -> None:
-    assert list(SECTIONS) == ["A preset", "A reward", "A metric", "A mode", "A rollout engine", "A model family"]
+    assert list(SECTIONS) == ["A preset", "A reward", "A metric", "A mode", "A rollout engine", "A model family", "A stage"]

@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 from tenacity import RetryCallState
 
-from nemo_ampo.chat.client import ChatClient
+from nemo_ampo.chat.calls import Calls
 from nemo_ampo.chat.completion import CallError
+from nemo_ampo.chat.limiter import LocalLimiter
+from nemo_ampo.chat.limits import Limits
+from nemo_ampo.chat.stats import StatsRecorder
 from nemo_ampo.errors import ConfigError, JudgeError, UserError
 from nemo_ampo.judge import client as judge_client
 from nemo_ampo.judge.client import Judge
@@ -299,14 +302,14 @@ def test_a_call_that_waits_for_its_repetition_holds_no_slot(tools: Any) -> None:
 
 def test_the_wait_grows_obeys_the_endpoint_and_has_a_limit(tools: Any) -> None:
     config = tools.config("http://127.0.0.1:9/v1", backoff_initial_s=1.0, backoff_max_s=30.0, retry_after_max_s=60.0)
-    client = ChatClient(config)
+    calls = Calls(config, LocalLimiter(Limits.of(config)), StatsRecorder())
 
     def waits(attempt: int, retry_after_s: float) -> list[float]:
         error = CallError("status", "busy", cause="rate_limit", transient=True, retry_after_s=retry_after_s)
         state = RetryCallState(None, None, (), {})  # type: ignore[arg-type]
         state.attempt_number = attempt
         state.set_exception((CallError, error, None))  # type: ignore[arg-type]
-        return [client._wait_s(state, set(client._pool.endpoints)) for _ in range(200)]
+        return [calls.wait_s(state, set(calls.pool.endpoints)) for _ in range(200)]
 
     assert all(0 <= wait <= 1 for wait in waits(1, 0.0)) and len(set(waits(1, 0.0))) > 100
     assert max(waits(3, 0.0)) > 2 and all(wait <= 4 for wait in waits(3, 0.0))
