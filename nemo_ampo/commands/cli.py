@@ -1,4 +1,4 @@
-"""``nemo-ampo``: the small commands around the stages. :data:`COMMANDS` is the whole list.
+"""``nemo-ampo``: every command. :data:`COMMANDS` is the whole list; those of :data:`DOORS` are programs of their own.
 
 Each command imports what it needs when it runs, so that ``--help`` is immediate. Something the user can fix
 is one line on stderr and exit status 2.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -298,34 +298,6 @@ def pack(
 PassedOn = Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...", hidden=True)]
 
 
-def demo_judge(arguments: PassedOn = None) -> None:
-    """Serve the embedded rule-based judge. Options: nemo-ampo demo-judge --help."""
-    from nemo_ampo.world.judge_server import main as serve
-
-    raise typer.Exit(serve(arguments or []))
-
-
-def world(arguments: PassedOn = None) -> None:
-    """Write the embedded world as data files. Options: nemo-ampo world --help."""
-    from nemo_ampo.world.__main__ import main as write
-
-    raise typer.Exit(write(arguments or []))
-
-
-def generate(arguments: PassedOn = None) -> None:
-    """Write bc or rl rows with a teacher model. Options: nemo-ampo generate --help."""
-    from nemo_ampo.commands.generate import main as write
-
-    raise typer.Exit(write(arguments or []))
-
-
-def serve(arguments: PassedOn = None) -> None:
-    """Serve a checkpoint as an OpenAI-compatible chat API. Options: nemo-ampo serve --help."""
-    from nemo_ampo.commands.serve import main as run
-
-    raise typer.Exit(run(arguments or []))
-
-
 def estimate(
     stage: Annotated[str, typer.Argument(help="ampo or evaluate")],
     overrides: Overrides = None,
@@ -364,17 +336,39 @@ def check_judge(
         raise typer.Exit(EXIT_NOT_OK)
 
 
-def rollout_doctor(arguments: PassedOn = None) -> None:
-    """Compare a rollout engine with the trainer before a run is trusted to it. Options: nemo-ampo rollout-doctor --help."""
-    # A program over all packages, as the recipes are; nothing else of this one knows them.
-    from recipes.rollout_doctor import main as examine
+DOORS = {
+    "quickstart": ("recipes.quickstart", "Run everything in a row on a laptop: a tiny model in the embedded world."),
+    "pipeline": ("recipes.pipeline", "Run a recipe of configs/pipeline on this machine."),
+    "convert": ("converters.hf_to_nemo", "Make a .nemo file of a Hugging Face folder."),
+    "bc": ("recipes.bc", "Clone the four modes of thinking."),
+    "ampo": ("recipes.ampo", "Teach the policy when to think."),
+    "export": ("converters.nemo_to_hf", "Make a Hugging Face folder of a .nemo file."),
+    "verify": ("converters.verify", "Compare a .nemo file with a Hugging Face folder: weights, files, config, logits."),
+    "evaluate": ("recipes.evaluate", "Answer held-out turns with an exported checkpoint, judge the answers."),
+    "sotopia": ("recipes.sotopia", "Play and score SOTOPIA episodes."),
+    "serve": ("nemo_ampo.commands.serve", "Serve a checkpoint as an OpenAI-compatible chat API."),
+    "generate": ("nemo_ampo.commands.generate", "Write bc or rl rows with a teacher model."),
+    "world": ("nemo_ampo.world", "Write the embedded world as data files."),
+    "demo-judge": ("nemo_ampo.world.judge_server", "Serve the embedded rule-based judge."),
+    "rollout-doctor": ("recipes.rollout_doctor", "Compare a rollout engine with the trainer before a run is trusted to it."),
+}
+"""Programs with a command line of their own: name to module, which ``python -m`` starts as well, and what it does."""
 
-    raise typer.Exit(examine(arguments or []))
+
+def _through(module: str, what: str) -> Callable[..., None]:
+    def door(arguments: PassedOn = None) -> None:
+        import runpy
+
+        sys.argv[1:] = arguments or []
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    door.__doc__ = what
+    return door
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    **{name: _through(module, what) for name, (module, what) in DOORS.items()},
     "doctor": doctor,
-    "rollout-doctor": rollout_doctor,
     "check-config": check_config,
     "estimate": estimate,
     "check-judge": check_judge,
@@ -384,32 +378,42 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rehearse": rehearse,
     "pack": pack,
     "status": status,
-    "demo-judge": demo_judge,
-    "world": world,
-    "generate": generate,
-    "serve": serve,
 }
 """Name to function; a function's docstring is its help."""
 
 _OWN_OPTIONS = {"ignore_unknown_options": True, "help_option_names": []}
-PASS_THROUGH: dict[str, dict[str, Any]] = dict.fromkeys(
-    ("demo-judge", "world", "generate", "serve", "rollout-doctor"), _OWN_OPTIONS
-)
-"""Commands that hand all their arguments, ``--help`` included, to a command line of their own."""
 
 
 def make_app() -> typer.Typer:
     """The command line of :data:`COMMANDS`."""
     app = typer.Typer(
         name="nemo-ampo",
-        help="Teach a language model when to think: the commands around the training stages.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_program)
     for name, function in COMMANDS.items():
-        app.command(name, context_settings=PASS_THROUGH.get(name))(printable_output()(function))
+        panel = "Stages and servers, with options of their own" if name in DOORS else "Around them"
+        settings = _OWN_OPTIONS if name in DOORS else None
+        app.command(name, context_settings=settings, rich_help_panel=panel)(printable_output()(function))
     return app
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"nemo-ampo {version('nemo-ampo')}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it and end.")
+    ] = False,
+) -> None:
+    """Teach a language model when to think: its stages, and the commands around them."""
 
 
 def main() -> None:

@@ -176,3 +176,7 @@ def _price(model: str, price: list[float] | None) -> dict[str, Price]:
 
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,3 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"{' '.join(command)}  (model={model})\n")
     sys.stderr.flush()
     os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,13 +4,14 @@ import inspect
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from nemo_ampo.commands.cli import COMMANDS, PASS_THROUGH, make_app
+from nemo_ampo.commands.cli import COMMANDS, DOORS, make_app
 from nemo_ampo.config.stages import STAGES
 from nemo_ampo.errors import FormatError
 from nemo_ampo.reply.grammar import parse_reply
@@ -64,12 +65,23 @@ def test_help_into_a_full_disk_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (2, "error: cannot write a file: No space left on device\n")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in PASS_THROUGH])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in DOORS])
 def test_every_command_explains_itself(name: str) -> None:
     result = invoke(name, "--help")
     assert result.exit_code == 0
     words = (COMMANDS[name].__doc__ or "").split()[:4]
     assert words and all(word in result.output for word in words)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_every_door_hands_its_options_on(name: str) -> None:
+    done = process(name, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    assert process(name, "--no-such-option").returncode == 2
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert invoke("--version").output == f"nemo-ampo {version('nemo-ampo')}\n"
 
 
 def test_demo_judge_hands_its_options_on() -> None:
@@ -217,7 +229,7 @@ def test_a_missing_value_is_named() -> None:
 
 def _path_parameters() -> list[tuple[str, str]]:
     """Command and parameter of every path that a command takes."""
-    own = {name: inspect.signature(function) for name, function in COMMANDS.items() if name not in PASS_THROUGH}
+    own = {name: inspect.signature(function) for name, function in COMMANDS.items() if name not in DOORS}
     return [(name, key) for name, of in own.items() for key, value in of.parameters.items() if "Path" in value.annotation]
 
 
