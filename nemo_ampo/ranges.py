@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
 from typing import Any
 
 from nemo_ampo.errors import ConfigError
@@ -24,6 +25,14 @@ SMALLEST_DRAW = 1e-5
 """Of a temperature that is not 0, and of ``top_p``: below, a reply is as good as greedy and numbers leave their range."""
 YEAR_S = 365 * 24 * 3600.0
 """No wait is longer; the system's clocks overflow at a few hundred of them."""
+
+
+class Switch(StrEnum):
+    """Words of a key, `on` or `off` among them, which a bare YAML reads as truth values."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Switch | None:
+        return cls.__members__.get("on" if value else "off") if isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)

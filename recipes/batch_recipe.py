@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from nemo_ampo.config.typed import typed
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.overrides import literal
 from nemo_ampo.ranges import LARGEST_PORT, LARGEST_SEED, YEAR_S, check_numbers, number
@@ -164,19 +164,18 @@ def read_recipe(path: Path, overrides: Sequence[str]) -> PipelineConfig:
         raise ConfigError(f"{path}: no such recipe; see configs/pipeline")
     own, passed_on = _split(overrides)
     try:
-        merged: Any = OmegaConf.merge(
-            OmegaConf.structured(PipelineConfig),
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist([*map(as_yaml_text, own)]),
-        )
-        for stage, override in passed_on:
-            merged[stage].overrides.append(override)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{missing[0]}: a value is required")
-        recipe: Any = OmegaConf.to_object(merged)
+        written = OmegaConf.load(path)
+        if not isinstance(written, DictConfig):
+            raise ConfigError(f"{path}: expected a mapping of keys to values")
+        given = OmegaConf.merge(written, OmegaConf.from_dotlist([*map(as_yaml_text, own)]))
+        plain = OmegaConf.to_container(given, resolve=True)
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {one_line(str(error))}") from None
+    recipe = typed("", PipelineConfig, plain)
+    for stage, override in passed_on:
+        getattr(recipe, stage).overrides.append(override)
     _check(recipe)
     return recipe
 

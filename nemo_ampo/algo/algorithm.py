@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.ranges import check_numbers, number
+from nemo_ampo.ranges import Switch, check_numbers, number
 
 
 class ModeLevel(StrEnum):
@@ -75,7 +75,7 @@ class AggregateOver(StrEnum):
     batch = "batch"
 
 
-class Kl(StrEnum):
+class Kl(Switch):
     """Where the distance to the reference policy is paid."""
 
     in_loss = "in_loss"
@@ -91,7 +91,7 @@ class KlKind(StrEnum):
     k3 = "k3"
 
 
-class Correction(StrEnum):
+class Correction(Switch):
     """What is done about tokens that engine and trainer find differently likely."""
 
     off = "off"

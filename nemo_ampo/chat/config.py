@@ -11,9 +11,17 @@ from urllib.parse import urlsplit, urlunsplit
 
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import disk_errors, is_file, is_folder, missing
-from nemo_ampo.ranges import check_numbers, number, seconds
+from nemo_ampo.ranges import Switch, check_numbers, number, seconds
 
-STRUCTURED = ("auto", "on", "off")
+
+class Structured(Switch):
+    """Whether a reply is held to a JSON schema."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 _OWN_FIELDS = ("messages", "model", "n", "stream", "stream_options")
 """Of a request: what makes it the question that is asked."""
 _KEYED_FIELDS = ("temperature", "max_tokens", "seed")
@@ -122,7 +130,7 @@ class EndpointConfig:
     backoff_initial_s: float = seconds(1)
     backoff_max_s: float = seconds(30)
     retry_after_max_s: float = seconds(300)
-    structured: str = "auto"
+    structured: Structured = Structured.auto
     extra_body: dict[str, Any] = field(default_factory=dict)
     price: dict[str, Price] = field(default_factory=dict)
     max_usd: float | None = number(None, least=0, above=True, whole=False)
@@ -131,10 +139,6 @@ class EndpointConfig:
     replay: str | None = None
 
     def __post_init__(self) -> None:
-        # YAML reads a bare `on` as true.
-        switch = {"True": "on", "False": "off"}.get(str(self.structured), self.structured)
-        object.__setattr__(self, "structured", switch)
-        self._check("structured", switch in STRUCTURED, f"must be one of {', '.join(STRUCTURED)}, not {switch!r}")
         self._check("model", bool(self.model.strip()), "must not be empty")
         for at, member in zip(self._places(), self.members, strict=True):
             self._check_url(f"{at}base_url", member.base_url)

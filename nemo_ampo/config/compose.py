@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from nemo_ampo.config.nemo_keys import OPTIONAL
 from nemo_ampo.config.reading import NEMO_SECTIONS, default_keys, fill_preset
 from nemo_ampo.config.stages import STAGES
+from nemo_ampo.config.typed import meant
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.files import shipped
 from nemo_ampo.overrides import as_typed, override
@@ -94,16 +94,15 @@ def _unknown_key(cfg: DictConfig, key: str) -> str:
     for part in key.split("."):
         path.append(part)
         if part not in node.keys():  # noqa: SIM118 - a key without a value yet is not "in" it
-            return f"{'.'.join(path)}: no such key; {_meant(part, [str(name) for name in node])}"
+            if not len(node):
+                return f"{key}: nothing is there yet; +{key}=... adds it"
+            return f"{'.'.join(path)}: no such key; {meant(part, [str(name) for name in node])}"
         node = node._get_node(part)
         if not isinstance(node, DictConfig):
             break
+    if isinstance(node, DictConfig):
+        return f"{key}: +{key}.NAME=... adds to it"
     return f"{key}: no such key; {'.'.join(path)} holds none"
-
-
-def _meant(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1)
-    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -126,5 +125,5 @@ def _refuse_unknown_keys(cfg: DictConfig, base: Any) -> None:
         for key in OmegaConf.select(cfg, section) or {}:
             if key not in known:
                 whose = "; what the model is, its checkpoint says" if section == "model" else ""
-                raise ConfigError(f"{section}.{key}: no such key; {_meant(str(key), known)}{whose}")
+                raise ConfigError(f"{section}.{key}: no such key; {meant(str(key), known)}{whose}")
         pending += [f"{section}.{key}" for key in ours if isinstance(ours._get_node(key), DictConfig) and len(ours[key])]

@@ -113,11 +113,13 @@ def test_a_misspelt_key_of_nemo_in_a_file_is_refused(tmp_path: Path, before: str
         ("dta.train=x", "dta: no such key; did you mean data?"),
         ("data.train.x=1", "data.train.x: no such key; data.train holds none"),
         ("colour=red", "colour: no such key; it has run, data, "),
+        ("judge.extra_body.top_p=1", "judge.extra_body.top_p: nothing is there yet; +judge.extra_body.top_p=... adds it"),
+        ("judge.price={m: {input_per_million: 1}}", "judge.price: +judge.price.NAME=... adds to it"),
     ],
 )
 def test_a_misspelt_key_of_the_command_line_is_refused(given: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        compose("bc", "tiny", [given])
+        compose("ampo", "tiny", [given])
     assert str(caught.value).startswith(message)
 
 

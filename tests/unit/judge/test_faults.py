@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from scripted_chat import Act, ScriptedChat, Seen, says, serve, verdict_json
 
+from nemo_ampo.config.reading import read_section
 from nemo_ampo.errors import JudgeError
 from nemo_ampo.judge.client import Judge
 from nemo_ampo.judge.config import JudgeConfig
@@ -150,8 +150,8 @@ def test_a_huge_body_is_not_read_to_its_end(server: ScriptedChat) -> None:
 def test_unreadable_replies_are_paid_for(server: ScriptedChat) -> None:
     server.play(Act(says("no idea", usage=(1000, 100))))
     priced = {"price": {"referee": {"input_per_million": 2.0, "output_per_million": 10.0}}}
-    settings = OmegaConf.merge(OmegaConf.structured(JudgeConfig), {"base_url": server.url, "model": "referee", **priced})
-    _, stats = judge_all(OmegaConf.to_object(settings), range(2))  # type: ignore[arg-type]
+    settings = read_section("judge", JudgeConfig, {"base_url": server.url, "model": "referee", **priced})
+    _, stats = judge_all(settings, range(2))
     assert stats.verdicts == 0 and stats.calls == 10
     assert stats.cost_usd == pytest.approx(10 * (1000 * 2 + 100 * 10) / 1e6)
     assert stats.metrics()["judge/cost_usd"] == stats.cost_usd
