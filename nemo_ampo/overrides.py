@@ -1,12 +1,13 @@
-"""Paths on a command line, as ``key=value`` too: any survives, and what does not is read with a cure."""
+"""Keys and paths on a command line: any path survives as ``key=value``, and what does not is read with a cure."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranges import text_problem
@@ -38,6 +39,15 @@ def typed_path(text: str) -> Path:
     if text.startswith("~"):
         raise argparse.ArgumentTypeError(text_problem(text))
     return Path(text)
+
+
+def dotted(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """``section.key`` and value of every leaf of nested mappings; lists and empty mappings are leaves."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from dotted(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def literal(text: str) -> str:

@@ -16,6 +16,7 @@ from nemo_ampo.checkpoint.store import Store
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.judge.client import verdict_protocol
 from nemo_ampo.judge.config import JudgeConfig
+from nemo_ampo.overrides import dotted
 
 WATCHED = (
     "run.seed",
@@ -48,7 +49,7 @@ def identity(cfg: DictConfig, hashes: Mapping[str, Any]) -> dict[str, Any]:
         cfg: composed config, before NeMo changes it.
         hashes: of :func:`inputs` and :func:`verdict_identity`; a moved file is the same file.
     """
-    flat = _flatten(OmegaConf.to_container(cfg, resolve=True), "")
+    flat = {key: value for key, value in dotted(OmegaConf.to_container(cfg, resolve=True)) if value != {}}
     watched = {key: value for key, value in flat.items() if _below(key, WATCHED) and not _below(key, HARMLESS)}
     if cfg.model.optim.get("sched") is not None:
         # The schedule is laid over these many steps; without one they only say when to stop.
@@ -127,15 +128,6 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
 
 def _below(key: str, prefixes: Sequence[str]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _flatten(value: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _short(value: Any) -> str:

@@ -6,14 +6,15 @@ What NeMo, Lightning or Megatron would refuse after the model is loaded, or neve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from nemo_ampo.config.typed import plain
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.overrides import dotted
 from nemo_ampo.ranges import LARGEST_SEED, Range, as_yaml, check_leaf, told
 
 
@@ -262,7 +263,8 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
     Raises:
         ConfigError: naming the first key whose value is not allowed, and what would be.
     """
-    given = {key: value for section in ("trainer", "model", "exp_manager") for key, value in _flat(cfg, section)}
+    sections = ("trainer", "model", "exp_manager")
+    given = {key: value for name in sections for key, value in dotted(plain(OmegaConf.select(cfg, name), name), name)}
     rules = NEMO[stage] | {key: rule for key, rule in OPTIONAL.items() if key in given}
     # A key that others follow is held to its own range first.
     for key, rule in sorted(rules.items(), key=lambda pair: isinstance(pair[1], SameAs)):
@@ -287,26 +289,6 @@ def check_nemo(cfg: DictConfig, stage: str) -> None:
         )
     for key, value in given.items():
         check_leaf(key, value)
-
-
-def _flat(cfg: DictConfig, section: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of a section by dotted key; lists and empty sections are leaves."""
-    try:
-        value = OmegaConf.select(cfg, section)
-        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or section}: {str(error).splitlines()[0]}") from None
-    yield from _leaves(section, value)
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    pending = [(key, value)]
-    while pending:
-        key, value = pending.pop(0)
-        if isinstance(value, dict) and value:
-            pending += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        else:
-            yield key, value
 
 
 def check_schedule(optim: Mapping[str, Any], max_steps: int | None) -> None:

@@ -7,10 +7,9 @@ from enum import StrEnum
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_ampo.algo.algorithm import KNOBS, AlgorithmConfig, preset_named
-from nemo_ampo.config.typed import typed
+from nemo_ampo.config.typed import plain, typed
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.ranges import check_numbers
 
@@ -45,15 +44,10 @@ def read_section(name: str, section: type[C], given: Any) -> C:
     Raises:
         ConfigError: as :func:`read_config`.
     """
-    try:
-        plain: Any = OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or name}: {str(error).splitlines()[0]}") from None
-    plain = {} if plain is None else plain
-    if section is AlgorithmConfig and isinstance(plain, dict):
-        preset = plain.get("preset", AlgorithmConfig.preset)
-        plain = vars(preset_named(preset)) | plain
-    values = typed(name, section, plain)
+    keys = plain({} if given is None else given, name)
+    if section is AlgorithmConfig and isinstance(keys, dict):
+        keys = vars(preset_named(keys.get("preset", AlgorithmConfig.preset))) | keys
+    values = typed(name, section, keys)
     check_numbers(name, values)
     return values
 

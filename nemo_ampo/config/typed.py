@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
@@ -32,7 +33,7 @@ EXPECTED = {
 """pydantic's kinds of errors in words."""
 
 
-def typed(name: str, schema: type[C], plain: Any) -> C:
+def typed(name: str, schema: type[C], given: Any) -> C:
     """A section as an object.
 
     Types are held strictly: no text is read as a number, no number as text.
@@ -40,14 +41,14 @@ def typed(name: str, schema: type[C], plain: Any) -> C:
     Args:
         name: of the section, for error messages; empty for a whole file.
         schema: dataclass; its own rules (``__post_init__``) hold too.
-        plain: what the YAML says; ``???`` where a required value is still to be given.
+        given: what the YAML says; ``???`` where a required value is still to be given.
 
     Raises:
         ConfigError: unknown key, wrong type or a missing value, naming the key.
     """
     try:
         # As JSON: there a list may become a tuple and a word a member of its enum, and nothing else changes its type.
-        text = json.dumps({"section": _without_missing(plain)})
+        text = json.dumps({"section": _without_missing(given)})
         found: C = _reader(schema).model_validate_json(text).section  # type: ignore[attr-defined, arg-type]
     except ValidationError as error:
         raise ConfigError(_said(name, schema, error.errors()[0])) from None
@@ -59,6 +60,18 @@ def typed(name: str, schema: type[C], plain: Any) -> C:
         if value == "" and hint == str | None:
             raise ConfigError(f"{key}: must not be empty; null stands for none")
     return found
+
+
+def plain(given: Any, name: str) -> Any:
+    """OmegaConf's values as Python's own, with what ``${...}`` stands for.
+
+    Raises:
+        ConfigError: one stands for nothing, naming the key.
+    """
+    try:
+        return OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or name}: {str(error).splitlines()[0]}") from None
 
 
 def meant(key: str, known: Sequence[str]) -> str:

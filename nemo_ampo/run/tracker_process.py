@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from nemo_ampo.chat.proxies import passwords
 from nemo_ampo.chat.secrets import Secrets
+from nemo_ampo.overrides import dotted
 
 PROJECT = "nemo-ampo"
 PARAMS_PER_CALL = 100
@@ -113,7 +114,7 @@ class MLflow:
         )
         if setup.run_id is None:
             self.run_id = self._client.create_run(self._experiment(), run_name=setup.name).info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flat(setup.config)]
+            params = [Param(key, str(value)[:500]) for key, value in dotted(setup.config)]
             for begin in range(0, len(params), PARAMS_PER_CALL):
                 self._client.log_batch(self.run_id, params=params[begin : begin + PARAMS_PER_CALL])
         else:
@@ -253,15 +254,6 @@ def _descendants(process: int) -> list[int]:
         with contextlib.suppress(OSError):
             for child in task.read_text().split():
                 found += [int(child), *_descendants(int(child))]
-    return found
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """``section.key`` and value of every leaf."""
-    found: list[tuple[str, Any]] = []
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
     return found
 
 

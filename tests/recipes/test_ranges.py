@@ -112,7 +112,7 @@ def test_a_misspelt_key_of_nemo_in_a_file_is_refused(tmp_path: Path, before: str
         ("data.trian=x", "data.trian: no such key; did you mean train?"),
         ("dta.train=x", "dta: no such key; did you mean data?"),
         ("data.train.x=1", "data.train.x: no such key; data.train holds none"),
-        ("colour=red", "colour: no such key; it has run, data, "),
+        ("xyz=red", "xyz: no such key; it has "),
         ("judge.extra_body.top_p=1", "judge.extra_body.top_p: nothing is there yet; +judge.extra_body.top_p=... adds it"),
         ("judge.price={m: {input_per_million: 1}}", "judge.price: +judge.price.NAME=... adds to it"),
     ],
