@@ -12,10 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
-from pydantic_core import ErrorDetails
 
 from nemo_ampo.errors import ConfigError
-from nemo_ampo.ranges import as_yaml
+from nemo_ampo.ranges import as_yaml, text_problem
 from nemo_ampo.text import one_line
 
 C = TypeVar("C")
@@ -48,12 +47,10 @@ def typed(name: str, schema: type[C], given: Any) -> C:
     """
     try:
         # As JSON: there a list may become a tuple and a word a member of its enum, and nothing else changes its type.
-        text = json.dumps({"section": _without_missing(given)})
+        text = json.dumps({"section": _sayable(name, given)})
         found: C = _reader(schema).model_validate_json(text).section  # type: ignore[attr-defined, arg-type]
     except ValidationError as error:
         raise ConfigError(_said(name, schema, error.errors()[0])) from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ConfigError(f"{name}: {one_line(str(error))}") from None
     for key, hint, value in _fields(name, schema, found):
         if value == MISSING:
             raise ConfigError(f"{key}: a value is required")
@@ -85,10 +82,18 @@ def _reader(schema: type[Any]) -> type[BaseModel]:
     return create_model("Reader", __config__=ConfigDict(extra="forbid", strict=True), section=(schema, ...))
 
 
-def _without_missing(value: Any) -> Any:
+def _sayable(key: str, value: Any) -> Any:
+    """A value as JSON can say it, without what is still missing."""
     if isinstance(value, Mapping):
-        return {str(key): _without_missing(inner) for key, inner in value.items() if inner != MISSING}
-    return [_without_missing(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {str(name): _sayable(f"{key}.{name}", inner) for name, inner in value.items() if inner != MISSING}
+    if isinstance(value, list | tuple):
+        return [_sayable(key, inner) for inner in value]
+    if isinstance(value, int) and abs(value) > 2**64:
+        raise ConfigError(f"{key}: a number of {len(str(abs(value)))} digits is too large")
+    problem = text_problem(value.lstrip("~")) if isinstance(value, str) else None
+    if problem is not None:
+        raise ConfigError(f"{key}: {problem}")
+    return value
 
 
 def _fields(name: str, schema: type[Any], values: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -102,7 +107,7 @@ def _fields(name: str, schema: type[Any], values: Any) -> Iterator[tuple[str, An
             yield key, hints[f.name], value
 
 
-def _said(name: str, schema: type[Any], error: ErrorDetails) -> str:
+def _said(name: str, schema: type[Any], error: Mapping[str, Any]) -> str:
     """One of pydantic's errors as a line that names the key."""
     kind, given = error["type"], error["input"]
     cause = error.get("ctx", {}).get("error")

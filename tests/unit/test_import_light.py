@@ -57,12 +57,13 @@ def test_together_they_leave_http_to_the_call_that_needs_it() -> None:
     assert loaded & (HEAVY | {"aiohttp", "httpx2", "openai"}) == set()
 
 
-def test_configuration_and_batch_recipes_need_only_what_reads_yaml() -> None:
+def test_configuration_and_batch_recipes_need_only_what_reads_yaml_and_types() -> None:
     modules = ("nemo_ampo.config.stages", "nemo_ampo.config.check", "nemo_ampo.config.compose", "recipes.slurm")
     bare = top_level_modules_after("sys")
     assert top_level_modules_after(*modules) - bare - set(sys.stdlib_module_names) <= {
         *("nemo_ampo", "recipes", "omegaconf", "yaml", "_yaml", "antlr4", "attr", "cython_runtime", "__mp_main__"),
         *(name for name in top_level_modules_after("yaml") if name.startswith("_cython_")),
+        *(top_level_modules_after("pydantic") - bare),
     }
 
 

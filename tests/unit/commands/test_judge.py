@@ -89,7 +89,7 @@ def test_estimate_of_a_training_run(rows: Path) -> None:
         ("ampo", "+judge.price.other={input_per_million:1,output_per_million:1}", r"judge\.price: .*no entry for model"),
         ("ampo", "data.train=/nowhere.json", r"data\.train: no such file"),
         ("ampo", "+judge.max_call=3", r"judge\.max_call"),
-        ("ampo", "judge.structured=maybe", r"judge\.structured: must be one of auto, on, off"),
+        ("ampo", "judge.structured=maybe", r"judge\.structured: expected one of auto, on, off"),
         ("ampo", "judge.cache=a judge.replay=b", r"judge\.replay: give judge\.cache or judge\.replay"),
         ("bc", "run.dir=r", "STAGE: expected one of ampo, evaluate"),
     ],

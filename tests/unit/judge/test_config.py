@@ -30,7 +30,7 @@ def test_default_schedule_is_the_reference_one() -> None:
         ("base_url", ""), ("base_url", "host:8000"), ("base_url", "ftp://host/v1"), ("base_url", "http://"),
         ("base_url", "http://[broken/v1"), ("base_url", "http://host:port/v1"),
         ("model", " "), ("prompt", ""), ("temperatures", []), ("temperatures", [0.0, -0.1]),
-        ("requests_per_minute", -1), ("tokens_per_minute", -1), ("retry_after_max_s", 0.0), ("structured", "maybe"),
+        ("requests_per_minute", -1), ("tokens_per_minute", -1), ("retry_after_max_s", 0.0),
         ("max_calls", 0), ("max_usd", 0.0), ("max_usd", 5.0), ("replay", "r"), ("price", {"other": Price(1.0, 1.0)}),
         ("temperatures", [float("nan")]), ("temperatures", [2.5]), ("max_tokens", 0), ("max_concurrency", 0),
         ("connection_retries", -1), ("timeout_s", 0.0), ("timeout_s", float("nan")),
