@@ -243,8 +243,9 @@ def job_command(args: argparse.Namespace) -> None:
 
 
 def submit_command(args: argparse.Namespace) -> None:
-    """Print the sbatch line; what does not fit its GPUs is refused, with ``--force`` only said."""
+    """Print the sbatch line; what is wrong, or does not fit its GPUs, is refused, the latter with ``--force`` only said."""
     site, recipe = _site(args.script), _recipe(args)
+    prepare(args.script, recipe, site, _job(args, recipe, site), record=False)
     _say_memory(args.script, recipe, site, forced=args.force)
     print(shlex.join(_sbatch(args, recipe, site)))
 

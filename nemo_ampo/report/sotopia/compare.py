@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
+from nemo_ampo.report.render import render_template
 from nemo_ampo.report.sotopia.figures import RANGES, Bar, mode_colour
 from nemo_ampo.report.sotopia.overview import check_same_view, unlike
-from nemo_ampo.report.sotopia.page import Written, judge_title, render_template, write_files
+from nemo_ampo.report.sotopia.page import Written, judge_title, write_files
 from nemo_ampo.report.sotopia.titles import COLUMN_TITLES, dimension_table, mode_title
 from nemo_ampo.sotopia.statistics import COLUMNS, RESAMPLES, Comparison, Difference, compare
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, without_nan

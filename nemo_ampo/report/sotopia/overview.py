@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ampo.errors import DataError
 from nemo_ampo.report.plots import SERIES_COLOURS, Line, line_chart
+from nemo_ampo.report.render import render_template
 from nemo_ampo.report.sotopia.figures import Figure, mode_colour
-from nemo_ampo.report.sotopia.page import Written, judge_title, render_template, with_suffix, write_files
+from nemo_ampo.report.sotopia.page import Written, judge_title, with_suffix, write_files
 from nemo_ampo.report.sotopia.titles import ABSENT, mode_title, with_interval
 from nemo_ampo.report.training.metrics_log import Series
 from nemo_ampo.sotopia.dimensions import OVERALL

@@ -12,10 +12,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from nemo_ampo.files import write_once
 from nemo_ampo.output.lock import hold_output
 from nemo_ampo.reply.grammar import parse_reply
 from nemo_ampo.reply.modes import MODES
+from nemo_ampo.report.render import render_template
 from nemo_ampo.report.sotopia.figures import (
     RANGES,
     Bar,
@@ -50,7 +49,6 @@ from nemo_ampo.sotopia.dimensions import DIMENSIONS, OVERALL
 from nemo_ampo.sotopia.statistics import COLUMNS, Estimate
 from nemo_ampo.sotopia.summary import ROLES, SUBSETS, RunSummary, Shown
 from nemo_ampo.sotopia.tally import MODE_IDS, RELATIONSHIPS, seats_of_policy, shares
-from nemo_ampo.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -208,31 +206,7 @@ class DialogueView:
 
 def render(summary: RunSummary) -> str:
     """The page as text."""
-    return render_template("report.html.j2", page_context(summary))
-
-
-def render_template(name: str, context: Mapping[str, Any]) -> str:
-    """A template of ``sotopia/templates`` filled, with the style of the training reports."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda n: resources.files(__package__).joinpath("templates", n).read_text("utf-8")),
-    )
-    environment.filters["drawn"] = Markup
-    return printable(environment.get_template(name).render(**context, shared_style=shared_style()))
-
-
-def shared_style() -> str:
-    """The style sheet of the training reports, so that all pages look alike."""
-    page = resources.files("nemo_ampo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    found = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
-    assert found is not None, "nemo_ampo/report/page.html.j2 has a style sheet"
-    return found[1]
+    return render_template("sotopia.html.j2", page_context(summary))
 
 
 def page_context(summary: RunSummary) -> dict[str, Any]:

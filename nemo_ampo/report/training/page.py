@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from nemo_ampo.files import write_once
 from nemo_ampo.reply.grammar import parse_reply
 from nemo_ampo.reply.modes import MODES, NO_MODE
 from nemo_ampo.report.plots import SMOOTH_FROM
+from nemo_ampo.report.render import render_template
 from nemo_ampo.report.training import alarms, charts, tables
 from nemo_ampo.report.training.inputs import Evaluation, Run, StageRun, read_run
 from nemo_ampo.report.training.samples import NO_TAG, ShownSample
-from nemo_ampo.text import printable
 from nemo_ampo.types import ALL_TAGS
 
 REPORT_FILE = "report.html"
@@ -114,14 +113,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page as text."""
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["drawn"] = Markup
-    source = resources.files("nemo_ampo.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    # Control and direction characters of a reply are no markup, and would still turn the text around them.
-    return printable(environment.from_string(source).render(context(run)))
+    return render_template("training.html.j2", context(run))
 
 
 def context(run: Run) -> dict[str, Any]:
