@@ -19,6 +19,8 @@ from nemo_ampo.text import one_line
 
 C = TypeVar("C")
 
+LARGEST_NUMBER = 10**300
+"""Integers from here on are no floats; what a key allows is said by its range."""
 EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -85,10 +87,10 @@ def _reader(schema: type[Any]) -> type[BaseModel]:
 def _sayable(key: str, value: Any) -> Any:
     """A value as JSON can say it, without what is still missing."""
     if isinstance(value, Mapping):
-        return {str(name): _sayable(f"{key}.{name}", inner) for name, inner in value.items() if inner != MISSING}
+        return {str(name): _sayable(f"{key}.{name}".lstrip("."), inner) for name, inner in value.items() if inner != MISSING}
     if isinstance(value, list | tuple):
         return [_sayable(key, inner) for inner in value]
-    if isinstance(value, int) and abs(value) > 2**64:
+    if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
         raise ConfigError(f"{key}: a number of {len(str(abs(value)))} digits is too large")
     problem = text_problem(value.lstrip("~")) if isinstance(value, str) else None
     if problem is not None:
