@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import cli
+from converters.nemo_to_hf import save_shards
 from nemo_ampo.errors import UserError
 from nemo_ampo.output.staging import publish, staged
 from nemo_ampo.overrides import typed_path
@@ -86,7 +87,6 @@ def convert(source: str | Path, output: str | Path) -> None:
         UserError: the file is missing, is no GGUF file, holds another architecture or tokenizer, or lacks or
             exceeds the weights of its architecture; or ``output`` exists already.
     """
-    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     source, output = Path(source), Path(output)
@@ -102,9 +102,7 @@ def convert(source: str | Path, output: str | Path) -> None:
         tokenizer.save_pretrained(built)
         config.save_pretrained(built)
         GenerationConfig(**_special_ids(tokenizer)).save_pretrained(built)
-        save_file(weights, built / "model.safetensors", metadata={"format": "pt"})
-        # Safetensors files are made for their owner's eyes only.
-        (built / "model.safetensors").chmod(0o644)
+        save_shards(weights, built)
         publish(built, output)
 
 

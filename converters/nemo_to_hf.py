@@ -24,7 +24,7 @@ from converters.nemo_weights import NemoWeights
 from converters.verify import report, verify
 from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
 from nemo_ampo.errors import UserError
-from nemo_ampo.files import look_alike
+from nemo_ampo.files import let_others_read, look_alike
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
 from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
@@ -70,6 +70,7 @@ def save_shards(state: dict[str, Tensor], folder: Path) -> None:
     split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
     for name, tensor_names in split.filename_to_tensors.items():
         save_file({t: state[t] for t in tensor_names}, folder / name, metadata={"format": "pt"})
+        let_others_read(folder / name)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

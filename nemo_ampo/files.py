@@ -139,18 +139,18 @@ def write_once(path: Path, content: str | bytes, *, private: bool = False) -> No
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
             if not private:
-                Path(name).chmod(0o666 & ~_umask())
+                let_others_read(Path(name))
             Path(name).replace(place)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
 
 
-def _umask() -> int:
-    """The process's, which the system tells only to those who set it."""
-    mask = os.umask(0o077)
+def let_others_read(path: Path) -> None:
+    """Give a file the mode that ``open`` would have given it; temporary files, and safetensors', are the owner's alone."""
+    mask = os.umask(0o077)  # the system tells it only to those who set it
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def append_whole(path: Path, data: bytes) -> None:

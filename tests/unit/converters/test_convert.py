@@ -37,6 +37,7 @@ def test_round_trip_gives_the_same_weight_file_and_the_same_other_files(jobs, ca
     assert (there / "model.safetensors").read_bytes() == (back / "model.safetensors").read_bytes()
     assert non_weights(there) == non_weights(back)
     assert {"LICENSE", "tokenizer.json", "generation_config.json"} <= set(non_weights(back))
+    assert len({path.stat().st_mode for path in back.iterdir()}) == 1, "who may read one file may read all"
 
 
 def test_packed_files_are_those_of_the_folder(jobs, tmp_path: Path) -> None:
