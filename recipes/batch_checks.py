@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_ampo.errors import ConfigError, UserError
 from recipes.batch_recipe import TRAINING, PipelineConfig, StageConfig, makes_start, start_of
+from recipes.cluster import Site
 from recipes.stages import Stage
 
 
@@ -70,12 +72,13 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
     return max(0.0, total - written)
 
 
-def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
+def check_stage_configs(plan: Sequence[Stage], ranks: int, *, on_cpus: bool = False) -> set[str]:
     """Compose the configuration of every stage, so that a wrong key stops the job before anything runs, not hours later.
 
     Args:
         plan: stages to check.
         ranks: processes of a training stage.
+        on_cpus: the job has no GPU.
 
     Returns:
         Names of the stages that must be started through MPI: TensorRT-LLM finds its peers that way.
@@ -95,6 +98,8 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
         try:
             raw = compose(name, stage.command[2], stage.command[3:])
             check_stage(name, raw, ranks if name in TRAINING else 1, files=False)
+            if on_cpus and name in TRAINING:
+                _check_cpu(raw)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if "rollout" in raw and raw.rollout.engine == "trtllm":
@@ -102,23 +107,56 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int) -> set[str]:
     return with_mpi
 
 
-def memory(recipe: PipelineConfig, only: Sequence[str], ranks: int, gpu: str) -> Iterator[str]:
+def _check_cpu(raw: Any) -> None:
+    from nemo_ampo.config.stages import check_device
+
+    try:
+        check_device(raw, "cpu")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or is AMPO_GPUS_PER_NODE missing?") from None
+
+
+def check_demo_judge(recipe: PipelineConfig) -> None:
+    """The embedded judge answers for no other model.
+
+    Raises:
+        ConfigError: a stage asks for one.
+    """
+    from nemo_ampo.config.compose import compose
+    from nemo_ampo.world import DEMO_JUDGE
+
+    for name, stage in (("ampo", recipe.ampo), ("evaluate", recipe.evaluate)):
+        model = recipe.judge.model or compose(name, stage.config, stage.overrides).judge.model
+        if model != DEMO_JUDGE:
+            raise ConfigError(
+                f"stage {name}: judge.model: without AMPO_JUDGE_COMMAND the demo judge runs, which is not {model}; set that "
+                f"command, or judge.model={DEMO_JUDGE}"
+            )
+
+
+class DoesNotFitError(ConfigError):
+    """A stage takes more memory than its GPUs have."""
+
+
+def memory(recipe: PipelineConfig, only: Sequence[str], site: Site) -> Iterator[str]:
     """What each training stage fills of a GPU, a line each; the same as ``nemo-ampo plan``.
 
     Args:
         recipe: checked.
         only: stages asked for; empty for all.
-        ranks: processes of a training stage.
-        gpu: kind of GPU.
+        site: the cluster.
 
     Raises:
-        ConfigError: behind the last line, when a stage does not fit.
+        DoesNotFitError: behind the last line, when a stage does not.
+        ConfigError: its layout does not divide the model, or there is no such GPU.
     """
     from nemo_ampo.config.compose import compose
     from nemo_ampo.job.plan import model_of
-    from nemo_ampo.rehearse.sizes import GB, MODELS, check_layout, hardware_of, layout_of, memory_of
+    from nemo_ampo.rehearse.sizes import GB, HARDWARE, MODELS, check_layout, layout_of, memory_of
 
-    hardware, too_large = hardware_of(gpu), {}
+    if site.gpu_kind not in HARDWARE:
+        raise ConfigError(f"AMPO_GPU_KIND: expected one of {', '.join(HARDWARE)}, got {site.gpu_kind!r}")
+    hardware, ranks, too_large = HARDWARE[site.gpu_kind], site.nodes * site.ranks_per_node, {}
     facts = MODELS["tiny"] if makes_start(recipe) else model_of(start_of(recipe), "")
     for name in TRAINING:
         if only and name not in only:
@@ -126,13 +164,17 @@ def memory(recipe: PipelineConfig, only: Sequence[str], ranks: int, gpu: str) ->
         stage: StageConfig = getattr(recipe, name)
         cfg = compose(name, stage.config, stage.overrides)
         layout = layout_of(name, cfg, ranks)
-        check_layout(facts, layout.tensor, layout.pipeline, ranks)
+        try:
+            check_layout(facts, layout.tensor, layout.pipeline, ranks)
+        except ConfigError as error:
+            raise ConfigError(f"stage {name}: {error}") from None
         total = memory_of(name, cfg, facts, layout).total
-        yield f"{name}: {total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {gpu}"
+        yield f"{name}: {total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {site.gpu_kind}"
         if total > hardware.room:
             too_large[name] = stage.config
     for name, config in too_large.items():
-        raise ConfigError(
+        layout_options = f"--nodes {site.nodes} --gpus {site.ranks_per_node} --gpu {site.gpu_kind}"
+        raise DoesNotFitError(
             f"stage {name}: does not fit a GPU with a tenth to spare; lower {name}.model.tokens_per_micro_batch, or see "
-            f"`nemo-ampo rehearse {name} --config-name {config} --search`; --force submits all the same"
+            f"`nemo-ampo rehearse {name} --config-name {config} {layout_options} --search`; --force submits all the same"
         )

@@ -5,14 +5,18 @@ Words of a command line come out, decided by the arguments alone; nothing is sta
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from nemo_ampo.errors import ConfigError
+from nemo_ampo.ranges import LARGEST_PORT
 
 NO_CONTAINER, PYXIS, APPTAINER = "none", "pyxis", "apptainer"
 CONTAINERS = (NO_CONTAINER, PYXIS, APPTAINER)
+PORTS = 16
+"""Of one job: the rendezvous of each stage in turn, then the two servers."""
 ENROOT_REMOVE = ("enroot", "remove", "--force")
 Line = list[str]
 
@@ -65,6 +69,15 @@ class Site:
     def _check(self) -> None:
         if self.container not in CONTAINERS:
             raise ConfigError(f"AMPO_CONTAINER: expected {', '.join(CONTAINERS)}, got {self.container!r}")
+        if self.nodes < 1:
+            raise ConfigError(f"AMPO_NODES: expected a whole number of at least 1, got {self.nodes}")
+        if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
+            raise ConfigError(
+                f"AMPO_RANKS_PER_NODE: {self.ranks_per_node} processes would share the {self.gpus_per_node} GPUs of "
+                "AMPO_GPUS_PER_NODE; at most one per GPU"
+            )
+        if self.port > LARGEST_PORT - PORTS + 1:
+            raise ConfigError(f"AMPO_PORT: {PORTS} ports from here on must be below {LARGEST_PORT + 1}, got {self.port}")
         if self.container != NO_CONTAINER and not self.image:
             raise ConfigError(f"AMPO_IMAGE: an image is required for AMPO_CONTAINER={self.container}")
         if self.judge_image and self.container == NO_CONTAINER:
@@ -81,7 +94,7 @@ class Site:
 
     def sbatch_line(self, script: str, recipe: str, overrides: list[str], servers: list[str]) -> Line:
         """What submits the job, with a group of one node for each server."""
-        common = self.sbatch.split()
+        common = shlex.split(self.sbatch)
         line = ["sbatch", *common, f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
         line += [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
         for server in servers:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig
 
 from converters.model_config import nemo_config
-from nemo_ampo.config.check import check_stage
 from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.plan import compose_for_plan, model_of
 from nemo_ampo.model_folder.facts import ModelFacts
@@ -54,12 +53,11 @@ def read_job(
         UserError: naming the key or option.
     """
     hardware = hardware_of(gpu)
-    cfg = compose_for_plan(stage, config_name, list(overrides))
+    cfg = compose_for_plan(stage, config_name, list(overrides), nodes * gpus)
     job = Job(stage, cfg, model_of(model, config_name), nodes, gpus, hardware)
     check_layout(
         job.facts, int(cfg.model.tensor_model_parallel_size), int(cfg.model.pipeline_model_parallel_size), job.ranks
     )
-    check_stage(stage, cfg, job.ranks, files=False)
     return job
 
 

@@ -24,9 +24,16 @@ from nemo_ampo.errors import ConfigError, UserError
 from nemo_ampo.job.attempts import AttemptLog, PlannedStage, Standing, write_plan
 from nemo_ampo.output.lock import hold_run
 from nemo_ampo.output.terminal import printable_output
-from recipes.batch_checks import bytes_to_come, check_stage_configs, memory, own_rollout_server
+from recipes.batch_checks import (
+    DoesNotFitError,
+    bytes_to_come,
+    check_demo_judge,
+    check_stage_configs,
+    memory,
+    own_rollout_server,
+)
 from recipes.batch_recipe import TRAINING, JudgeMode, PipelineConfig, read_recipe, start_of
-from recipes.cluster import Cluster, Image, Job, Line, Site
+from recipes.cluster import PORTS, Cluster, Image, Job, Line, Site
 from recipes.pipeline import remember
 from recipes.stages import stages_of
 
@@ -38,8 +45,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     JUDGE_ONLY: (),
 }
 """Stages of each script of ``slurm``, exports and evaluations without their policy's name; none named means all."""
-PORTS = 16
-"""Of one job: the rendezvous of each stage in turn, then the two servers."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,9 @@ def prepare(script: str, recipe: PipelineConfig, site: Site, job: Job, *, record
     stages = stages_of(recipe, judge_url, rollout.url if rollout else "")
     if PARTS[script]:
         stages = [stage for stage in stages if stage.name.split("-")[0] in PARTS[script]]
-    with_mpi = check_stage_configs(stages, job.nodes * site.ranks_per_node)
+    with_mpi = check_stage_configs(stages, job.nodes * site.ranks_per_node, on_cpus=not site.gpus_per_node)
+    if judge and not site.judge_command:
+        check_demo_judge(recipe)
     if record:
         _record(recipe)
     lines = [
@@ -271,9 +278,9 @@ def _say_memory(script: str, recipe: PipelineConfig, site: Site, forced: bool) -
     if not site.gpus_per_node or script == JUDGE_ONLY:
         return
     try:
-        for line in memory(recipe, PARTS[script], site.nodes * site.ranks_per_node, site.gpu_kind):
+        for line in memory(recipe, PARTS[script], site):
             print(line, file=sys.stderr)
-    except ConfigError as error:
+    except DoesNotFitError as error:
         if not forced:
             raise
         print(f"warning: {error}", file=sys.stderr)

@@ -87,9 +87,16 @@ node_address() {
 open_job() {
   local script=$1 dry='' force=() recipe=configs/pipeline/tiny.yaml line facts
   shift
-  while [[ ${1:-} == --dry-run || ${1:-} == --force ]]; do
-    if [[ $1 == --force ]]; then force=(--force); else dry=1; fi
+  while [[ ${1:-} == -* ]]; do
+    case $1 in
+      --dry-run) dry=1 ;;
+      --force) force=(--force) ;;
+      *) fail "$1: expected slurm/$script [--dry-run] [--force] [RECIPE] [key=value...]" ;;
+    esac
     shift
+  done
+  for line in "$@"; do
+    [[ $line != -* ]] || fail "$line: options stand before the recipe: slurm/$script [--dry-run] [--force] [RECIPE] [key=value...]"
   done
   cd "$ROOT"
   settings
@@ -101,6 +108,7 @@ open_job() {
   fi
   if [[ ! ${SLURM_JOB_ID:-} ]]; then
     line=$(helper recipes.slurm submit "${force[@]}" "$script" "$recipe" "$@") || exit 2
+    [[ $line == sbatch\ * ]] || fail "recipes.slurm printed no sbatch line: $line"
     eval "exec $line"
   fi
   facts=$(helper recipes.slurm job "${GIVEN[@]}" "$script" "$recipe" "$@") || exit 2

@@ -234,7 +234,7 @@ def plan(
     """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
     from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, model_of
 
-    cfg = compose_for_plan(stage, config_name, overrides or [])
+    cfg = compose_for_plan(stage, config_name, overrides or [], nodes * gpus)
     for line in lines(make_plan(stage, cfg, model_of(model, config_name), nodes * gpus, gpu)):
         typer.echo(line)
 

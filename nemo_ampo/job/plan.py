@@ -271,12 +271,13 @@ def _steps(stage: str, cfg: DictConfig) -> int:
 # --- shown ----------------------------------------------------------------------------------------------------------
 
 
-def compose_for_plan(stage: str, config_name: str, overrides: list[str]) -> DictConfig:
-    """The stage's config; places that a plan does not need get stand-ins.
+def compose_for_plan(stage: str, config_name: str, overrides: list[str], ranks: int) -> DictConfig:
+    """The stage's config, held to all rules that need no file; places that a plan does not need get stand-ins.
 
     Raises:
-        ConfigError: unknown stage, file or key.
+        ConfigError: unknown stage, file or key, or what the stage itself would refuse on so many ranks.
     """
+    from nemo_ampo.config.check import check_stage
     from nemo_ampo.config.compose import compose
 
     if stage not in ("bc", "ampo"):
@@ -286,6 +287,9 @@ def compose_for_plan(stage: str, config_name: str, overrides: list[str]) -> Dict
         OmegaConf.update(cfg, key, "http://judge.invalid/v1" if key == "judge.base_url" else "-")
     if stage == "ampo" and cfg.data.train is None and cfg.data.sotopia_dir is None:
         cfg.data.train = "-"
+    if stage == "ampo" and not cfg.rollout.trtllm_server.url:
+        cfg.rollout.trtllm_server.url = "http://rollout.invalid:1"
+    check_stage(stage, cfg, ranks, files=False)
     return cfg
 
 

@@ -4,3 +4,6 @@
 dialogues from their text, :mod:`.pack` writes all of it in the published row formats and :mod:`.tiny_model` makes the
 checkpoint that training starts from. Only the last one needs torch and transformers.
 """
+
+DEMO_JUDGE = "demo-judge"
+"""The one model that the embedded judge answers for."""

@@ -34,8 +34,7 @@ from nemo_ampo.output.terminal import printable_output
 from nemo_ampo.overrides import typed_path
 from nemo_ampo.prompts import read_judge_prompt
 from nemo_ampo.serve.local import run_app, server_process
-
-MODEL = "demo-judge"
+from nemo_ampo.world import DEMO_JUDGE
 
 Rules = Callable[[str, str, str, str, str], tuple[float, float]]
 """(dialogue, agent1 name, agent1 goal, agent2 name, agent2 goal) -> goal achievement of both, 0..10."""
@@ -97,7 +96,7 @@ def create_app(options: DemoJudgeOptions, rules: Rules | None = None) -> FastAPI
         return JSONResponse({"status": "ok"})
 
     async def models(request: Request) -> JSONResponse:
-        entry = {"id": MODEL, "object": "model", "created": 0, "owned_by": "nemo-ampo"}
+        entry = {"id": DEMO_JUDGE, "object": "model", "created": 0, "owned_by": "nemo-ampo"}
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def chat_completions(request: Request) -> JSONResponse:
@@ -145,7 +144,7 @@ def read_chat_request(body: bytes) -> str:
     model = record.get("model")
     if not isinstance(model, str):
         raise ApiError(400, "model must be a string", param="model")
-    if model != MODEL:
+    if model != DEMO_JUDGE:
         raise ApiError(404, f"the model {model!r} does not exist", param="model", code="model_not_found")
     if record.get("n") not in (None, 1):
         raise ApiError(400, "only n=1 is served", param="n")
@@ -225,7 +224,7 @@ def run_demo_judge(
         port=port,
         ready_file=ready_file,
         parent_pid=parent_pid,
-        on_ready=lambda base_url: _log.info("demo judge: base_url=%s model=%s", base_url, MODEL),
+        on_ready=lambda base_url: _log.info("demo judge: base_url=%s model=%s", base_url, DEMO_JUDGE),
     )
 
 
@@ -306,7 +305,7 @@ def _completion(prompt: str, reply: str) -> dict[str, Any]:
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": MODEL,
+        "model": DEMO_JUDGE,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
         "usage": {
             "prompt_tokens": prompt_tokens,

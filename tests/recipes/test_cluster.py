@@ -46,6 +46,12 @@ def test_a_node_has_a_rank_for_each_gpu_unless_somebody_says_otherwise() -> None
         ({"AMPO_NODES": "1.5"}, "AMPO_NODES: "),
         ({"ROLLOUT_GPUS": "all"}, "ROLLOUT_GPUS: "),
         ({"AMPO_MIN_FREE_GB": "nan"}, "AMPO_MIN_FREE_GB: expected a number of at least 0, got 'nan'"),
+        ({"AMPO_NODES": "0"}, "AMPO_NODES: expected a whole number of at least 1, got 0"),
+        ({"AMPO_PORT": "65530"}, "AMPO_PORT: 16 ports from here on"),
+        (
+            {"AMPO_GPUS_PER_NODE": "8", "AMPO_RANKS_PER_NODE": "16"},
+            "AMPO_RANKS_PER_NODE: 16 processes would share the 8 GPUs",
+        ),
         ({"AMPO_CONTAINER": "docker"}, "AMPO_CONTAINER: expected none, pyxis, apptainer, got 'docker'"),
     ],
 )
@@ -139,6 +145,27 @@ def test_servers_are_where_their_groups_are_and_the_trainer_is_told() -> None:
     assert batch.rollout is not None and batch.rollout.url == f"http://10.0.0.3:{batch.port + 14}"
     ampo = next(stage for stage in batch.stages if stage.name == "ampo")
     assert {"judge.base_url=http://10.0.0.2:99/v1", f"rollout.trtllm_server.url={batch.rollout.url}"} <= set(ampo.line)
+
+
+def test_the_embedded_judge_is_not_started_for_another_model() -> None:
+    with pytest.raises(ConfigError, match=r"judge\.model: without AMPO_JUDGE_COMMAND the demo judge runs, which is not gpt"):
+        started("ampo.sh", tiny("judge.model=gpt"))
+    assert started("ampo.sh", tiny("judge.model=gpt"), site(AMPO_JUDGE_COMMAND="serve gpt")).judge is not None
+
+
+def test_a_layout_for_gpus_is_not_submitted_to_nodes_without_any() -> None:
+    both = [
+        f"{stage}.{key}"
+        for stage in ("bc", "ampo")
+        for key in ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true", "run.device=auto")
+    ]
+    with pytest.raises(ConfigError, match=r"stage bc: model\.sequence_parallel: .*; or is AMPO_GPUS_PER_NODE missing\?"):
+        started("ampo.sh", tiny(*both))
+
+
+def test_options_of_sbatch_keep_their_quotes() -> None:
+    line = site(AMPO_SBATCH='--comment="a b" --exclude=n[1-2]').sbatch_line("ampo.sh", "r.yaml", [], [])
+    assert line[1:3] == ["--comment=a b", "--exclude=n[1-2]"]
 
 
 def test_the_shell_gets_every_word_as_it_was(tmp_path: Path) -> None:

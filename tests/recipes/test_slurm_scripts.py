@@ -101,6 +101,9 @@ def refused(*arguments: str, **environment: str) -> str:
         (["bc.model.micro_batch_size=32"], {"AMPO_NODES": "2"}, "stage bc: model.global_batch_size: 32"),
         (["ampo.model.tensor_model_parallel_size=2"], {}, "does not divide the 1 ranks"),
         (["judge.mod=hetjob"], {}, "judge.mod"),
+        (["--help"], {}, "--help: expected slurm/ampo.sh [--dry-run] [--force] [RECIPE] [key=value...]"),
+        (["configs/pipeline/tiny.yaml", "--force"], {}, "--force: options stand before the recipe"),
+        ([], {"AMPO_GPUS_PER_NODE": "1", "AMPO_GPU_KIND": "b200"}, "AMPO_GPU_KIND: expected one of h100"),
         (["judge.mode=external"], {}, "judge.base_url: a URL is required"),
         ([], {"AMPO_CONTAINER": "pyxis"}, "AMPO_PLAN_PYTHON: with AMPO_CONTAINER=pyxis a small Python outside"),
         ([], {"AMPO_PLAN_PYTHON": "/nowhere/python"}, "AMPO_PLAN_PYTHON: /nowhere/python does not start on "),
@@ -228,7 +231,15 @@ def test_what_does_not_fit_a_gpu_is_submitted_with_force_only(tmp_path: Path) ->
     assert (
         "error: stage bc: does not fit a GPU with a tenth to spare; lower bc.model.tokens_per_micro_batch" in refused.stderr
     )
-    assert "nemo-ampo rehearse bc --config-name qwen2.5_7b --search" in refused.stderr
+    assert "nemo-ampo rehearse bc --config-name qwen2.5_7b --nodes 1 --gpus 1 --gpu h100 --search" in refused.stderr
+    indivisible = ["ampo.model.tensor_model_parallel_size=1", "bc.model.tensor_model_parallel_size=3"]
+    for way in ("--force", "--dry-run"):
+        done = subprocess.run(
+            ["slurm/ampo.sh", way, *recipe, *indivisible], cwd=ROOT, capture_output=True, text=True, check=False,
+            env=inherited | machine | log | {"AMPO_GPUS_PER_NODE": "3", "AMPO_RANKS_PER_NODE": "3"},
+        )  # fmt: skip
+        assert done.returncode == 2 and "tensor_model_parallel_size: 3 does not divide" in done.stderr
+        assert not (tmp_path / "log").exists(), "only what does not fit can be forced"
     forced = submit("--force")
     assert forced.returncode == 0, forced.stderr
     assert (tmp_path / "log").read_text().split()[-len(recipe) :] == recipe

@@ -35,7 +35,7 @@ def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, ov
     from nemo_ampo.rehearse import rank as rehearsal
     from nemo_ampo.rehearse.sizes import MODELS
 
-    cfg = compose_for_plan(stage, name, overrides)
+    cfg = compose_for_plan(stage, name, overrides, ranks)
     pipeline = int(cfg.model.pipeline_model_parallel_size)
     plan = rehearsal.Rehearsal(
         *(stage, cfg, nemo_config(MODELS[name], Path(os.devnull)), 1, ranks),

@@ -28,8 +28,8 @@ from nemo_ampo.judge.config import JudgeConfig
 from nemo_ampo.judge.verdict import parse_verdict
 from nemo_ampo.prompts import harmless_request, load_prompt, render_judge_prompt
 from nemo_ampo.types import JudgeRequest, Verdict
+from nemo_ampo.world import DEMO_JUDGE
 from nemo_ampo.world.judge_server import (
-    MODEL,
     ApiError,
     DemoJudgeOptions,
     Rules,
@@ -88,7 +88,7 @@ def http(url: str, body: object = None) -> tuple[int, Any]:
 
 
 def chat(content: object = PROMPT, **changes: object) -> dict[str, object]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **changes}
+    return {"model": DEMO_JUDGE, "messages": [{"role": "user", "content": content}], **changes}
 
 
 def ask(base_url: str, *requests: JudgeRequest, **changes: Any) -> list[Any]:
@@ -96,7 +96,7 @@ def ask(base_url: str, *requests: JudgeRequest, **changes: Any) -> list[Any]:
     settings: dict[str, Any] = {"backoff_initial_s": 0.001, "backoff_max_s": 0.002, **changes}
 
     async def run() -> list[Any]:
-        async with Judge(JudgeConfig(base_url=base_url, model=MODEL, **settings)) as judge:
+        async with Judge(JudgeConfig(base_url=base_url, model=DEMO_JUDGE, **settings)) as judge:
             await judge.check()
             return await asyncio.gather(*map(judge.score, requests), return_exceptions=True)
 
@@ -107,7 +107,7 @@ def test_a_chat_completion_has_the_fields_of_the_contract(serve: Serve) -> None:
     base_url = serve()
     status, first = http(f"{base_url}/chat/completions", chat(n=1, temperature=0.3, max_tokens=5, user="me"))
     assert status == 200
-    assert (first["object"], first["model"]) == ("chat.completion", MODEL)
+    assert (first["object"], first["model"]) == ("chat.completion", DEMO_JUDGE)
     assert first["id"].startswith("chatcmpl-") and isinstance(first["created"], int)
     (choice,) = first["choices"]
     assert (choice["index"], choice["finish_reason"], choice["message"]["role"]) == (0, "stop", "assistant")
@@ -123,7 +123,7 @@ def test_a_chat_completion_has_the_fields_of_the_contract(serve: Serve) -> None:
 def test_models_and_health(serve: Serve) -> None:
     base_url = serve()
     status, models = http(f"{base_url}/models")
-    assert (status, models["object"], [entry["id"] for entry in models["data"]]) == (200, "list", [MODEL])
+    assert (status, models["object"], [entry["id"] for entry in models["data"]]) == (200, "list", [DEMO_JUDGE])
     assert http(base_url.removesuffix("/v1") + "/health") == (200, {"status": "ok"})
 
 
@@ -354,7 +354,7 @@ def test_the_ready_file_appears_with_the_server_and_goes_with_it(tmp_path: Path,
             process.kill()
     assert process.returncode == 0, errors
     assert not ready.exists()
-    assert output == "" and errors == f"demo judge: base_url={base_url} model={MODEL}\n"
+    assert output == "" and errors == f"demo judge: base_url={base_url} model={DEMO_JUDGE}\n"
 
 
 def test_a_waiting_call_does_not_keep_a_stopped_process_alive(tmp_path: Path) -> None:
