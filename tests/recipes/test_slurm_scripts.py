@@ -232,13 +232,13 @@ def test_what_does_not_fit_a_gpu_is_submitted_with_force_only(tmp_path: Path) ->
         "error: stage bc: does not fit a GPU with a tenth to spare; lower bc.model.tokens_per_micro_batch" in refused.stderr
     )
     assert "nemo-ampo rehearse bc --config-name qwen2.5_7b --nodes 1 --gpus 1 --gpu h100 --search" in refused.stderr
-    indivisible = ["ampo.model.tensor_model_parallel_size=1", "bc.model.tensor_model_parallel_size=3"]
+    indivisible = [f"{stage}.model.tensor_model_parallel_size=8" for stage in ("bc", "ampo")]
     for way in ("--force", "--dry-run"):
         done = subprocess.run(
             ["slurm/ampo.sh", way, *recipe, *indivisible], cwd=ROOT, capture_output=True, text=True, check=False,
-            env=inherited | machine | log | {"AMPO_GPUS_PER_NODE": "3", "AMPO_RANKS_PER_NODE": "3"},
+            env=inherited | machine | log | {"AMPO_GPUS_PER_NODE": "8", "AMPO_RANKS_PER_NODE": "8"},
         )  # fmt: skip
-        assert done.returncode == 2 and "tensor_model_parallel_size: 3 does not divide" in done.stderr
+        assert done.returncode == 2 and "stage bc: model.tensor_model_parallel_size: 8 does not divide" in done.stderr
         assert not (tmp_path / "log").exists(), "only what does not fit can be forced"
     forced = submit("--force")
     assert forced.returncode == 0, forced.stderr
