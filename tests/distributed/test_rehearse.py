@@ -19,11 +19,12 @@ from forking import meeting_port, torchrun_environment
 SUPPORT = Path(__file__).parents[1] / "support"
 ROOT = SUPPORT.parents[1]
 SERVED = ["rollout.engine=trtllm_server", "rollout.trtllm_server.url=http://nobody.invalid:1"]
+BUDGET = ["model.tokens_per_micro_batch=512", "model.micro_batch_size=1", "model.data.validation_ds.micro_batch_size=1"]
 JOBS = {
     "tensor": ("ampo", [*SERVED, "model.tensor_model_parallel_size=2"]),
     "pipeline": ("ampo", [*SERVED, "model.pipeline_model_parallel_size=2"]),
     "data": ("ampo", SERVED),
-    "cloning": ("bc", ["model.tensor_model_parallel_size=2", "model.tokens_per_micro_batch=512"]),
+    "cloning": ("bc", ["model.tensor_model_parallel_size=2", *BUDGET]),
 }
 
 

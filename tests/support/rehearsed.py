@@ -37,9 +37,10 @@ def main(how: str, out: Path, stage: str, name: str, ranks: int, tokens: int, ov
 
     cfg = compose_for_plan(stage, name, overrides, ranks)
     pipeline = int(cfg.model.pipeline_model_parallel_size)
+    rows = (cfg.model.tokens_per_micro_batch or 0) // tokens or int(cfg.model.micro_batch_size)
     plan = rehearsal.Rehearsal(
         *(stage, cfg, nemo_config(MODELS[name], Path(os.devnull)), 1, ranks),
-        *(tokens, int(cfg.model.micro_batch_size), max(2, pipeline), (0.5, 1.0)),
+        *(tokens, rows, max(2, pipeline), (0.5, 1.0)),
     )
     rank = int(os.environ.get("RANK", "0"))
     if how == "rehearsed":
