@@ -183,6 +183,8 @@ def prepare(script: str, recipe: PipelineConfig, site: Site, job: Job, *, record
     if judge_group is not None:
         at = recipe.judge.port or port + PORTS - 1
         url = f"http://{job.hosts[judge_group]}:{at}/v1"
+        if not site.judge_command:
+            check_demo_judge(recipe)
         judge = Server(cluster.judge(judge_group, at), at, url, recipe.judge.start_s)
     images = cluster.images(judge_group, trainer=script != JUDGE_ONLY)
     if script == JUDGE_ONLY:
@@ -199,8 +201,6 @@ def prepare(script: str, recipe: PipelineConfig, site: Site, job: Job, *, record
     if PARTS[script]:
         stages = [stage for stage in stages if stage.name.split("-")[0] in PARTS[script]]
     with_mpi = check_stage_configs(stages, job.nodes * site.ranks_per_node, on_cpus=not site.gpus_per_node)
-    if judge and not site.judge_command:
-        check_demo_judge(recipe)
     if record:
         _record(recipe)
     lines = [

@@ -150,6 +150,8 @@ def test_servers_are_where_their_groups_are_and_the_trainer_is_told() -> None:
 def test_the_embedded_judge_is_not_started_for_another_model() -> None:
     with pytest.raises(ConfigError, match=r"judge\.model: without AMPO_JUDGE_COMMAND the demo judge runs, which is not gpt"):
         started("ampo.sh", tiny("judge.model=gpt"))
+    with pytest.raises(ConfigError, match=r"judge\.model: without AMPO_JUDGE_COMMAND"):
+        prepare("judge.sh", tiny("judge.model=gpt"), site().judge_alone, JOB, record=False)
     assert started("ampo.sh", tiny("judge.model=gpt"), site(AMPO_JUDGE_COMMAND="serve gpt")).judge is not None
 
 
