@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.overrides import dotted
 from recipes.batch_recipe import TRAINING, PipelineConfig, StageConfig, makes_start, start_of
 from recipes.cluster import Site
 from recipes.stages import Stage
@@ -72,13 +73,13 @@ def bytes_to_come(recipe: PipelineConfig) -> float:
     return max(0.0, total - written)
 
 
-def check_stage_configs(plan: Sequence[Stage], ranks: int, *, on_cpus: bool = False) -> set[str]:
+def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = None) -> set[str]:
     """Compose the configuration of every stage, so that a wrong key stops the job before anything runs, not hours later.
 
     Args:
         plan: stages to check.
         ranks: processes of a training stage.
-        on_cpus: the job has no GPU.
+        site: the cluster, where it is known: whether it has GPUs, and which files its containers show.
 
     Returns:
         Names of the stages that must be started through MPI: TensorRT-LLM finds its peers that way.
@@ -98,13 +99,29 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, *, on_cpus: bool = Fa
         try:
             raw = compose(name, stage.command[2], stage.command[3:])
             check_stage(name, raw, ranks if name in TRAINING else 1, files=False)
-            if on_cpus and name in TRAINING:
-                _check_cpu(raw)
+            if site is not None:
+                _check_shown(raw, site)
+                if not site.gpus_per_node and name in TRAINING:
+                    _check_cpu(raw)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from None
         if "rollout" in raw and raw.rollout.engine == "trtllm":
             with_mpi.add(stage.name)
     return with_mpi
+
+
+def _check_shown(raw: Any, site: Site) -> None:
+    from omegaconf import OmegaConf
+
+    for key, value in dotted(OmegaConf.to_container(raw, resolve=True)):
+        if not (isinstance(value, str) and value.startswith("/")):
+            continue
+        path = Path(value)
+        if not site.shows(path) and (path.exists() or key == "run.dir"):
+            raise ConfigError(
+                f"{key}: {value} is not seen in the container, which shows {site.root}"
+                f"{' and ' + site.mounts if site.mounts else ''}; add {path.parent.resolve()}:{path.parent} to AMPO_MOUNTS"
+            )
 
 
 def _check_cpu(raw: Any) -> None:

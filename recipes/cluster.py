@@ -87,6 +87,17 @@ class Site:
                 "AMPO_JUDGE_IMAGE: the demo judge runs in AMPO_IMAGE; set AMPO_JUDGE_COMMAND to what this image serves"
             )
 
+    def shows(self, path: Path) -> bool:
+        """Whether a path of this machine is the same file inside the job's containers; links are followed."""
+        if self.container == NO_CONTAINER:
+            return True
+        pairs = [mount.split(":") for mount in self.mounts.split(",") if mount]
+        targets = [self.root, *(Path(pair[1] if len(pair) > 1 else pair[0]) for pair in pairs)]
+        return all(
+            any(place.is_relative_to(target) for target in inside)
+            for place, inside in ((path, targets), (path.resolve(), [target.resolve() for target in targets]))
+        )
+
     @property
     def judge_alone(self) -> Site:
         """The same cluster, for a job that is nothing but a judge."""

@@ -200,7 +200,7 @@ def prepare(script: str, recipe: PipelineConfig, site: Site, job: Job, *, record
     stages = stages_of(recipe, judge_url, rollout.url if rollout else "")
     if PARTS[script]:
         stages = [stage for stage in stages if stage.name.split("-")[0] in PARTS[script]]
-    with_mpi = check_stage_configs(stages, job.nodes * site.ranks_per_node, on_cpus=not site.gpus_per_node)
+    with_mpi = check_stage_configs(stages, job.nodes * site.ranks_per_node, site)
     if record:
         _record(recipe)
     lines = [

@@ -172,7 +172,7 @@ def test_options_of_sbatch_keep_their_quotes() -> None:
 
 def test_the_shell_gets_every_word_as_it_was(tmp_path: Path) -> None:
     """Folders that a shell would take apart, through ``eval`` of both kinds of assignment."""
-    batch = started("ampo.sh", tiny(), site(**PYXIS, **{"AMPO_MOUNTS": "/a b:/c"}))
+    batch = started("ampo.sh", tiny(), site(**PYXIS, AMPO_MOUNTS="/a b:/c,/runs"))
     script = tmp_path / "facts"
     script.write_text(batch.for_shell)
 
@@ -188,3 +188,28 @@ def test_the_shell_gets_every_word_as_it_was(tmp_path: Path) -> None:
     for number, stage in enumerate(batch.stages):
         assert said(f'eval "LINE=(${{LINES[{number}]}})"; printf "%s\\0" "${{LINE[@]}}"') == stage.line
     assert said('eval "LINE=(${MAKE_IMAGES[0]})"; printf "%s\\0" "${LINE[@]}"') == batch.images[0].make
+
+
+def test_a_file_that_the_containers_do_not_show_is_named_before_anything_is_submitted(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    recipe = read_recipe(TINY, [f"run_dir={ROOT}/runs/a", f"ampo.data.train={rows}"])
+    with pytest.raises(ConfigError) as caught:
+        started("ampo.sh", recipe, site(**PYXIS, AMPO_MOUNTS="/lustre:/lustre"))
+    assert "data.train" in str(caught.value) and "shows /project and /lustre:/lustre; add " in str(caught.value)
+    for mounts in (f"{tmp_path}:{tmp_path}", f"/lustre:/lustre,{tmp_path}", "/:/"):
+        started("ampo.sh", recipe, site(**PYXIS, AMPO_MOUNTS=mounts))
+    started("ampo.sh", recipe, site())
+    with pytest.raises(ConfigError, match=r"run\.dir: /elsewhere/run"):
+        started("ampo.sh", read_recipe(TINY, ["run_dir=/elsewhere/run"]), site(**PYXIS))
+
+
+def test_a_link_in_the_project_that_leads_out_of_it_is_not_shown(tmp_path: Path) -> None:
+    project, outside = tmp_path / "project", tmp_path / "outside"
+    for folder in (project, outside):
+        folder.mkdir()
+    (project / "data").symlink_to(outside)
+    (tmp_path / "home").symlink_to(project)
+    there = Site.of(tmp_path / "home", PYXIS)
+    assert there.shows(tmp_path / "home" / "runs") and not there.shows(tmp_path / "home" / "data")
+    assert Site.of(tmp_path / "home", PYXIS | {"AMPO_MOUNTS": str(outside)}).shows(tmp_path / "home" / "data")

@@ -190,7 +190,8 @@ def test_images_are_imported_before_the_clock_of_the_preflight_runs_and_go_with_
     for name, text in (("srun", STUB_SRUN), ("scontrol", STUB)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    environment = Case(2, "external", "pyxis").environment(tmp_path) | {"SRUN_LOG": str(tmp_path / "log")}
+    environment = Case(2, "external", "pyxis").environment(tmp_path)
+    environment |= {"SRUN_LOG": str(tmp_path / "log"), "AMPO_MOUNTS": str(tmp_path)}
     command = ["slurm/ampo.sh", f"run_dir={tmp_path / 'run'}", *SMALL, "ampo.model.micro_batch_size=1", *JUDGE]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr

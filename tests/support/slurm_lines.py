@@ -62,7 +62,7 @@ class Case:
             "SLURM_JOB_NODELIST": names,
         }
         if self.container != "none":
-            given |= {"AMPO_IMAGE": "/images/nemo.sqsh", "AMPO_MOUNTS": "/data:/data"}
+            given |= {"AMPO_IMAGE": "/images/nemo.sqsh", "AMPO_MOUNTS": "/data:/data,/runs:/runs"}
         if self.servers:
             given |= {"SLURM_HET_SIZE": str(len(self.servers) + 1), "SLURM_JOB_NODELIST_HET_GROUP_0": names}
             given |= {f"SLURM_JOB_NODELIST_HET_GROUP_{i}": f"gpu{8 + i}" for i in range(1, len(self.servers) + 1)}
