@@ -231,12 +231,18 @@ def plan(
     gpus: GpusPerNode = 1,
     gpu: GpuKind = "h100",
 ) -> None:
-    """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model."""
+    """Say what a stage will need: memory per GPU, disk, tokens, judge calls, time. Loads no model.
+
+    Exit status 1 when it does not fit.
+    """
     from nemo_ampo.job.plan import compose_for_plan, lines, make_plan, model_of
 
     cfg = compose_for_plan(stage, config_name, overrides or [], nodes * gpus)
-    for line in lines(make_plan(stage, cfg, model_of(model, config_name), nodes * gpus, gpu)):
+    needs = make_plan(stage, cfg, model_of(model, config_name), nodes * gpus, gpu)
+    for line in lines(needs):
         typer.echo(line)
+    if not needs.fits:
+        raise typer.Exit(EXIT_NOT_OK)
 
 
 def rehearse(

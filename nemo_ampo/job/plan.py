@@ -87,6 +87,11 @@ class StagePlan:
     steps: int
 
     @property
+    def fits(self) -> bool:
+        """Whether it leaves the margin of every GPU's memory free, as a rehearsal asks too."""
+        return self.memory.total <= hardware_of(self.gpu).room
+
+    @property
     def step_seconds(self) -> tuple[float, float]:
         """Slow and fast end; judging overlaps with the rollout, so the longer of the two counts."""
         slow, fast = (max(self.seconds["rollout"][i], self.seconds["judge"][i]) for i in (0, 1))
@@ -297,15 +302,13 @@ def lines(plan: StagePlan) -> list[str]:
     """The plan as text."""
     m, w = plan.memory, plan.work
     slow, fast = plan.step_seconds
-    hardware = hardware_of(plan.gpu)
-    limit = hardware.memory
-    verdict = "fits" if m.total < hardware.room else "is tight" if m.total < limit else "DOES NOT FIT"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
     out = [
         f"{plan.stage}: {parameters_of(plan.facts) / 1e9:.3g} G parameters on {plan.ranks} x {plan.gpu} "
         f"(tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data})",
         "memory per GPU",
         *(f"  {name:<12} {value / GB:9.3g} GB" for name, value in m.rows()),
-        f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {limit / GB:.0f} GB",
+        f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {hardware_of(plan.gpu).memory / GB:.0f} GB, a tenth of which is left free",
         "one step of the job",
         f"  samples      {w.samples}",
         f"  tokens       {w.prompt_tokens} prompt, {w.new_tokens} generated (estimates)",

@@ -131,3 +131,9 @@ def test_the_command_prints_the_plan() -> None:
     assert result.output.splitlines() == expected
     assert "7.62 G parameters on 8 x h100 (tensor 4, pipeline 1, data 2)" in expected[0]
     assert any(line.split() == ["optimizer", "11.4", "GB"] for line in expected)
+
+
+def test_a_plan_that_does_not_leave_a_tenth_of_the_memory_is_exit_status_1() -> None:
+    alone = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
+    result = CliRunner().invoke(make_app(), ["plan", "ampo", "--config-name", "qwen2.5_7b", *alone])
+    assert result.exit_code == 1 and "DOES NOT FIT in 80 GB, a tenth of which is left free" in result.output
