@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import cli
-from converters.nemo_to_hf import save_shards
+from converters.hf_writing import save_shards
 from nemo_ampo.errors import UserError
 from nemo_ampo.output.staging import publish, staged
 from nemo_ampo.overrides import typed_path
@@ -102,7 +102,8 @@ def convert(source: str | Path, output: str | Path) -> None:
         tokenizer.save_pretrained(built)
         config.save_pretrained(built)
         GenerationConfig(**_special_ids(tokenizer)).save_pretrained(built)
-        save_shards(weights, built)
+        dims = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        save_shards(weights.items(), dims, next(iter(weights.values())).dtype, built)
         publish(built, output)
 
 

@@ -12,14 +12,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from converters import cli
 from converters.hf_folder import HfFolder, asset_files, check_tokenizer_files, open_hf_folder
 from converters.model_config import nemo_config
+from converters.nemo_stream import write_tar
 from converters.verify import report, verify
+from nemo_ampo.checkpoint.nemo_writing import add_assets
 from nemo_ampo.errors import UserError
 from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
 from nemo_ampo.overrides import typed_path
@@ -60,31 +61,19 @@ def write_nemo(
     stored_type = dtype or hf.weights.dtype()
     if stored_type not in PRECISIONS.values():
         raise UserError(f"{hf_dir}: weights of type {stored_type} are not supported; give --dtype {'|'.join(PRECISIONS)}")
-    # Beside what NeMo writes lies what it packs of it.
     shown = shown or nemo_path
-    place_with_room([shown.resolve().parent], 2 * _bytes_of(hf, stored_type), f"--output {shown}")
-    from nemo_ampo.compat import setup
-
-    setup("cpu")
+    place_with_room([shown.resolve().parent], _bytes_of(hf, stored_type), f"--output {shown}")
+    bindings = hf.bindings()
+    tensors = ((binding, binding.to_nemo(hf.weights.load, hf.facts).to(stored_type)) for binding in bindings)
     with scratch_folder(nemo_path.absolute().parent, nemo_path.name) as staging:
-        _build_and_save(hf, config, stored_type, nemo_path, copy_assets(hf_dir, staging / "assets"))
+        hashes = write_tar(nemo_path, config, tensors, hf.facts)
+        add_assets(nemo_path, copy_assets(hf_dir, staging / "assets"), atomic=False, known=hashes)
 
 
 def _bytes_of(hf: HfFolder, dtype: torch.dtype) -> int:
     """Of the weights once they are stored in ``dtype``."""
     held = sum(file.stat().st_size for file in hf.path.glob("*.safetensors"))
     return held * dtype.itemsize // hf.weights.dtype().itemsize
-
-
-def _build_and_save(hf: HfFolder, config: dict[str, Any], dtype: torch.dtype, nemo_path: Path, assets: Path) -> None:
-    """Apart, so that the model is freed: the frameworks' import guards keep the frame of `setup`'s caller alive."""
-    from converters.nemo_model import build, fill, set_saved_config
-    from nemo_ampo.checkpoint.nemo_writing import save_nemo
-
-    model = build(config, dtype)
-    fill(model, hf.weights, hf.bindings(), hf.facts)
-    set_saved_config(model, config)
-    save_nemo(model, nemo_path, assets)
 
 
 def convert(

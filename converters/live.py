@@ -14,9 +14,9 @@ import torch
 from megatron.core import dist_checkpointing
 
 from converters.families import FAMILIES
-from converters.mapping import bind
-from converters.nemo_to_hf import save_shards
-from converters.nemo_weights import NemoWeights
+from converters.hf_writing import save_shards
+from converters.mapping import bind, hf_dims
+from converters.nemo_weights import open_weights
 from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable
@@ -44,9 +44,8 @@ def publish_weights(model: Any, assets: Path, folder: Path) -> None:
         make_portable(folder)
         facts = read_facts(folder)
         bindings = bind(FAMILIES[facts.family].rows, facts)
-        stored = NemoWeights(folder)
-        stored.check(bindings, facts)
-        kind = stored.dtype()
-        save_shards({name: t.to(kind, copy=True).contiguous() for name, t in stored.hf_tensors(bindings, facts)}, folder)
+        with open_weights(folder) as stored:
+            stored.check(bindings, facts)
+            save_shards(stored.hf_tensors(bindings, facts), hf_dims(bindings, facts), stored.dtype(), folder)
         shutil.rmtree(shards)
     torch.distributed.barrier()

@@ -240,6 +240,11 @@ class Binding:
         return dict(zip(self.hf_names, self.row.to_hf(tensor, shape), strict=True))
 
 
+def hf_dims(bindings: Iterable[Binding], shape: ModelFacts) -> dict[str, Dims]:
+    """Shape of every Hugging Face tensor by its name."""
+    return {name: dims for b in bindings for name, dims in zip(b.hf_names, b.row.hf_dims(shape), strict=True)}
+
+
 def checkpoint_key(nemo_name: str) -> str:
     """``decoder.layers.{i}.mlp...`` to ``decoder.layers.mlp...``."""
     return nemo_name.replace("{i}.", "")

@@ -10,6 +10,10 @@ from nemo_ampo.checkpoint.nemo_file import ASSETS_FOLDER, read_model_config, tok
 from nemo_ampo.errors import UserError
 from nemo_ampo.model_folder.facts import CONFIG_NAME, VOCAB_MULTIPLE, ModelFacts, facts_of, read_object
 
+MODEL_CLASS = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+"""What NeMo builds from a converted checkpoint; a stage names its own class."""
+NEMO_VERSION = "2.2.1"
+"""Whose ``.nemo`` files ours are made like."""
 ARCHITECTURE_KEYS: tuple[str, ...] = (
     "mcore_gpt",
     "num_layers",
@@ -145,6 +149,8 @@ def nemo_config(facts: ModelFacts, tokenizer_dir: Path) -> dict[str, Any]:
         "tokenizer": tokenizer_config(tokenizer_dir),
         "data": {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False},
         "optim": {"name": "mcore_distributed_optim", "lr": 1.0e-6, "weight_decay": 0.1, "betas": [0.9, 0.98]},
+        "target": MODEL_CLASS,
+        "nemo_version": NEMO_VERSION,
     }
 
 

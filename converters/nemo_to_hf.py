@@ -7,30 +7,27 @@ folder is written beside its target, verified there, and only then given its nam
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from converters import cli
 from converters.families import FAMILIES
 from converters.hf_to_nemo import PRECISIONS
-from converters.mapping import bind
+from converters.hf_writing import save_shards
+from converters.mapping import bind, hf_dims
 from converters.model_config import check_architecture
-from converters.nemo_weights import NemoWeights
+from converters.nemo_weights import open_weights
 from converters.verify import report, verify
-from nemo_ampo.checkpoint.nemo_file import unpack_assets, unpack_weights
+from nemo_ampo.checkpoint.nemo_file import unpack_assets
 from nemo_ampo.errors import UserError
-from nemo_ampo.files import let_others_read, look_alike
+from nemo_ampo.files import look_alike
 from nemo_ampo.model_folder.facts import read_facts
 from nemo_ampo.model_folder.portable import make_portable, note_for_transformers_5
-from nemo_ampo.output.staging import place_with_room, publish, scratch_folder, staged
+from nemo_ampo.output.staging import place_with_room, publish, staged
 from nemo_ampo.overrides import typed_path
-
-MAX_SHARD_SIZE = "5GB"
 
 
 def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -49,31 +46,13 @@ def write_hf(nemo_path: Path, folder: Path, dtype: torch.dtype | None = None) ->
     check_architecture(nemo_path, unpack_assets(nemo_path, folder))
     facts = read_facts(folder)
     bindings = bind(FAMILIES[facts.family].rows, facts)
-    with scratch_folder(folder.absolute().parent, folder.name) as scratch:
-        stored = NemoWeights(unpack_weights(nemo_path, scratch), nemo_path)
+    with open_weights(nemo_path) as stored:
         stored.check(bindings, facts)
         written_type = dtype or getattr(torch, facts.dtype or "", stored.dtype())
-        state = {
-            name: tensor.to(written_type, copy=True).contiguous() for name, tensor in stored.hf_tensors(bindings, facts)
-        }
+        save_shards(stored.hf_tensors(bindings, facts), hf_dims(bindings, facts), written_type, folder)
     # A type asked for on the command line must be the one that ``torch_dtype='auto'`` loads.
     word = str(dtype).removeprefix("torch.")
     make_portable(folder, None if dtype is None or word == facts.dtype else word)
-    save_shards(state, folder)
-
-
-def save_shards(state: dict[str, Tensor], folder: Path) -> None:
-    """Safetensors files and index as ``save_pretrained`` names them."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    split = split_torch_state_dict_into_shards(state, max_shard_size=MAX_SHARD_SIZE)
-    for name, tensor_names in split.filename_to_tensors.items():
-        save_file({t: state[t] for t in tensor_names}, folder / name, metadata={"format": "pt"})
-        let_others_read(folder / name)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def convert(
@@ -91,8 +70,8 @@ def convert(
     _check_free(output, overwrite)
     with staged(output, "--output") as built:
         _check_free(output, overwrite)
-        # Beside the folder lies the unpacked file, for the export and again for the check.
-        place_with_room([output.resolve().parent], 2 * _bytes_of(nemo_path), f"--output {output}")
+        # Beside the folder lies the unpacked file, for the check.
+        place_with_room([output.resolve().parent], (1 + check) * _bytes_of(nemo_path), f"--output {output}")
         write_hf(nemo_path, built, dtype)
         status = report(verify(built, nemo_path, place=built.parent)) if check else cli.OK
         if status == cli.OK:

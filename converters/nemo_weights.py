@@ -7,42 +7,57 @@ with all layers stacked along a leading axis: ``model.decoder.layers.mlp.linear_
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+import io
+import math
+import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from converters.mapping import Binding, check_dims, check_names, stacked_dims
-from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER
-from nemo_ampo.checkpoint.pickles import check_pickles
+from nemo_ampo.checkpoint.nemo_file import WEIGHTS_FOLDER, CheckpointFiles, open_checkpoint
+from nemo_ampo.checkpoint.pickles import METADATA_NAME, check_files
+from nemo_ampo.errors import UserError
+from nemo_ampo.files import disk_errors
 from nemo_ampo.model_folder.facts import ModelFacts
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 PREFIX = "model."
 EXTRA_STATE = "_extra_state"
 """Transformer Engine's FP8 state, one object per layer: no weight, empty without FP8."""
 
 
+@contextlib.contextmanager
+def open_weights(checkpoint: Path) -> Iterator[NemoWeights]:
+    """Weights of a ``.nemo`` file, read where they are, or of the folder that one was unpacked into.
+
+    Raises:
+        UserError: there are none, they are damaged or not in ``torch_dist`` format, or a pickle is more than data.
+    """
+    with disk_errors(f"cannot read {checkpoint}"), open_checkpoint(checkpoint) as files:
+        yield NemoWeights(files)
+
+
 class NemoWeights:
-    """Tensors of an unpacked ``.nemo`` file, one stacked tensor at a time."""
+    """Tensors of a checkpoint, one layer's at a time."""
 
-    def __init__(self, unpacked: Path, nemo_file: Path | None = None) -> None:
-        """Read the metadata, after a look at every pickle of the folder.
-
-        Args:
-            unpacked: holds ``model_weights/``.
-            nemo_file: which it was unpacked from, for the message.
-
-        Raises:
-            UserError: the weights are not in ``torch_dist`` format, or one of the pickles is more than data.
-        """
-        from torch.distributed.checkpoint import FileSystemReader
+    def __init__(self, files: CheckpointFiles) -> None:
+        """Read the metadata, after a look at every hash and every pickle."""
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        self._folder = unpacked / WEIGHTS_FOLDER
-        check_pickles(self._folder, nemo_file)
-        stored = FileSystemReader(self._folder).read_metadata().state_dict_metadata
+        files.check_weights()
+        self._where = f"{files.path}: {WEIGHTS_FOLDER}"
+        self._open = {path.name: files.openers[path] for path in files.below(WEIGHTS_FOLDER)}
+        check_files(self._open, self._where)
+        with self._open[METADATA_NAME]() as file:
+            metadata = pickle.load(file)
+        stored, self._places = metadata.state_dict_metadata, metadata.storage_data
         self._tensors = {
             key.removeprefix(PREFIX): meta for key, meta in stored.items() if isinstance(meta, TensorStorageMetadata)
         }
@@ -56,7 +71,7 @@ class NemoWeights:
         """
         expected = {binding.key: stacked_dims(binding.row, shape) for binding in bindings}
         left_over_objects = {key for key in self._objects if EXTRA_STATE not in key}
-        check_names(set(self._tensors) | left_over_objects, expected, str(self._folder))
+        check_names(set(self._tensors) | left_over_objects, expected, self._where)
         for key, dims in expected.items():
             check_dims(key, tuple(self._tensors[key].size), dims)
 
@@ -68,26 +83,39 @@ class NemoWeights:
             widest = torch.promote_types(widest, kind)
         return widest
 
-    def load(self, key: str) -> Tensor:
-        """One tensor as stored: ``[num_layers, ...]`` for those of the layers."""
-        from torch.distributed.checkpoint import FileSystemReader, load_state_dict
-
+    def load(self, key: str, layer: int | None = None) -> Tensor:
+        """One tensor, put together from the chunks that the ranks wrote; of a stacked one a layer."""
         meta = self._tensors[key]
-        tensor = torch.empty(meta.size, dtype=meta.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to load in a single process"
-            warnings.simplefilter("ignore", FutureWarning)  # its successor cannot read alone with the container's torch 2.6
-            # Alone: this rank of a job may be the only one that reads.
-            load_state_dict({PREFIX + key: tensor}, storage_reader=FileSystemReader(self._folder), no_dist=True)
+        low = [0] * len(meta.size) if layer is None else [layer, *[0] * (len(meta.size) - 1)]
+        size = list(meta.size) if layer is None else [1, *meta.size[1:]]
+        tensor = torch.empty(size, dtype=meta.properties.dtype)
+        filled = 0
+        for chunk in meta.chunks:
+            inside, taken = [], []
+            for begin, length, at, extent in zip(low, size, chunk.offsets, chunk.sizes, strict=True):
+                first, last = max(begin, at), min(begin + length, at + extent)
+                inside.append(slice(first - begin, last - begin))
+                taken.append(slice(first - at, last - at))
+            if all(part.start < part.stop for part in inside):
+                tensor[tuple(inside)] = self._chunk(PREFIX + key, chunk)[tuple(taken)]
+                filled += math.prod(part.stop - part.start for part in inside)
+        if filled != tensor.numel():
+            raise UserError(f"{self._where}: {key}: its chunks hold {filled} of {tensor.numel()} numbers")
+        return tensor if layer is None else tensor[0]
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        place = self._places[MetadataIndex(key, chunk.offsets)]
+        with self._open[place.relative_path]() as file:
+            # A file's whole content is given, of which this is a part: torch looks for an archive's end at the end.
+            file.seek(place.offset)
+            tensor: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+        if tensor.shape != chunk.sizes:
+            raise UserError(f"{self._where}: {key}: a chunk of {list(tensor.shape)} numbers, not {list(chunk.sizes)}")
         return tensor
 
     def hf_tensors(self, bindings: Iterable[Binding], shape: ModelFacts) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every Hugging Face weight; holds one stacked tensor in memory at a time."""
-        by_key: dict[str, list[Binding]] = {}
+        """Name and tensor of every Hugging Face weight; holds one layer's in memory at a time."""
         for binding in bindings:
-            by_key.setdefault(binding.key, []).append(binding)
-        for key, layers in by_key.items():
-            stacked = self.load(key)
-            for binding in layers:
-                tensor = stacked if binding.layer is None else stacked[binding.layer]
-                yield from binding.to_hf(tensor, shape).items()
+            yield from binding.to_hf(self.load(binding.key, binding.layer), shape).items()

@@ -24,7 +24,7 @@ from torch import Tensor
 from converters import cli
 from converters.hf_folder import HfFolder, asset_files, open_hf_folder
 from converters.model_config import ARCHITECTURE_KEYS, first_difference, nemo_config
-from converters.nemo_weights import NemoWeights
+from converters.nemo_weights import NemoWeights, open_weights
 from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
 from nemo_ampo.model_folder.loading import load_model
 from nemo_ampo.model_folder.portable import same_when_portable
@@ -143,13 +143,13 @@ def check_logits(
     unpacked: Path,
     stored: dict[str, Any],
     assets: Path,
+    shared: torch.dtype,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     tolerance: float = TOLERANCE,
 ) -> list[Check]:
     """Logits of NeMo and of transformers in fp32; a failure names the first layer whose output differs."""
     longest = hf.facts.max_positions
     prompts = [_prompt(min(length, longest), hf.facts.vocab) for length in prompt_lengths]
-    shared = shared_type(NemoWeights(unpacked).dtype(), hf.weights.dtype())
     expected = _hf_traces(hf, prompts, shared)
     gc.collect()
     config = nemo_config(hf.facts, assets)
@@ -259,16 +259,13 @@ def verify(
     stored = read_model_config(nemo_path)
     places = [place] if place else [nemo_path.absolute().parent, Path(tempfile.gettempdir())]
     place = place_with_room(places, nemo_path.stat().st_size, f"{nemo_path}: unpacking it")
-    with scratch_folder(place, nemo_path.name) as scratch:
-        unpacked = unpack_weights(nemo_path, scratch / "checkpoint")
+    with scratch_folder(place, nemo_path.name) as scratch, open_weights(nemo_path) as weights:
         assets = unpack_assets(nemo_path, scratch / "assets")
-        checks = [
-            check_weights(hf, NemoWeights(unpacked, nemo_path)),
-            check_assets(hf, assets),
-            check_config(hf, stored),
-        ]
+        checks = [check_weights(hf, weights), check_assets(hf, assets), check_config(hf, stored)]
         if logits:
-            checks += check_logits(hf, unpacked, stored, assets, prompt_lengths, tolerance)
+            shared = shared_type(weights.dtype(), hf.weights.dtype())
+            unpacked = unpack_weights(nemo_path, scratch / "checkpoint")
+            checks += check_logits(hf, unpacked, stored, assets, shared, prompt_lengths, tolerance)
     return checks
 
 

@@ -87,7 +87,7 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> io.BufferedRea
 
 
 @dataclass(frozen=True)
-class _Files:
+class CheckpointFiles:
     """What a ``.nemo`` holds, packed or unpacked.
 
     Attributes:
@@ -125,6 +125,14 @@ class _Files:
         for path in paths if hashes else ():
             self._copy(path, io.BytesIO(), hashes, keep=False)
 
+    def check_weights(self) -> None:
+        """Read the distributed checkpoint for its hashes.
+
+        Raises:
+            UserError: there is none, or a file of it is damaged.
+        """
+        self.check(_loaded(self))
+
     def copy(self, paths: Iterable[PurePosixPath], dest: Path, inside: str = "") -> None:
         """Write files into ``dest``, each complete or not at all, so that several ranks may do so at once.
 
@@ -159,15 +167,15 @@ class _Files:
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path) -> Iterator[_Files]:
+def open_checkpoint(path: Path) -> Iterator[CheckpointFiles]:
     """A ``.nemo`` file, or the folder that one was unpacked into."""
     if path.is_dir():
         found = (file for file in sorted(path.rglob("*")) if file.is_file())
-        yield _Files(path, {PurePosixPath(file.relative_to(path)): partial(io.FileIO, file) for file in found})
+        yield CheckpointFiles(path, {PurePosixPath(file.relative_to(path)): partial(io.FileIO, file) for file in found})
         return
     with open_tar(path) as tar:
         members = (member for member in tar.getmembers() if member.isfile())
-        yield _Files(path, {relative_name(member): partial(read_member, tar, member) for member in members})
+        yield CheckpointFiles(path, {relative_name(member): partial(read_member, tar, member) for member in members})
 
 
 def read_model_config(nemo_path: Path | str) -> dict[str, Any]:
@@ -270,10 +278,10 @@ def check_unpacked(folder: Path) -> None:
         UserError: a file is damaged, or there is no distributed checkpoint.
     """
     with disk_errors(f"cannot read {folder}"), open_checkpoint(folder) as files:
-        files.check(_loaded(files))
+        files.check_weights()
 
 
-def _loaded(files: _Files) -> list[PurePosixPath]:
+def _loaded(files: CheckpointFiles) -> list[PurePosixPath]:
     """What NeMo reads of a ``.nemo``."""
     weights = files.below(WEIGHTS_FOLDER)
     if not weights:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from nemo_ampo.files import disk_errors
 from nemo_ampo.output.staging import scratch_folder, staged
 
 
-def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -> None:
+def add_assets(
+    nemo_path: Path | str, folder: Path | str, atomic: bool = True, known: Mapping[str, str] | None = None
+) -> None:
     """Put a folder of Hugging Face files into a ``.nemo`` file, replacing those it may already carry.
 
     Args:
@@ -38,6 +40,7 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
         folder: every file in it that is not hidden is packed; it must hold no weights.
         atomic: work on a copy and rename it. Without it a crash can leave a torn file: only for files nobody
             else sees.
+        known: SHA-256 of members that need not be read again for it.
 
     Raises:
         UserError: either path is absent, or the folder has no config.json.
@@ -49,7 +52,7 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
     with open_checkpoint(path) as there:
         replaces = bool(there.below(ASSETS_FOLDER) or there.hashes())
     if not (atomic or replaces):
-        _append(path, source, files)
+        _append(path, source, files, known or {})
         return
     with scratch_folder(path.absolute().parent, path.name) as folder:
         temporary = folder / path.name
@@ -57,7 +60,7 @@ def add_assets(nemo_path: Path | str, folder: Path | str, atomic: bool = True) -
             _copy_without_assets(path, temporary)
         else:
             shutil.copyfile(path, temporary)
-        _append(temporary, source, files)
+        _append(temporary, source, files, {})
         _publish(temporary, path)
 
 
@@ -65,13 +68,15 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _append(path: Path, source: Path, files: list[Path]) -> None:
+def _append(path: Path, source: Path, files: list[Path], known: Mapping[str, str]) -> None:
     with tarfile.open(path, "a:", dereference=True) as tar:
         for file in files:
             tar.add(file, arcname=f"./{ASSETS_FOLDER}/{file.relative_to(source).as_posix()}", filter=_anonymous)
-    hashes = {}
+    hashes = dict(known)
     with open_checkpoint(path) as packed:
         for name, opener in packed.openers.items():
+            if name.as_posix() in known:
+                continue
             with opener() as content_of:
                 hashes[name.as_posix()] = hashlib.file_digest(content_of, "sha256").hexdigest()  # type: ignore[arg-type]
     content = json.dumps(hashes, indent=1).encode()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -73,7 +74,8 @@ ALLOWED = frozenset(
 """Module and name of what may stand in a checkpoint: harmless whatever its arguments are."""
 
 _ARCHIVE = b"PK\x03\x04"
-_METADATA, _COMMON, _FORMAT = ".metadata", "common.pt", "metadata.json"
+METADATA_NAME, _COMMON, _FORMAT = ".metadata", "common.pt", "metadata.json"
+Openers = Mapping[str, Callable[[], IO[bytes]]]
 
 
 class _ForbiddenError(Exception):
@@ -161,19 +163,39 @@ def check_pickles(folder: Path, nemo_file: Path | None = None) -> None:
     """
     shown = f"{nemo_file or folder.parent}: {folder.name}"
     with disk_errors(f"cannot read {folder}"):
-        for path in sorted(folder.rglob("*")):
-            known = path.parent == folder and (path.name in (_METADATA, _COMMON, _FORMAT) or path.suffix == ".distcp")
-            if path.is_symlink() or not (known and path.is_file()):
-                name = one_line(path.relative_to(folder).as_posix())
-                raise UserError(f"{shown}/{name}: not a file of Megatron's torch_dist format, the only one that is read")
-        if not (folder / _METADATA).is_file():
-            raise UserError(f"{shown}: not a torch_dist checkpoint; save with dist_ckpt_format=torch_dist")
-        _check_format(folder / _FORMAT, f"{shown}/{_FORMAT}")
-        _check_stream((folder / _METADATA).read_bytes(), f"{shown}/{_METADATA}")
-        if (folder / _COMMON).is_file():
-            with (folder / _COMMON).open("rb") as file:
-                _check_archive(file, f"{shown}/{_COMMON}")
-        _check_shards(folder, shown)
+        paths = sorted(folder.rglob("*"))
+        for path in paths:
+            if path.is_symlink() or not path.is_file():
+                raise _unknown(shown, path.relative_to(folder).as_posix())
+        check_files({path.relative_to(folder).as_posix(): partial(io.FileIO, path) for path in paths}, shown)
+
+
+def check_files(openers: Openers, shown: str) -> None:
+    """The same of files that may lie in a ``.nemo``.
+
+    Args:
+        openers: of every file by its name.
+        shown: their folder, for the message.
+    """
+    for name in openers:
+        if name not in (METADATA_NAME, _COMMON, _FORMAT) and ("/" in name or not name.endswith(".distcp")):
+            raise _unknown(shown, name)
+    if METADATA_NAME not in openers:
+        raise UserError(f"{shown}: not a torch_dist checkpoint; save with dist_ckpt_format=torch_dist")
+    if _FORMAT in openers:
+        with openers[_FORMAT]() as file:
+            _check_format(file.read(), f"{shown}/{_FORMAT}")
+    with openers[METADATA_NAME]() as file:
+        metadata = file.read()
+    _check_stream(metadata, f"{shown}/{METADATA_NAME}")
+    if _COMMON in openers:
+        with openers[_COMMON]() as file:
+            _check_archive(file, f"{shown}/{_COMMON}")
+    _check_shards(metadata, openers, shown)
+
+
+def _unknown(shown: str, name: str) -> UserError:
+    return UserError(f"{shown}/{one_line(name)}: not a file of Megatron's torch_dist format, the only one that is read")
 
 
 def check_precision(folder: Path, nemo_file: Path) -> None:
@@ -209,10 +231,10 @@ def check_torch_file(path: Path) -> None:
         _check_archive(file, str(path))
 
 
-def _check_format(path: Path, where: str) -> None:
+def _check_format(content: bytes, where: str) -> None:
     """The sharded formats other than ``torch_dist`` have codecs of their own, some of which unpickle."""
     try:
-        stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stated = json.loads(content.decode("utf-8"))
         kinds = (stated.get("sharded_backend", "torch_dist"), stated.get("common_backend", "torch"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: not the description of a checkpoint ({one_line(str(error))})") from None
@@ -220,24 +242,23 @@ def _check_format(path: Path, where: str) -> None:
         raise UserError(f"{where}: a checkpoint of format {one_line(str(kinds))}; only torch_dist is read")
 
 
-def _check_shards(folder: Path, shown: str) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
+def _check_shards(metadata: bytes, openers: Openers, shown: str) -> None:
+    from torch.distributed.checkpoint.utils import _create_file_view
 
     try:
-        reader = FileSystemReader(folder)
         # Only harmless globals are in there, which still may be put together in ways that make no sense.
-        places = _places(reader.read_metadata(), shown)
+        places = _places(pickle.loads(metadata), shown)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{shown}/{_METADATA}: not the metadata of a checkpoint ({one_line(repr(error))})") from None
+        raise UserError(f"{shown}/{METADATA_NAME}: not the metadata of a checkpoint ({one_line(repr(error))})") from None
     for name, found in places.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in openers:
             raise UserError(f"{shown}/{name}: missing")
-        with path.open("rb") as file:
+        with openers[name]() as file:
             for info, is_object in found:
-                _check_archive(reader._slice_file(file, info), f"{shown}/{name}, byte {info.offset}", deep=is_object)
+                view = _create_file_view(file, info.offset, info.length)
+                _check_archive(view, f"{shown}/{name}, byte {info.offset}", deep=is_object)
 
 
 def _places(metadata: Any, shown: str) -> dict[str, list[tuple[Any, bool]]]:
@@ -248,9 +269,13 @@ def _places(metadata: Any, shown: str) -> dict[str, list[tuple[Any, bool]]]:
     for index, info in metadata.storage_data.items():
         name = info.relative_path
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".distcp":
-            raise UserError(f"{shown}/{_METADATA}: {index.fqn} lies in {one_line(repr(name))}, outside of the checkpoint")
+            raise UserError(
+                f"{shown}/{METADATA_NAME}: {index.fqn} lies in {one_line(repr(name))}, outside of the checkpoint"
+            )
         if getattr(info, "transform_descriptors", None):
-            raise UserError(f"{shown}/{_METADATA}: {index.fqn} is packed by {info.transform_descriptors}, which is not read")
+            raise UserError(
+                f"{shown}/{METADATA_NAME}: {index.fqn} is packed by {info.transform_descriptors}, which is not read"
+            )
         is_object = not isinstance(metadata.state_dict_metadata[index.fqn], TensorStorageMetadata)
         is_object |= "_extra_state" in index.fqn
         places.setdefault(name, []).append((info, is_object))

@@ -302,13 +302,14 @@ def lines(plan: StagePlan) -> list[str]:
     """The plan as text."""
     m, w = plan.memory, plan.work
     slow, fast = plan.step_seconds
+    limit = hardware_of(plan.gpu).memory
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     out = [
         f"{plan.stage}: {parameters_of(plan.facts) / 1e9:.3g} G parameters on {plan.ranks} x {plan.gpu} "
         f"(tensor {plan.tensor}, pipeline {plan.pipeline}, data {plan.data})",
         "memory per GPU",
         *(f"  {name:<12} {value / GB:9.3g} GB" for name, value in m.rows()),
-        f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {hardware_of(plan.gpu).memory / GB:.0f} GB, a tenth of which is left free",
+        f"  {'at most':<12} {m.total / GB:9.3g} GB  {verdict} in {limit / GB:.0f} GB, a tenth of which is left free",
         "one step of the job",
         f"  samples      {w.samples}",
         f"  tokens       {w.prompt_tokens} prompt, {w.new_tokens} generated (estimates)",

@@ -34,6 +34,7 @@ class SafetensorsFolder:
                 an index hold the same tensor; or an adapter lies beside.
         """
         self._handles: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: has an adapter (adapter_config.json) beside its weights; merge it into them first")
         if (folder / INDEX_NAME).is_file():
@@ -63,7 +64,7 @@ class SafetensorsFolder:
         for name, file in places.items():
             if name not in held[file]:
                 raise UserError(f"{index}: tensor {name} is not in {file}, which it names")
-            self._handles[name] = opened[file]
+            self._handles[name], self._files[name] = opened[file], folder / file
 
     def _read_all(self, files: list[Path]) -> None:
         for file in files:
@@ -73,7 +74,7 @@ class SafetensorsFolder:
                     raise UserError(
                         f"{file}: tensor {name} is also in another file of the folder, and no index says which counts"
                     )
-                self._handles[name] = handle
+                self._handles[name], self._files[name] = handle, file
 
     def names(self) -> set[str]:
         """All tensor names."""
@@ -84,8 +85,9 @@ class SafetensorsFolder:
         return tuple(self._handles[name].get_slice(name).get_shape())
 
     def load(self, name: str) -> Tensor:
-        """One tensor, as stored."""
-        return self._handles[name].get_tensor(name)
+        """One tensor, as stored; its file stays in memory for no longer than the tensor does."""
+        # A tensor is a view of its handle's mapping of the whole file, of which every page once read stays resident.
+        return _open(self._files[name]).get_tensor(name)
 
     def dtype(self) -> torch.dtype:
         """The narrowest type that holds every tensor exactly.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_hf import edit_json, edit_nemo_config, edit_weights
 
-from converters import hf_to_nemo, nemo_to_hf, verify
+from converters import hf_to_nemo, hf_writing, nemo_to_hf, verify
 from converters.verify import shared_type
 from nemo_ampo.errors import UserError
 from nemo_ampo.output.lock import hold_output
@@ -193,7 +193,7 @@ def test_export_replaces_a_folder_on_request(jobs, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_large_models_are_written_in_shards(jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nemo_to_hf, "MAX_SHARD_SIZE", "100KB")
+    monkeypatch.setattr(hf_writing, "MAX_SHARD_SIZE", "100KB")
     nemo_to_hf.write_hf(jobs.folder / "llama-untied.nemo", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-0*.safetensors"))) > 2
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
