@@ -13,6 +13,8 @@ from nemo_ampo.ranks import settle_ranks
 from nemo_ampo.text import one_line
 
 OK, DIFFERENT, MISUSED = 0, 1, 2
+LOGITS_UP_TO = 6e9
+"""Bytes of weights up to which logits are compared unless somebody says otherwise: they take both models in fp32."""
 
 
 @printable_output()
@@ -30,7 +32,31 @@ def run(command: Callable[[], int]) -> int:
     return MISUSED
 
 
+def with_logits(asked: str, weights: int) -> bool:
+    """Whether logits are compared too, for ``--verify``; that ``auto`` leaves them out is said.
+
+    Args:
+        asked: ``auto``, ``full`` or ``weights``.
+        weights: bytes of them.
+    """
+    if asked == "auto" and weights > LOGITS_UP_TO:
+        print(
+            f"logits are not compared, for {weights / 1e9:.3g} GB of weights: both models in fp32 would take their memory; "
+            "--verify full compares them",
+            file=sys.stderr,
+        )
+        return False
+    return asked != "weights"
+
+
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Options of the two commands that write a model."""
-    parser.add_argument("--no-verify", action="store_true", help="skip the parity check")
+    parser.add_argument(
+        "--verify",
+        choices=("auto", "full", "weights", "none"),
+        default="auto",
+        help="what to compare before the output gets its name: weights and files, with full the logits of both models in "
+        f"fp32 as well; auto is full up to {LOGITS_UP_TO / 1e9:.0f} GB of weights (%(default)s)",
+    )
+    parser.add_argument("--no-verify", dest="verify", action="store_const", const="none", help="--verify none")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -81,10 +81,15 @@ def convert(
     output: Path,
     dtype: torch.dtype | None = None,
     allow_base_tokenizer: bool = False,
-    check: bool = True,
+    check: str = "auto",
     overwrite: bool = False,
 ) -> int:
     """Write, verify, publish. Returns the exit status; a file that fails verification is removed.
+
+    Args:
+        hf_dir, output, dtype, allow_base_tokenizer: as :func:`write_nemo` has them.
+        check: ``auto``, ``full``, ``weights`` or ``none``.
+        overwrite: replace an existing file.
 
     Raises:
         UserError: as :func:`write_nemo`, or ``output`` exists and ``overwrite`` is not given.
@@ -99,7 +104,9 @@ def convert(
         _check_absent(output, overwrite)
         write_nemo(hf_dir, built, dtype, allow_base_tokenizer, output)
         gc.collect()
-        status = report(verify(hf_dir, built)) if check else cli.OK
+        status = cli.OK
+        if check != "none":
+            status = report(verify(hf_dir, built, logits=cli.with_logits(check, built.stat().st_size)))
         if status == cli.OK:
             publish(built, output)
             print(f"wrote {output}")
@@ -137,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output,
             dtype=PRECISIONS.get(args.dtype),
             allow_base_tokenizer=args.allow_base_tokenizer,
-            check=not args.no_verify,
+            check=args.verify,
             overwrite=args.overwrite,
         )
     )

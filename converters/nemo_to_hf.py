@@ -59,10 +59,15 @@ def convert(
     nemo_path: Path,
     output: Path,
     dtype: torch.dtype | None = None,
-    check: bool = True,
+    check: str = "auto",
     overwrite: bool = False,
 ) -> int:
     """Write, verify, publish. Returns the exit status; a folder that fails verification is removed.
+
+    Args:
+        nemo_path, output, dtype: as :func:`write_hf` has them.
+        check: ``auto``, ``full``, ``weights`` or ``none``.
+        overwrite: replace an existing folder.
 
     Raises:
         UserError: as :func:`write_hf`, or ``output`` is not empty and ``overwrite`` is not given.
@@ -70,10 +75,14 @@ def convert(
     _check_free(output, overwrite)
     with staged(output, "--output") as built:
         _check_free(output, overwrite)
-        # Beside the folder lies the unpacked file, for the check.
-        place_with_room([output.resolve().parent], (1 + check) * _bytes_of(nemo_path), f"--output {output}")
+        size = _bytes_of(nemo_path)
+        logits = check != "none" and cli.with_logits(check, size)
+        # Beside the folder lies the unpacked file, for its logits.
+        place_with_room([output.resolve().parent], (1 + logits) * size, f"--output {output}")
         write_hf(nemo_path, built, dtype)
-        status = report(verify(built, nemo_path, place=built.parent)) if check else cli.OK
+        status = cli.OK
+        if check != "none":
+            status = report(verify(built, nemo_path, logits=logits, place=built.parent))
         if status == cli.OK:
             publish(built, output)
             print(f"wrote {output}")
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.input,
             args.output,
             dtype=PRECISIONS.get(args.dtype),
-            check=not args.no_verify,
+            check=args.verify,
             overwrite=args.overwrite,
         )
     )

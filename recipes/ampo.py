@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import AmpoConfig, check_ampo, check_model
 from nemo_ampo.errors import ConfigError, DataError
@@ -100,7 +101,7 @@ def _train(cfg: DictConfig, config: AmpoConfig) -> bool:
     prompts = encode_turns(turns, start.tokenizer, system, config)
     read = inputs(data_hashes, config.run.init_from, [p.token_ids for p in prompts])
     settings = identity(cfg, read | verdict_identity(config.judge))
-    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
+    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed, identity(compose("ampo", "base", []), {}))
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the {len(prompts)} rows of the data"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_ampo.errors import ConfigError, UserError
+from nemo_ampo.errors import ConfigError, DiskError, UserError
+from nemo_ampo.output.staging import place_with_room
 from nemo_ampo.overrides import dotted
 from recipes.batch_recipe import TRAINING, PipelineConfig, StageConfig, makes_start, start_of
-from recipes.cluster import Site
+from recipes.cluster import APPTAINER, NO_CONTAINER, Site
 from recipes.stages import Stage
+
+if TYPE_CHECKING:
+    from nemo_ampo.rehearse.sizes import Memory
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = N
     Raises:
         ConfigError: naming stage and key.
     """
+    from omegaconf import OmegaConf
+
     from nemo_ampo.config.check import check_stage
     from nemo_ampo.config.compose import compose
     from nemo_ampo.config.stages import STAGES
@@ -95,12 +103,15 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = N
     for stage in plan:
         name = stage.command[0].removeprefix("recipes.")
         if name not in STAGES:
+            for word in stage.command[1:] if site else ():
+                _check_shown(f"stage {stage.name}: ", word, site)
             continue
         try:
             raw = compose(name, stage.command[2], stage.command[3:])
             check_stage(name, raw, ranks if name in TRAINING else 1, files=False)
             if site is not None:
-                _check_shown(raw, site)
+                for key, value in dotted(OmegaConf.to_container(raw, resolve=True)):
+                    _check_shown(f"{key}: ", value, site)
                 if not site.gpus_per_node and name in TRAINING:
                     _check_cpu(raw)
         except ConfigError as error:
@@ -110,18 +121,19 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = N
     return with_mpi
 
 
-def _check_shown(raw: Any, site: Site) -> None:
-    from omegaconf import OmegaConf
-
-    for key, value in dotted(OmegaConf.to_container(raw, resolve=True)):
-        if not (isinstance(value, str) and value.startswith("/")):
-            continue
-        path = Path(value)
-        if not site.shows(path) and (path.exists() or key == "run.dir"):
-            raise ConfigError(
-                f"{key}: {value} is not seen in the container, which shows {site.root}"
-                f"{' and ' + site.mounts if site.mounts else ''}; add {path.parent.resolve()}:{path.parent} to AMPO_MOUNTS"
-            )
+def _check_shown(what: str, value: Any, site: Site | None) -> None:
+    """Is a path the same file in the job's containers? Any text may be one; what lies nowhere on this machine is none."""
+    if site is None or not isinstance(value, str) or "/" not in value or "://" in value:
+        return
+    path = site.root / value
+    there = path.exists() or any(parent.exists() for parent in path.parents[:-1])
+    if there and not site.shows(path):
+        folder = path.resolve().parent
+        raise ConfigError(
+            f"{what}{value} is not seen in the container, which shows {site.root}"
+            f"{' and ' + site.mounts if site.mounts else ''}; add {folder}:{folder} to AMPO_MOUNTS"
+            + ("" if Path(value).resolve().parent == Path(value).parent else ", and name the file by its place there")
+        )
 
 
 def _check_cpu(raw: Any) -> None:
@@ -152,7 +164,7 @@ def check_demo_judge(recipe: PipelineConfig) -> None:
 
 
 class DoesNotFitError(ConfigError):
-    """A stage takes more memory than its GPUs have."""
+    """A job takes more memory or disk than there is."""
 
 
 def memory(recipe: PipelineConfig, only: Sequence[str], site: Site) -> Iterator[str]:
@@ -185,13 +197,67 @@ def memory(recipe: PipelineConfig, only: Sequence[str], site: Site) -> Iterator[
             check_layout(facts, layout.tensor, layout.pipeline, ranks)
         except ConfigError as error:
             raise ConfigError(f"stage {name}: {error}") from None
-        total = memory_of(name, cfg, facts, layout).total
-        yield f"{name}: {total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {site.gpu_kind}"
-        if total > hardware.room:
-            too_large[name] = stage.config
-    for name, config in too_large.items():
-        layout_options = f"--nodes {site.nodes} --gpus {site.ranks_per_node} --gpu {site.gpu_kind}"
+        filled = memory_of(name, cfg, facts, layout)
+        yield f"{name}: {filled.total / GB:.1f} GB of {hardware.memory / GB:.0f} GB on the fullest {site.gpu_kind}"
+        if filled.total > hardware.room:
+            too_large[name] = filled
+    for name, filled in too_large.items():
+        config = getattr(recipe, name)
+        words = ["nemo-ampo", "rehearse", name, "--config-name", config.config, "--nodes", str(site.nodes)]
+        words += ["--gpus", str(site.ranks_per_node), "--gpu", site.gpu_kind, "--search"]
+        words += [] if makes_start(recipe) else ["--model", str(start_of(recipe))]
         raise DoesNotFitError(
-            f"stage {name}: does not fit a GPU with a tenth to spare; lower {name}.model.tokens_per_micro_batch, or see "
-            f"`nemo-ampo rehearse {name} --config-name {config} {layout_options} --search`; --force submits all the same"
+            f"stage {name}: does not fit a GPU with a tenth to spare; {_cure(name, filled, hardware.room)}, or see "
+            f"`{shlex.join([*words, *config.overrides])}`; --force submits all the same"
         )
+
+
+def _cure(stage: str, filled: Memory, room: float) -> str:
+    held = filled.weights + filled.gradients + filled.optimizer
+    if held > room:
+        return (
+            f"weights, gradients and optimizer alone are {held / 1e9:.0f} GB: raise {stage}.model."
+            "tensor_model_parallel_size or pipeline_model_parallel_size, or take more nodes"
+        )
+    if filled.engine > max(filled.activations + filled.loss, filled.scoring):
+        return f"the engine takes {filled.engine / 1e9:.0f} GB: lower {stage}.rollout.batch_size"
+    return f"lower {stage}.model.tokens_per_micro_batch"
+
+
+def check_submission(recipe: PipelineConfig, only: Sequence[str], site: Site) -> None:
+    """What a job would miss that this machine can already tell: keys of the judge, images.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
+    from nemo_ampo.config.compose import compose
+
+    for name in ("ampo", "evaluate"):
+        stage: StageConfig = getattr(recipe, name)
+        if only and name not in only:
+            continue
+        variable = compose(name, stage.config, stage.overrides).judge.api_key_env
+        if variable and not os.environ.get(variable, "").strip():
+            raise ConfigError(
+                f"stage {name}: judge.api_key_env: environment variable {variable} is not set; export it before you "
+                f"submit, or say {name}.judge.api_key_env= where the judge wants no key"
+            )
+    for variable, image in (("AMPO_IMAGE", site.image), ("AMPO_JUDGE_IMAGE", site.judge_image)):
+        is_path = image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif"))
+        if site.container != NO_CONTAINER and is_path and not (site.root / image).exists():
+            raise ConfigError(f"{variable}: {image} does not exist; docs/slurm.md says how it is made")
+        if site.container == APPTAINER and image.endswith(".sqsh"):
+            raise ConfigError(f"{variable}: {image} is an image of enroot's; Apptainer takes a .sif")
+
+
+def check_disk(recipe: PipelineConfig, site: Site) -> None:
+    """Is there room for what the run may still write?
+
+    Raises:
+        DoesNotFitError: there is not.
+    """
+    needed = bytes_to_come(recipe) if site.min_free_gb is None else site.min_free_gb * 1e9
+    try:
+        place_with_room([site.root / recipe.run_dir], int(needed), f"run_dir {recipe.run_dir}")
+    except DiskError as error:
+        raise DoesNotFitError(f"{error} (AMPO_MIN_FREE_GB asks for less; --force submits all the same)") from None

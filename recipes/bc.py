@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from nemo_ampo.config.compose import compose
 from nemo_ampo.config.reading import read_config
 from nemo_ampo.config.stages import BcConfig, check_bc, check_model, check_steps
 from nemo_ampo.errors import ConfigError
@@ -53,7 +54,7 @@ def _clone(cfg: DictConfig, config: BcConfig) -> bool:
 
     hashes = {path: sha256_of(path) for path in (data.train, data.heldout)}
     settings = identity(cfg, inputs(hashes, config.run.init_from, [e.tokens for e in train.examples]))
-    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed)
+    check_resume(run_dir, config.checkpoint, settings, config.run.allow_changed, identity(compose("bc", "base", []), {}))
 
     device, resolved = start.load_frameworks(cfg)
     watch_ranks(config.run.rank_timeout_s)

@@ -5,6 +5,7 @@ Words of a command line come out, decided by the arguments alone; nothing is sta
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -67,6 +68,10 @@ class Site:
         return site if site.ranks_per_node else replace(site, ranks_per_node=max(1, site.gpus_per_node))
 
     def _check(self) -> None:
+        try:
+            shlex.split(self.sbatch)
+        except ValueError as error:
+            raise ConfigError(f"AMPO_SBATCH: {self.sbatch!r} is no options of sbatch ({error})") from None
         if self.container not in CONTAINERS:
             raise ConfigError(f"AMPO_CONTAINER: expected {', '.join(CONTAINERS)}, got {self.container!r}")
         if self.nodes < 1:
@@ -91,12 +96,16 @@ class Site:
         """Whether a path of this machine is the same file inside the job's containers; links are followed."""
         if self.container == NO_CONTAINER:
             return True
-        pairs = [mount.split(":") for mount in self.mounts.split(",") if mount]
-        targets = [self.root, *(Path(pair[1] if len(pair) > 1 else pair[0]) for pair in pairs)]
-        return all(
-            any(place.is_relative_to(target) for target in inside)
-            for place, inside in ((path, targets), (path.resolve(), [target.resolve() for target in targets]))
+        mounts = [(self.root, self.root)]
+        for mount in filter(None, self.mounts.split(",")):
+            source, _, target = mount.partition(":")
+            mounts.append((Path(source), Path(target.split(":")[0] or source)))
+        place, real = Path(os.path.normpath(path)), path.resolve()
+        by_name = any(
+            place.is_relative_to(target) and (source / place.relative_to(target)).resolve() == real
+            for source, target in mounts
         )
+        return by_name and any(real.is_relative_to(source.resolve()) for source, _ in mounts)
 
     @property
     def judge_alone(self) -> Site:
@@ -231,12 +240,13 @@ class Cluster:
             return self.srun(name, *words, nodes=self.job.nodes, tasks=ranks, gpus=gpus, log=log, mpi=mpi_kind)
         return self.srun(name, *words, gpus=min(1, gpus), cpus_of=ranks, log=f"{self.logs}/{name}.log", mpi=mpi_kind)
 
-    def preflight(self, shared: Path, run_gb: float, judge_url: str) -> Line:
-        """Is every node fit to train? Asked by every rank."""
+    def preflight(self, shared: Path, run_gb: float, judge_url: str, needs: str = "") -> Line:
+        """Is every node fit to train, and is the module ``needs`` there? Asked by every rank."""
         site, job = self.site, self.job
         needed = run_gb if site.min_free_gb is None else site.min_free_gb
         words = ["nemo_ampo.job.preflight", "--shared", str(shared), "--token", f"{job.number}-{job.restart}"]
         words += ["--gpus", str(site.gpus_per_node), "--run-gb", f"{needed:g}", "--judge-url", judge_url]
+        words += ["--needs", needs] if needs else []
         tasks, gpus = site.ranks_per_node, site.gpus_per_node
         return self.srun("preflight", *self.python(*words), nodes=job.nodes, tasks=tasks, gpus=gpus)
 

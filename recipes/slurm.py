@@ -28,7 +28,9 @@ from recipes.batch_checks import (
     DoesNotFitError,
     bytes_to_come,
     check_demo_judge,
+    check_disk,
     check_stage_configs,
+    check_submission,
     memory,
     own_rollout_server,
 )
@@ -211,7 +213,8 @@ def prepare(script: str, recipe: PipelineConfig, site: Site, job: Job, *, record
         )
         for stage in stages
     ]
-    preflight = cluster.preflight(run, math.ceil(bytes_to_come(recipe) / 1e9), judge_url)
+    needs = "tensorrt_llm" if with_mpi else ""
+    preflight = cluster.preflight(run, math.ceil(bytes_to_come(recipe) / 1e9), judge_url, needs)
     return BatchJob(run, cluster.logs, port, images, judge, rollout, start_of(recipe), preflight, lines)
 
 
@@ -253,7 +256,9 @@ def submit_command(args: argparse.Namespace) -> None:
     """Print the sbatch line; what is wrong, or does not fit its GPUs, is refused, the latter with ``--force`` only said."""
     site, recipe = _site(args.script), _recipe(args)
     prepare(args.script, recipe, site, _job(args, recipe, site), record=False)
-    _say_memory(args.script, recipe, site, forced=args.force)
+    if args.script != JUDGE_ONLY:
+        check_submission(recipe, PARTS[args.script], site)
+        _say_what_does_not_fit(args.script, recipe, site, forced=args.force)
     print(shlex.join(_sbatch(args, recipe, site)))
 
 
@@ -266,7 +271,7 @@ def show_command(args: argparse.Namespace) -> None:
     print(batch.for_reader)
     if site.gpus_per_node and args.script != JUDGE_ONLY:
         print("\n# memory", flush=True)
-        _say_memory(args.script, recipe, site, forced=True)
+        _say_what_does_not_fit(args.script, recipe, site, forced=True)
     print(f"\n# recipe\n{OmegaConf.to_yaml(OmegaConf.structured(recipe))}", end="")
 
 
@@ -274,12 +279,11 @@ def _sbatch(args: argparse.Namespace, recipe: PipelineConfig, site: Site) -> Lin
     return site.sbatch_line(args.script, args.recipe, args.overrides, servers_of(args.script, recipe))
 
 
-def _say_memory(script: str, recipe: PipelineConfig, site: Site, forced: bool) -> None:
-    if not site.gpus_per_node or script == JUDGE_ONLY:
-        return
+def _say_what_does_not_fit(script: str, recipe: PipelineConfig, site: Site, forced: bool) -> None:
     try:
-        for line in memory(recipe, PARTS[script], site):
+        for line in memory(recipe, PARTS[script], site) if site.gpus_per_node else ():
             print(line, file=sys.stderr)
+        check_disk(recipe, site)
     except DoesNotFitError as error:
         if not forced:
             raise

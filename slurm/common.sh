@@ -42,7 +42,9 @@ settings() {
     PLAN_PYTHON=${AMPO_PLAN_PYTHON:-}
     [[ $PLAN_PYTHON ]] || fail "AMPO_PLAN_PYTHON: with AMPO_CONTAINER=$AMPO_CONTAINER a small Python outside of the container is needed (see docs/slurm.md)"
   fi
-  "$PLAN_PYTHON" -c '' 2>/dev/null || fail "AMPO_PLAN_PYTHON: $PLAN_PYTHON does not start on $(hostname)"
+  local told
+  told=$("$PLAN_PYTHON" -c 'import hydra, jinja2, pydantic, typer' 2>&1) ||
+    fail "AMPO_PLAN_PYTHON: $PLAN_PYTHON on $(hostname): ${told##*$'\n'} (docs/slurm.md says what it needs)"
   JOB=${SLURM_HET_JOB_ID:-${SLURM_JOB_ID:-0}}
   JOB=${SLURM_JOB_ID_HET_GROUP_0:-$JOB}
   RESTART=${SLURM_RESTART_COUNT:-0}

@@ -168,7 +168,7 @@ class AlgorithmConfig:
 
 
 _AMPO = AlgorithmConfig()
-# The papers of the last five train on the outcome alone, without a reference policy or an entropy bonus.
+# What the presets on outcomes alone share: neither a reference policy nor an entropy bonus.
 _OUTCOME = replace(
     _AMPO, advantage=ModeLevel.grpo, aggregate_over=AggregateOver.batch, kl=Kl.off, kl_coef=0.0, entropy_coef=0.0
 )

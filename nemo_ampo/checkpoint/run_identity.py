@@ -86,25 +86,39 @@ def verdict_identity(judge: JudgeConfig) -> dict[str, Any]:
     return {f"judge.{name}": value for name, value in asked.items()} | {"judge.prompt.text": text}
 
 
-def check_resume(run_dir: Path, config: CheckpointConfig, settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
+def check_resume(
+    run_dir: Path,
+    config: CheckpointConfig,
+    settings: Mapping[str, Any],
+    allowed: Sequence[str],
+    defaults: Mapping[str, Any],
+) -> None:
     """Before anything heavy is loaded: would this start continue its run folder as the same run?
+
+    Args:
+        run_dir, config: where the checkpoints are.
+        settings: :func:`identity` of this start.
+        allowed, defaults: as :func:`check_unchanged` has them.
 
     Raises:
         ConfigError: as :func:`check_unchanged`.
     """
     checkpoints = Store.of_run(run_dir, config).resumable()
     if checkpoints:
-        check_unchanged(checkpoints[0].manifest.config, settings, allowed, str(checkpoints[0].path))
+        check_unchanged(checkpoints[0].manifest.config, settings, allowed, str(checkpoints[0].path), defaults)
 
 
-def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], where: str) -> list[str]:
+def check_unchanged(
+    old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], where: str, defaults: Mapping[str, Any]
+) -> list[str]:
     """May a run with the ``new`` identity continue one with the ``old``?
 
     Args:
-        old: of the checkpoint. A key it does not know cannot be compared (an older version wrote it).
+        old: of the checkpoint. One that an older version wrote does not know all keys.
         new: of this start.
         allowed: keys or sections that may differ (``run.allow_changed``).
         where: the checkpoint, for the message.
+        defaults: the identity of a run that changes nothing: a key that is unknown to ``old`` had this value.
 
     Returns:
         the keys that differ and may.
@@ -115,7 +129,8 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
     old = {key: value for key, value in old.items() if SUPERSEDED.get(key) not in old}
     changed = sorted(key for key in old if key in new and old[key] != new[key])
     changed += sorted(key for key in old if key not in new)
-    changed += sorted(key for key in new if key not in old and _below(key, FREE_FORM))
+    appeared = [key for key in new if key not in old and key not in SUPERSEDED]
+    changed += sorted(key for key in appeared if _below(key, FREE_FORM) or new[key] != defaults.get(key, new[key]))
     refused = [key for key in changed if not _below(key, allowed)]
     if refused:
         told = "; ".join(f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}" for key in refused)

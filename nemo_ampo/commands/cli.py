@@ -55,7 +55,7 @@ def doctor(
         typer.Option(help="Also look whether this environment variable holds a key (it is not shown)."),
     ] = None,
 ) -> None:
-    """Say what this machine can run and what is missing. Exit status 1 when the CPU default cannot run."""
+    """Say what this machine can run and what is missing. Exit status 1 when something is, or is of another version."""
     from nemo_ampo.commands import doctor as machine
 
     if compat:
@@ -428,9 +428,16 @@ def main() -> None:
         with full_or_read_only():
             make_app()()
     except UserError as error:
-        with printable_output():
-            typer.echo(f"error: {error}", err=True)
-        sys.exit(EXIT_USER_ERROR)
+        problem = str(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in ("nemo_ampo", "recipes", "converters"):
+            raise
+        problem = f"{sys.executable} has no module {error.name}, which this command needs; `make setup` installs everything"
+    else:
+        return
+    with printable_output():
+        typer.echo(f"error: {problem}", err=True)
+    sys.exit(EXIT_USER_ERROR)
 
 
 if __name__ == "__main__":

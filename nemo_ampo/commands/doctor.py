@@ -71,8 +71,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True when the CPU default can run."""
-        return all(check.status is not Status.MISSING for check in self.checks)
+        """True when the CPU default can run, on the versions that it was tested with."""
+        return not self.mend and all(check.status is not Status.MISSING for check in self.checks)
 
     def table(self) -> Table:
         """For a terminal."""

@@ -259,7 +259,7 @@ def _seconds(
     read = (element * parameters_of(facts) + cache * int(cfg.rollout.batch_size) / 2) / tensor
     decode = batches * int(cfg.rollout.max_new_tokens) * read / hardware.bandwidth
     prefill = compute(2, work.prompt_tokens)
-    waves = math.ceil(work.judge_calls / data / int(cfg.judge.max_concurrency))
+    waves = math.ceil(work.judge_calls / int(cfg.judge.max_concurrency))
     phases["rollout"] = (
         decode / assume.decode_efficiency[0] + prefill[0],
         decode / assume.decode_efficiency[1] + prefill[1],

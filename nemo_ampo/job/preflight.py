@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-gb", type=float, default=0.0, help="what the run folder must still hold")
     parser.add_argument("--judge-url", default="", help="base URL that every node must reach; empty asks nobody")
     parser.add_argument("--rollout-url", default="", help="URL of a rollout server, likewise")
+    parser.add_argument("--needs", default="", help="module that a stage of the job imports")
     parser.add_argument("--timeout-s", type=float, default=90.0, help="of the collective")
     args = parser.parse_args(argv)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -72,8 +74,12 @@ def problems(args: argparse.Namespace, node: str) -> Iterator[str]:
     """What is wrong with this node, in words."""
     yield from _shared_folder(args.shared, args.token, node)
     yield from _disk(args.shared, args.run_gb, "are what the run may still write there (AMPO_MIN_FREE_GB)")
-    yield from _disk(Path(os.environ.get("TMPDIR", "/tmp")), TMP_GB, "are needed; set TMPDIR to a folder with room")
+    yield from _disk(
+        Path(os.environ.get("TMPDIR", "/tmp")), TMP_GB, "are needed; set TMPDIR to a folder with room", "TMPDIR: "
+    )
     yield from _accelerators(args.gpus)
+    if args.needs and importlib.util.find_spec(args.needs) is None:
+        yield f"{args.needs}, the AMPO stage's engine, is not installed; take an image that has it, or another engine"
     if os.environ.get("RANK", "0") == "0":
         yield from _port(int(os.environ.get("MASTER_PORT", "0")))
     if args.judge_url:
@@ -99,11 +105,11 @@ def _shared_folder(shared: Path, token: str, node: str) -> Iterator[str]:
         yield f"cannot write to {shared} ({error.strerror})"
 
 
-def _disk(folder: Path, wanted_gb: float, why: str) -> Iterator[str]:
+def _disk(folder: Path, wanted_gb: float, why: str, of: str = "") -> Iterator[str]:
     try:
         free_gb = shutil.disk_usage(folder).free / 1e9
     except OSError as error:
-        yield f"cannot look at {folder} ({error.strerror})"
+        yield f"{of}cannot look at {folder} ({error.strerror})"
         return
     if free_gb < wanted_gb:
         yield f"{free_gb:.1f} GB free in {folder}, {wanted_gb:g} {why}"

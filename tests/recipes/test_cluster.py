@@ -200,8 +200,8 @@ def test_a_file_that_the_containers_do_not_show_is_named_before_anything_is_subm
     for mounts in (f"{tmp_path}:{tmp_path}", f"/lustre:/lustre,{tmp_path}", "/:/"):
         started("ampo.sh", recipe, site(**PYXIS, AMPO_MOUNTS=mounts))
     started("ampo.sh", recipe, site())
-    with pytest.raises(ConfigError, match=r"run\.dir: /elsewhere/run"):
-        started("ampo.sh", read_recipe(TINY, ["run_dir=/elsewhere/run"]), site(**PYXIS))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/new/run.* is not seen"):
+        started("ampo.sh", read_recipe(TINY, [f"run_dir={tmp_path}/new/run"]), site(**PYXIS))
 
 
 def test_a_link_in_the_project_that_leads_out_of_it_is_not_shown(tmp_path: Path) -> None:
@@ -213,3 +213,6 @@ def test_a_link_in_the_project_that_leads_out_of_it_is_not_shown(tmp_path: Path)
     there = Site.of(tmp_path / "home", PYXIS)
     assert there.shows(tmp_path / "home" / "runs") and not there.shows(tmp_path / "home" / "data")
     assert Site.of(tmp_path / "home", PYXIS | {"AMPO_MOUNTS": str(outside)}).shows(tmp_path / "home" / "data")
+    assert not there.shows(tmp_path / "home" / ".." / "outside")
+    (tmp_path / "other").mkdir()
+    assert not Site.of(tmp_path / "home", PYXIS | {"AMPO_MOUNTS": f"{tmp_path}/other:{outside}"}).shows(outside)

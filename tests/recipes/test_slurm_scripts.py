@@ -106,7 +106,7 @@ def refused(*arguments: str, **environment: str) -> str:
         ([], {"AMPO_GPUS_PER_NODE": "1", "AMPO_GPU_KIND": "b200"}, "AMPO_GPU_KIND: expected one of h100"),
         (["judge.mode=external"], {}, "judge.base_url: a URL is required"),
         ([], {"AMPO_CONTAINER": "pyxis"}, "AMPO_PLAN_PYTHON: with AMPO_CONTAINER=pyxis a small Python outside"),
-        ([], {"AMPO_PLAN_PYTHON": "/nowhere/python"}, "AMPO_PLAN_PYTHON: /nowhere/python does not start on "),
+        ([], {"AMPO_PLAN_PYTHON": "/nowhere/python"}, "AMPO_PLAN_PYTHON: /nowhere/python on "),
         (
             [],
             {"AMPO_CONTAINER": "docker", "AMPO_PLAN_PYTHON": sys.executable},
@@ -226,13 +226,17 @@ def test_what_does_not_fit_a_gpu_is_submitted_with_force_only(tmp_path: Path) ->
         command = ["slurm/ampo.sh", *options, *recipe]
         return subprocess.run(command, cwd=ROOT, env=inherited | machine | log, capture_output=True, text=True, check=False)
 
+    keyless = submit()
+    assert keyless.returncode == 2 and "environment variable JUDGE_API_KEY is not set; export it" in keyless.stderr
+    machine["JUDGE_API_KEY"] = "k"
     refused = submit()
     assert refused.returncode == 2 and not (tmp_path / "log").exists()
     assert re.search(r"^bc: \d{3}\.\d GB of 80 GB on the fullest h100$", refused.stderr, re.M)
     assert (
-        "error: stage bc: does not fit a GPU with a tenth to spare; lower bc.model.tokens_per_micro_batch" in refused.stderr
+        "error: stage bc: does not fit a GPU with a tenth to spare; weights, gradients and optimizer alone" in refused.stderr
     )
-    assert "nemo-ampo rehearse bc --config-name qwen2.5_7b --nodes 1 --gpus 1 --gpu h100 --search" in refused.stderr
+    search = "nemo-ampo rehearse bc --config-name qwen2.5_7b --nodes 1 --gpus 1 --gpu h100 --search"
+    assert f"{search} --model {tmp_path} {' '.join(alone)}" in refused.stderr
     indivisible = [f"{stage}.model.tensor_model_parallel_size=8" for stage in ("bc", "ampo")]
     for way in ("--force", "--dry-run"):
         done = subprocess.run(

@@ -30,7 +30,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def arguments(shared: Path, **changes: object) -> Namespace:
-    fit = {"shared": shared, "token": "7-0", "gpus": 0, "run_gb": 0.0, "judge_url": "", "rollout_url": ""}
+    fit = {"shared": shared, "token": "7-0", "gpus": 0, "run_gb": 0.0, "judge_url": "", "rollout_url": "", "needs": ""}
     return Namespace(**(fit | changes))
 
 
@@ -40,6 +40,12 @@ def found(shared: Path, **changes: object) -> list[str]:
 
 def test_a_fit_node(tmp_path: Path) -> None:
     assert found(tmp_path) == []
+
+
+def test_an_engine_that_is_not_installed(tmp_path: Path) -> None:
+    assert found(tmp_path, needs="json") == []
+    (problem,) = found(tmp_path, needs="no_such_engine")
+    assert problem.startswith("no_such_engine, the AMPO stage's engine, is not installed")
     assert sorted(p.name for p in (tmp_path / "slurm").iterdir()) == ["token"]
 
 
