@@ -207,12 +207,13 @@ def memory(recipe: PipelineConfig, only: Sequence[str], site: Site) -> Iterator[
         words += ["--gpus", str(site.ranks_per_node), "--gpu", site.gpu_kind, "--search"]
         words += [] if makes_start(recipe) else ["--model", str(start_of(recipe))]
         raise DoesNotFitError(
-            f"stage {name}: does not fit a GPU with a tenth to spare; {_cure(name, filled, hardware.room)}, or see "
+            f"stage {name}: does not fit a GPU with a tenth to spare; {memory_cure(name, filled, hardware.room)}, or see "
             f"`{shlex.join([*words, *config.overrides])}`; --force submits all the same"
         )
 
 
-def _cure(stage: str, filled: Memory, room: float) -> str:
+def memory_cure(stage: str, filled: Memory, room: float) -> str:
+    """What makes a stage fit that fills more than ``room`` bytes, by the part that takes them."""
     held = filled.weights + filled.gradients + filled.optimizer
     if held > room:
         return (

@@ -12,8 +12,19 @@ import yaml
 from nemo_ampo.config.compose import CONFIGS, compose
 from nemo_ampo.errors import ConfigError
 from nemo_ampo.job.attempts import read_plan
-from recipes.batch_checks import RolloutLimits, bytes_to_come, check_stage_configs, own_rollout_server
+from nemo_ampo.rehearse.sizes import Memory
+from recipes.batch_checks import (
+    DoesNotFitError,
+    RolloutLimits,
+    bytes_to_come,
+    check_disk,
+    check_stage_configs,
+    check_submission,
+    memory_cure,
+    own_rollout_server,
+)
 from recipes.batch_recipe import DataFiles, read_recipe
+from recipes.cluster import Site
 from recipes.pipeline import main as run_here
 from recipes.slurm import main
 from recipes.stages import stages_of
@@ -238,3 +249,38 @@ def test_a_checkpoint_that_is_none_is_refused_before_the_job_runs(tmp_path: Path
     recipe = read_recipe(written(tmp_path, files(tmp_path)), [])
     with pytest.raises(ConfigError, match=r"^checkpoint: .*hf"):
         bytes_to_come(recipe)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"weights": 50, "gradients": 50, "optimizer": 50}, "weights, gradients and optimizer alone are 150 GB"),
+        ({"weights": 10, "engine": 100, "activations": 20}, "the engine takes 100 GB: lower ampo.rollout.batch_size"),
+        ({"weights": 10, "engine": 10, "activations": 100}, "lower ampo.model.tokens_per_micro_batch"),
+    ],
+)
+def test_the_cure_is_for_what_takes_the_memory(parts: dict[str, int], said: str) -> None:
+    names = ("weights", "gradients", "optimizer", "activations", "loss", "scoring", "engine")
+    filled = Memory(**{name: 1e9 * parts.get(name, 0) for name in names})
+    assert memory_cure("ampo", filled, 72e9).startswith(said)
+
+
+def test_a_disk_too_small_and_an_image_that_is_not_there_are_said_before_submission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(CONFIGS / "pipeline" / "tiny.yaml", [f"run_dir={tmp_path}"])
+    check_disk(recipe, Site(tmp_path))
+    with pytest.raises(DoesNotFitError, match=r"run_dir .* needs 1e\+12 GB of disk.*AMPO_MIN_FREE_GB"):
+        check_disk(recipe, Site(tmp_path, min_free_gb=1e12))
+    check_submission(recipe, (), Site(tmp_path))
+    with pytest.raises(ConfigError, match=r"AMPO_IMAGE: x\.sqsh does not exist"):
+        check_submission(recipe, (), Site(tmp_path, container="pyxis", image="x.sqsh"))
+    (tmp_path / "x.sqsh").touch()
+    check_submission(recipe, (), Site(tmp_path, container="pyxis", image="x.sqsh"))
+    with pytest.raises(ConfigError, match=r"Apptainer takes a \.sif"):
+        check_submission(recipe, (), Site(tmp_path, container="apptainer", image="x.sqsh"))
+    keyed = read_recipe(CONFIGS / "pipeline" / "tiny.yaml", ["ampo.judge.api_key_env=SOME_KEY"])
+    with pytest.raises(ConfigError, match="SOME_KEY is not set; export it before you submit"):
+        check_submission(keyed, (), Site(tmp_path))
+    monkeypatch.setenv("SOME_KEY", "k")
+    check_submission(keyed, (), Site(tmp_path))
