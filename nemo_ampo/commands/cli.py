@@ -408,9 +408,9 @@ def make_app() -> typer.Typer:
 
 def _say_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from nemo_ampo import __version__
 
-        typer.echo(f"nemo-ampo {version('nemo-ampo')}")
+        typer.echo(f"nemo-ampo {__version__}")
         raise typer.Exit
 
 

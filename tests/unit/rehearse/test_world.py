@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch.utils.backend_registration
 
 from nemo_ampo.errors import UserError
 from recipes.rehearse import in_a_fork
+
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} has no spare device in Python; `rehearse` says so and runs where `make setup` was run",
+)
 
 
 def as_rank(program: Callable[[], object]) -> object:
