@@ -12,7 +12,7 @@ from recipes.rehearse import in_a_fork
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason=f"torch {torch.__version__} has no spare device in Python; `rehearse` says so: it runs where `make setup` was run",
+    reason=f"torch {torch.__version__} has no spare device in Python; `rehearse` refuses it too",
 )
 
 
