@@ -14,7 +14,8 @@ from nemo_ampo.text import one_line
 
 OK, DIFFERENT, MISUSED = 0, 1, 2
 LOGITS_UP_TO = 6e9
-"""Bytes of weights up to which logits are compared unless somebody says otherwise: they take both models in fp32."""
+"""Bytes of weights up to which logits are compared unless somebody says otherwise: both models compute in fp32, which takes
+minutes for 7B on a few cores."""
 
 
 @printable_output()
@@ -41,8 +42,8 @@ def with_logits(asked: str, weights: int) -> bool:
     """
     if asked == "auto" and weights > LOGITS_UP_TO:
         print(
-            f"logits are not compared, for {weights / 1e9:.3g} GB of weights: both models in fp32 would take their memory; "
-            "--verify full compares them",
+            f"logits are not compared, for {weights / 1e9:.3g} GB of weights it takes long; --verify full compares them, "
+            "one layer in memory at a time",
             file=sys.stderr,
         )
         return False

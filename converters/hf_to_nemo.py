@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def write_nemo(
     with scratch_folder(nemo_path.absolute().parent, nemo_path.name) as staging:
         hashes = write_tar(nemo_path, config, tensors, hf.facts)
         add_assets(nemo_path, copy_assets(hf_dir, staging / "assets"), atomic=False, known=hashes)
+        with nemo_path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _bytes_of(hf: HfFolder, dtype: torch.dtype) -> int:

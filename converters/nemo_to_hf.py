@@ -77,8 +77,7 @@ def convert(
         _check_free(output, overwrite)
         size = _bytes_of(nemo_path)
         logits = check != "none" and cli.with_logits(check, size)
-        # Beside the folder lies the unpacked file, for its logits.
-        place_with_room([output.resolve().parent], (1 + logits) * size, f"--output {output}")
+        place_with_room([output.resolve().parent], size, f"--output {output}")
         write_hf(nemo_path, built, dtype)
         status = cli.OK
         if check != "none":

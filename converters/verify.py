@@ -3,14 +3,13 @@
 Four checks, all of them run and reported: every weight bit for bit after NeMo -> Hugging Face; every other file by
 SHA-256; the architecture keys of the config; and logits in fp32 on a short and a long prompt, where a mapping
 that is wrong in both directions, or a wrong rotary base, shows. Exit status 1 when one fails, with the worst
-tensor's name.
+tensor's name. Weights are read where they lie, and both models compute with one layer in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,14 +24,16 @@ from converters import cli
 from converters.hf_folder import HfFolder, asset_files, open_hf_folder
 from converters.model_config import ARCHITECTURE_KEYS, first_difference, nemo_config
 from converters.nemo_weights import NemoWeights, open_weights
-from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets, unpack_weights
-from nemo_ampo.model_folder.loading import load_model
+from nemo_ampo.checkpoint.nemo_file import read_model_config, unpack_assets
+from nemo_ampo.model_folder.loading import model_without_weights
 from nemo_ampo.model_folder.portable import same_when_portable
 from nemo_ampo.output.staging import place_with_room, scratch_folder
 from nemo_ampo.overrides import typed_path
 
-PROMPT_LENGTHS = (32, 1600)
+PROMPT_LENGTHS = (32, 512)
 TOLERANCE = 1e-4
+ASSETS_ROOM = 100_000_000
+"""Bytes asked for before a model's files that are no weights are unpacked."""
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,32 @@ Trace = dict[str, Tensor]
 
 def check_logits(
     hf: HfFolder,
-    unpacked: Path,
+    weights: NemoWeights,
     stored: dict[str, Any],
     assets: Path,
-    shared: torch.dtype,
     prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
     tolerance: float = TOLERANCE,
 ) -> list[Check]:
-    """Logits of NeMo and of transformers in fp32; a failure names the first layer whose output differs."""
-    longest = hf.facts.max_positions
-    prompts = [_prompt(min(length, longest), hf.facts.vocab) for length in prompt_lengths]
-    expected = _hf_traces(hf, prompts, shared)
-    gc.collect()
+    """Logits of NeMo and of transformers in fp32, one layer in memory at a time; a failure names the first that differs."""
+    from nemo_ampo.compat import setup
+
+    setup("cpu")
+    from converters.nemo_model import build, checkpoint_place
+
+    shared = shared_type(weights.dtype(), hf.weights.dtype())
+    model, load = model_without_weights(hf.path, torch.float32)
+    fill_on_demand(model, lambda name: load(name).to(shared).float())
     config = nemo_config(hf.facts, assets)
     config |= {key: stored[key] for key in ARCHITECTURE_KEYS if key in stored}
-    found = _nemo_traces(unpacked, config, hf.facts.vocab, prompts, shared)
-    return [
-        _compare(f"logits, {len(tokens)} tokens", e, f, tolerance)
-        for tokens, e, f in zip(prompts, expected, found, strict=True)
-    ]
+    module = build(config)
+    tied = ["embedding.word_embeddings.weight"] if hf.facts.tied else []
+    fill_on_demand(module, lambda name: weights.load(*checkpoint_place(name)).to(shared).float(), tied)
+    checks = []
+    for length in prompt_lengths:
+        tokens = _prompt(min(length, hf.facts.max_positions), hf.facts.vocab)
+        expected, found = _hf_trace(model, tokens), _nemo_trace(module, tokens, hf.facts.vocab)
+        checks.append(_compare(f"logits, {len(tokens)} tokens", expected, found, tolerance))
+    return checks
 
 
 def _prompt(length: int, vocab: int) -> Tensor:
@@ -194,44 +202,51 @@ def _layer_outputs(layers: Iterable[torch.nn.Module], batch_dim: int) -> Iterato
             hook.remove()
 
 
-def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Give fp32 parameters the values that ``dtype`` can hold."""
-    if dtype != torch.float32:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).float()
+def fill_on_demand(model: torch.nn.Module, load: Callable[[str], Tensor], kept: Sequence[str] = ()) -> None:
+    """Each parameter is in memory while the module that it belongs to computes, and empty before and after.
+
+    Args:
+        model: with parameters that hold nothing of value.
+        load: a parameter's value by its name.
+        kept: names of those that stay once they are loaded, since other modules use them too.
+    """
+
+    def fill(module: torch.nn.Module, names: dict[str, str]) -> None:
+        for name, whole in names.items():
+            if module.get_parameter(name).numel() == 0:
+                module.get_parameter(name).data = load(whole)
+
+    def empty(module: torch.nn.Module, names: dict[str, str]) -> None:
+        for name, whole in names.items():
+            if whole not in kept:
+                module.get_parameter(name).data = torch.empty(0)
+
+    for path, module in model.named_modules():
+        own = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        for name in own:
+            # A new one where it has no device yet; Megatron's keep what is noted on them.
+            if module.get_parameter(name).is_meta:
+                setattr(module, name, torch.nn.Parameter(torch.empty(0), requires_grad=False))
+            module.get_parameter(name).data = torch.empty(0)
+        if own:
+            module.register_forward_pre_hook(lambda module, _, own=own: fill(module, own))
+            module.register_forward_hook(lambda module, _, output, own=own: empty(module, own))
 
 
 @torch.inference_mode()
-def _hf_traces(hf: HfFolder, prompts: Sequence[Tensor], rounded_to: torch.dtype) -> list[Trace]:
-    model: Any = load_model(hf.path, torch.float32)
-    _round(model, rounded_to)
-    traces = []
-    for tokens in prompts:
-        with _layer_outputs(model.model.layers, batch_dim=0) as trace:
-            trace["logits"] = model(tokens[None], use_cache=False).logits[0]
-        traces.append(trace)
-    return traces
+def _hf_trace(model: Any, tokens: Tensor) -> Trace:
+    with _layer_outputs(model.model.layers, batch_dim=0) as trace:
+        trace["logits"] = model(tokens[None], use_cache=False).logits[0]
+    return trace
 
 
 @torch.inference_mode()
-def _nemo_traces(
-    unpacked: Path, config: dict[str, Any], vocab: int, prompts: Sequence[Tensor], rounded_to: torch.dtype
-) -> list[Trace]:
-    from nemo_ampo.compat import setup
-
-    setup("cpu")
-    from converters.nemo_model import restore_fp32
-
-    [module] = restore_fp32(unpacked, config).get_model_module_list()
-    _round(module, rounded_to)
-    traces = []
-    for tokens in prompts:
-        # Megatron's hidden states are [T, B, hidden]; a mask of None means causal.
-        with _layer_outputs(module.decoder.layers, batch_dim=1) as trace:
-            positions = torch.arange(len(tokens))[None]
-            trace["logits"] = module(tokens[None], positions, None)[0, :, :vocab]
-        traces.append(trace)
-    return traces
+def _nemo_trace(module: Any, tokens: Tensor, vocab: int) -> Trace:
+    # Megatron's hidden states are [T, B, hidden]; a mask of None means causal.
+    with _layer_outputs(module.decoder.layers, batch_dim=1) as trace:
+        positions = torch.arange(len(tokens))[None]
+        trace["logits"] = module(tokens[None], positions, None)[0, :, :vocab]
+    return trace
 
 
 def verify(
@@ -250,7 +265,7 @@ def verify(
         logits: run both models; without it NeMo is not needed.
         prompt_lengths: tokens of each prompt, cut to ``max_position_embeddings``.
         tolerance: largest absolute difference of a logit.
-        place: folder to unpack the ``.nemo`` file in; None takes its own, or where that will not do, ``TMPDIR``.
+        place: folder for the Hugging Face files of the ``.nemo``; None takes its own, or where that will not do, ``TMPDIR``.
 
     Raises:
         UserError: either side cannot be read, or its tensors are not those of the mapping table.
@@ -258,14 +273,12 @@ def verify(
     hf = open_hf_folder(hf_dir)
     stored = read_model_config(nemo_path)
     places = [place] if place else [nemo_path.absolute().parent, Path(tempfile.gettempdir())]
-    place = place_with_room(places, nemo_path.stat().st_size, f"{nemo_path}: unpacking it")
+    place = place_with_room(places, ASSETS_ROOM, f"{nemo_path}: unpacking its Hugging Face files")
     with scratch_folder(place, nemo_path.name) as scratch, open_weights(nemo_path) as weights:
         assets = unpack_assets(nemo_path, scratch / "assets")
         checks = [check_weights(hf, weights), check_assets(hf, assets), check_config(hf, stored)]
         if logits:
-            shared = shared_type(weights.dtype(), hf.weights.dtype())
-            unpacked = unpack_weights(nemo_path, scratch / "checkpoint")
-            checks += check_logits(hf, unpacked, stored, assets, shared, prompt_lengths, tolerance)
+            checks += check_logits(hf, weights, stored, assets, prompt_lengths, tolerance)
     return checks
 
 

@@ -6,7 +6,7 @@ Whatever a library raises on the way becomes one line that names the folder.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,11 +183,31 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrai
         UserError: config or weights are damaged or unsupported, do not fit together, or transformers would compute
             something else than config.json says; a weight holds a value that is no number.
     """
+    folder = Path(folder)
+    model, load = model_without_weights(folder, dtype)
+    with _quietly(), third_party(f"{folder}: the model cannot be loaded"):
+        names = [name for name in model.state_dict() if not (name == "lm_head.weight" and _is_tied(model))]
+        model.load_state_dict({name: load(name) for name in names}, strict=False, assign=True)
+        model.tie_weights()
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "every tensor was filled in"
+    return model
+
+
+def model_without_weights(
+    folder: Path, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, Callable[[str], torch.Tensor]]:
+    """The model with parameters on no device, and what loads the weight behind each parameter's name.
+
+    Args:
+        folder, dtype: as :func:`load_model` has them.
+
+    Raises:
+        UserError: as there; of a weight when it is loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import no_init_weights
 
-    folder = Path(folder)
     facts = read_facts(folder)
     weights = SafetensorsFolder(folder)
     stored = weights.dtype()
@@ -203,14 +223,16 @@ def load_model(folder: Path | str, dtype: torch.dtype | str = "auto") -> PreTrai
         finally:
             torch.set_default_dtype(before)
         _check_tensors(folder, facts, weights, model)
-        state = {name: _finite(folder, weights, name, kind) for name in model.state_dict() if name in weights.names()}
-        model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         # Its frequencies are no weights, so that no file fills them in.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "every tensor was filled in"
     check_as_written(model, facts, folder)
-    return model.eval()
+    source = {"lm_head.weight": "model.embed_tokens.weight"} if facts.tied else {}
+    return model.eval(), lambda name: _finite(folder, weights, source.get(name, name), kind)
+
+
+def _is_tied(model: Any) -> bool:
+    return model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def _finite(folder: Path, weights: SafetensorsFolder, name: str, kind: torch.dtype) -> torch.Tensor:
@@ -259,7 +281,6 @@ def check_as_written(model: Any, facts: ModelFacts, folder: Path) -> None:
     expected = torch.tensor(facts.inverse_frequencies(), dtype=torch.float64)
     turns = rotary.inv_freq.to(device="cpu", dtype=torch.float64)
     norms = [module.variance_epsilon for module in model.modules() if hasattr(module, "variance_epsilon")]
-    tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     held = {
         "rotary frequencies": turns.shape == expected.shape and torch.allclose(turns, expected, rtol=1e-4, atol=0.0),
         "rotary amplitude": rotary.attention_scaling == 1.0,
@@ -267,7 +288,7 @@ def check_as_written(model: Any, facts: ModelFacts, folder: Path) -> None:
         "hidden_act": isinstance(layer.mlp.act_fn, torch.nn.SiLU),
         "head_dim": layer.self_attn.head_dim == facts.head_dim and layer.self_attn.scaling == facts.head_dim**-0.5,
         "num_key_value_heads": layer.self_attn.num_key_value_groups == facts.num_heads // facts.num_groups,
-        "tie_word_embeddings": tied == facts.tied,
+        "tie_word_embeddings": _is_tied(model) == facts.tied,
         "attention biases": [p.bias is not None for p in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj)]
         == [facts.qkv_bias, False, False],
         "sliding window": not getattr(model.config, "use_sliding_window", False),

@@ -211,3 +211,25 @@ def test_help_imports_no_framework(command: str) -> None:
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert "--output" in process.stdout or "--nemo" in process.stdout
+
+
+def test_a_parameter_is_in_memory_only_while_its_module_computes() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 4) for _ in range(3)]
+    weights = {
+        f"{i}.{name}": value.detach().clone() for i, layer in enumerate(layers) for name, value in layer.named_parameters()
+    }
+    model = torch.nn.Sequential(*layers)
+    rows = torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(rows)
+        held = []
+
+        def load(name: str) -> torch.Tensor:
+            held.append([n for n, p in model.named_parameters() if p.numel()])
+            return weights[name].clone()
+
+        verify.fill_on_demand(model, load, kept=["0.bias"])
+        assert torch.equal(model(rows), expected)
+    assert [sorted({n.split(".")[0] for n in names} - {"0"}) for names in held] == [[], [], [], ["1"], [], ["2"]]
+    assert [n for n, p in model.named_parameters() if p.numel()] == ["0.bias"]
