@@ -20,7 +20,6 @@ from nemo_ampo.errors import ConfigError, DataError
 from nemo_ampo.output.lock import hold_run_with_all_ranks
 from nemo_ampo.run.trackers import check_trackers
 from nemo_ampo.run.watchdog import watch_ranks
-from nemo_ampo.step import Parts
 from nemo_ampo.types import DialogueTurn, Prompt
 from recipes.launch import is_main_process, main, world_size
 from recipes.start import Start, read_start
@@ -145,6 +144,7 @@ def make_trainer(
     from nemo_ampo.ranks import MegatronRanks
     from nemo_ampo.rollout import EngineSetup, make_engine
     from nemo_ampo.rollout.probe import Probe
+    from nemo_ampo.step import Parts
     from nemo_ampo.training.trainer import AmpoTrainer
 
     run_dir, ranks, resumed, probe = Path(config.run.dir), MegatronRanks(), session.resumed, config.rollout.probe
