@@ -18,6 +18,7 @@ from torch import Tensor
 
 from converters.mapping import Dims
 from nemo_ampo.errors import UserError
+from nemo_ampo.files import disk_errors
 
 MAX_SHARD_SIZE = "5GB"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,7 +51,7 @@ def save_shards(tensors: Iterable[tuple[str, Tensor]], dims: Mapping[str, Dims],
         max_shard_size=MAX_SHARD_SIZE,
     )
     left = set(dims)
-    with contextlib.ExitStack() as stack:
+    with disk_errors(f"cannot write {folder}"), contextlib.ExitStack() as stack:
         places: dict[str, tuple[IO[bytes], int]] = {}
         for file_name, names in split.filename_to_tensors.items():
             opened = stack.enter_context((folder / file_name).open("wb"))

@@ -40,8 +40,10 @@ def open_weights(checkpoint: Path) -> Iterator[NemoWeights]:
     Raises:
         UserError: there are none, they are damaged or not in ``torch_dist`` format, or a pickle is more than data.
     """
-    with disk_errors(f"cannot read {checkpoint}"), open_checkpoint(checkpoint) as files:
-        yield NemoWeights(files)
+    with open_checkpoint(checkpoint) as files:
+        with disk_errors(f"cannot read {checkpoint}"):
+            weights = NemoWeights(files)
+        yield weights
 
 
 class NemoWeights:
@@ -53,7 +55,9 @@ class NemoWeights:
 
         files.check_weights()
         self._where = f"{files.path}: {WEIGHTS_FOLDER}"
-        self._open = {path.name: files.openers[path] for path in files.below(WEIGHTS_FOLDER)}
+        self._open = {
+            path.relative_to(WEIGHTS_FOLDER).as_posix(): files.openers[path] for path in files.below(WEIGHTS_FOLDER)
+        }
         check_files(self._open, self._where)
         with self._open[METADATA_NAME]() as file:
             metadata = pickle.load(file)
@@ -107,7 +111,7 @@ class NemoWeights:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         place = self._places[MetadataIndex(key, chunk.offsets)]
-        with self._open[place.relative_path]() as file:
+        with disk_errors(f"cannot read {self._where}"), self._open[place.relative_path]() as file:
             # A file's whole content is given, of which this is a part: torch looks for an archive's end at the end.
             file.seek(place.offset)
             tensor: Tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_disk import small_disk
 from tiny_hf import edit_json, edit_nemo_config, edit_weights
 
-from converters import hf_to_nemo, hf_writing, nemo_to_hf, verify
+from converters import hf_to_nemo, hf_writing, nemo_stream, nemo_to_hf, verify
+from converters.hf_folder import open_hf_folder
 from converters.verify import shared_type
-from nemo_ampo.errors import UserError
+from nemo_ampo.errors import DiskError, UserError
 from nemo_ampo.output.lock import hold_output
+from nemo_ampo.output.staging import scratch_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -233,3 +236,17 @@ def test_a_parameter_is_in_memory_only_while_its_module_computes() -> None:
         assert torch.equal(model(rows), expected)
     assert [sorted({n.split(".")[0] for n in names} - {"0"}) for names in held] == [[], [], [], ["1"], [], ["2"]]
     assert [n for n, p in model.named_parameters() if p.numel()] == ["0.bias"]
+
+
+def test_a_disk_that_fills_up_is_named_by_what_is_written(hf_folder, tmp_path: Path) -> None:
+    """Larger than what was asked for beforehand, as when others write there too."""
+    source = hf_folder("llama", tied=True)
+    hf_to_nemo.write_nemo(source, tmp_path / "m.nemo")
+    with small_disk(tmp_path / "disk", 128) as disk:
+        with pytest.raises(DiskError, match=r"cannot write .*/disk/out: No space left"):
+            nemo_to_hf.write_hf(tmp_path / "m.nemo", disk.path / "out")
+        (disk.path / "out" / "model.safetensors").unlink()
+        hf = open_hf_folder(source)
+        tensors = ((binding, binding.to_nemo(hf.weights.load, hf.facts)) for binding in hf.bindings())
+        with pytest.raises(DiskError, match="/disk: No space left"), scratch_folder(disk.path, "m.nemo") as folder:
+            nemo_stream.write_tar(folder / "m.nemo", {}, tensors, hf.facts)
