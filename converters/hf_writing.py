@@ -19,9 +19,9 @@ from torch import Tensor
 from converters.mapping import Dims
 from nemo_ampo.errors import UserError
 from nemo_ampo.files import disk_errors
+from nemo_ampo.model_folder.weights import INDEX_NAME
 
 MAX_SHARD_SIZE = "5GB"
-INDEX_NAME = "model.safetensors.index.json"
 _TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -121,9 +121,9 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = N
     return with_mpi
 
 
-def _check_shown(what: str, value: Any, site: Site | None) -> None:
+def _check_shown(what: str, value: Any, site: Site) -> None:
     """Is a path the same file in the job's containers? Any text may be one; what lies nowhere on this machine is none."""
-    if site is None or not isinstance(value, str) or "/" not in value or "://" in value:
+    if not isinstance(value, str) or "/" not in value or "://" in value:
         return
     path = site.root / value
     there = path.exists() or any(parent.exists() for parent in path.parents[:-1])
