@@ -103,8 +103,9 @@ def check_stage_configs(plan: Sequence[Stage], ranks: int, site: Site | None = N
     for stage in plan:
         name = stage.command[0].removeprefix("recipes.")
         if name not in STAGES:
-            for word in stage.command[1:] if site else ():
-                _check_shown(f"stage {stage.name}: ", word, site)
+            if site is not None:
+                for word in stage.command[1:]:
+                    _check_shown(f"stage {stage.name}: ", word, site)
             continue
         try:
             raw = compose(name, stage.command[2], stage.command[3:])
